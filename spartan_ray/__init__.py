@@ -1,0 +1,1 @@
+"""Spartan Ray: SGD alternated with evolution, the population scored on a Ray cluster."""

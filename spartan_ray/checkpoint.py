@@ -1,0 +1,19 @@
+"""Weights on disk, as safetensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def save_weights(path: Path, state: dict[str, torch.Tensor], description: str) -> None:
+    """Write a state dict so that the file is whole or absent. `description` becomes its metadata."""
+    temporary = path.with_name(path.name + ".tmp")
+    # One key, since safetensors writes several in any order and equal runs are equal files.
+    save_file(state, temporary, metadata={"spartan": description})
+    with open(temporary, "rb") as written:
+        os.fsync(written.fileno())
+    temporary.replace(path)

@@ -1,0 +1,223 @@
+"""The typed configuration of a run. Frozen; an unknown name or a value out of bounds is an InputError
+that names the field as the flags do, `section.field`."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from spartan_ray.noise import NoiseKind
+
+
+class InputError(Exception):
+    """What the user gave cannot be used. The message is one line that names the field or the path."""
+
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _one_line(prefix: str, error: ValidationError) -> str:
+    problem = error.errors()[0]
+    path = ".".join([prefix, *(str(part) for part in problem["loc"][:1])])
+    if problem["type"] == "extra_forbidden":
+        return f"{path}: unknown field"
+    if problem["type"] == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    return f"{path}: {problem['msg'].removeprefix('Input ')} (got {problem['input']!r})"
+
+
+class Section(BaseModel):
+    """One section of the configuration; `prefix` is its name in messages."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    prefix: ClassVar[str]
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(_one_line(self.prefix, error)) from None
+
+
+class Run(Section):
+    """Where the run is written, and how long it is."""
+
+    prefix = "run"
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run folder; a number is added when it is taken."""
+    out: str = "runs"
+    """Folder that holds the run folders."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of splits, initial weights, data order and noise."""
+    epochs: PositiveInt = 50
+    """Epochs, evolve phases included: one phase counts as an epoch."""
+
+
+class Data(Section):
+    """The images and how they are split."""
+
+    prefix = "data"
+
+    name: Literal["cifar10", "fashion-mnist", "digits", "folder"] = "cifar10"
+    """Data set; `folder` reads train/<class>/* and test/<class>/* under data.root."""
+    root: str | None = None
+    """Where the data set lies or is downloaded to (default: data/NAME; `digits` needs none)."""
+    download: bool = True
+    """Download a torchvision data set that is not under data.root."""
+    sgd_images: PositiveInt | None = None
+    """Training images that the gradient sees (default: 80 % of the training part)."""
+    evolution_images: PositiveInt | None = None
+    """Training images that score descendants (default: 10 %)."""
+    validation_images: PositiveInt | None = None
+    """Training images that only watch (default: 10 %)."""
+    sgd_on_evolution: bool = False
+    """Let SGD train on the evolution split too: the baseline that sees as many images as SGD + evolution."""
+    augment: bool = False
+    """Random flips and 4-pixel shifts of the SGD images (do not use flips for digits)."""
+
+
+class Parent(Section):
+    """The parent network and its gradient training."""
+
+    prefix = "parent"
+
+    model: Literal["resnet18", "convnet"] = "resnet18"
+    """resnet18, or convnet: 24 thousand parameters, to try the machinery in seconds."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """First layers of resnet18: imagenet (7x7 stride 2, pooling) or cifar (3x3, 16 times the work)."""
+    weights: str = "none"
+    """none, imagenet (torchvision's), or a FILE: a state dict as .pt, .pth or .safetensors."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Optimizer of the SGD epochs."""
+    lr: PositiveFloat = 0.01
+    """Learning rate, constant as in the article."""
+    momentum: Fraction = 0.9
+    """Momentum of sgd; adam and adamw take it as beta1."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay: L2 for sgd and adam, decoupled for adamw."""
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    """Images a gradient step."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the SGD epochs; bf16 is autocast."""
+    threads: PositiveInt | None = None
+    """CPU threads of the driver (default: cluster.driver_cpus, else all cores). The bits depend on it."""
+
+
+class Evolution(Section):
+    """The evolve phases."""
+
+    prefix = "evolution"
+
+    strategy: Literal["es", "none"] = "es"
+    """es: the article's evolution strategies; none: every epoch is SGD."""
+    every: PositiveInt = 5
+    """Each so-many-th epoch is an evolve phase."""
+    population: Annotated[int, Field(ge=2)] = 50
+    """Descendants a generation, K."""
+    fitness: Literal["loss", "accuracy"] = "loss"
+    """Fitness of a descendant: minus its mean cross-entropy, or its accuracy."""
+    fitness_images: PositiveInt | None = None
+    """Evolution images that score one generation, drawn anew for each (default: the whole split)."""
+    noise: NoiseKind = "uniform"
+    """Distribution of the noise."""
+    sigma: PositiveFloat = 0.01
+    """Scale of the noise: perturbation = sigma * noise."""
+    lr: PositiveFloat = 0.001
+    """Step of the update, lr / (K sigma) * sum of weight * noise."""
+    shaping: Literal["zscore", "centered-rank"] = "zscore"
+    """Fitness to weight."""
+    mirrored: bool = False
+    """Members 2j and 2j+1 share a seed, with signs +1 and -1."""
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Evolution:
+        if self.mirrored and self.population % 2:
+            raise ValueError(f"evolution.population ({self.population}) must be even when mirrored")
+        return self
+
+
+class Cluster(Section):
+    """What Ray gives to the driver and the workers."""
+
+    prefix = "cluster"
+
+    address: str | None = None
+    """Ray cluster to join (default: RAY_ADDRESS, which a Ray job sets, else a new local Ray)."""
+    workers: PositiveInt | Literal["auto"] = "auto"
+    """Workers; auto: one a GPU, or one a CPU core where there is no GPU."""
+    gpus_per_worker: NonNegativeFloat | None = None
+    """GPUs of a worker, fractions allowed (default: 0.9 where there are GPUs, which leaves room for the driver)."""
+    cpus_per_worker: PositiveInt = 1
+    """CPU cores, and threads, of a worker. The bits of the scores depend on it."""
+    driver_gpus: NonNegativeFloat | None = None
+    """GPUs of the driver (default: 0.1 where there are GPUs)."""
+    driver_cpus: Annotated[int, Field(ge=0)] = 0
+    """CPU cores kept for the driver; 0 shares the workers' cores, since the phases alternate."""
+    chunk: PositiveInt | Literal["auto"] = "auto"
+    """Members sent to a worker at once; auto: about two seconds of work."""
+
+
+class Config(Section):
+    """A run. A preset or a file is the base, flags override it."""
+
+    prefix = ""
+
+    run: Run = Run()
+    data: Data = Data()
+    parent: Parent = Parent()
+    evolution: Evolution = Evolution()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _splits(self) -> Config:
+        wanted, given = self.evolution.fitness_images, self.data.evolution_images
+        if wanted and given and wanted > given:
+            raise ValueError(f"evolution.fitness_images ({wanted}) is larger than data.evolution_images ({given})")
+        if self.data.name == "folder" and self.data.root is None:
+            raise ValueError("data.root: the folder data set needs the path of its folder")
+        return self
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    folder = resources.files("spartan_ray") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(name_or_file: str) -> Config:
+    """The configuration of a preset or of a YAML file."""
+    if name_or_file in preset_names():
+        text = (resources.files("spartan_ray") / "presets" / f"{name_or_file}.yaml").read_text()
+    else:
+        try:
+            text = Path(name_or_file).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            presets = ", ".join(preset_names())
+            raise InputError(f"--config {name_or_file}: no such preset ({presets}) or readable file: {error}") from None
+    try:
+        sections = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {name_or_file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(sections, dict):
+        raise InputError(f"--config {name_or_file}: expected sections, got {type(sections).__name__}")
+    values: dict[str, Section] = {}
+    defaults = Config()
+    for section, fields in sections.items():
+        if section not in Config.model_fields:
+            raise InputError(f"{section}: unknown section (one of {', '.join(Config.model_fields)})")
+        if not isinstance(fields, dict) or not all(isinstance(field, str) for field in fields):
+            raise InputError(f"{section}: expected field: value lines, got {fields!r}")
+        values[section] = type(getattr(defaults, section))(**fields)
+    return Config(**values)
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to the same configuration."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)

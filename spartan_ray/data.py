@@ -1,0 +1,260 @@
+"""Data sets as uint8 tensors, and their split into disjoint parts.
+
+Every data set is 32x32 RGB, held as uint8 in (N, H, W, C) order, which is channels-last already;
+`fitness.py` and `parent.py` normalise batches on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spartan_ray.config import Data, InputError
+
+SIDE = 32
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+
+
+@dataclass(frozen=True)
+class Images:
+    """N images with their labels."""
+
+    pixels_NHWC: torch.Tensor  # uint8
+    labels_N: torch.Tensor  # int64
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def __getitem__(self, index_N: torch.Tensor | slice) -> Images:
+        return Images(self.pixels_NHWC[index_N], self.labels_N[index_N])
+
+    def to(self, device: torch.device) -> Images:
+        return Images(self.pixels_NHWC.to(device), self.labels_N.to(device))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The four disjoint parts. `sgd` includes `evolution` only when data.sgd_on_evolution asks for it."""
+
+    sgd: Images
+    evolution: Images
+    validation: Images
+    test: Images
+    classes: tuple[str, ...]
+    mean_C: tuple[float, ...]
+    std_C: tuple[float, ...]
+
+    def to(self, device: torch.device) -> Splits:
+        parts = {name: getattr(self, name).to(device) for name in ("sgd", "evolution", "validation", "test")}
+        return replace(self, **parts)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set as it comes: a training part and a test part."""
+
+    train: Images
+    test: Images
+    classes: tuple[str, ...]
+
+
+def permutation(count: int, *key: int) -> NDArray[np.int64]:
+    """A permutation of 0..count-1 that is a function of its key of two integers.
+
+    It sorts the raw words of a counter generator, a stream that no NumPy release may change."""
+    words = np.random.Philox(key=np.array(key, np.uint64)).random_raw(count)
+    return np.argsort(words, kind="stable")
+
+
+def load_splits(config: Data, seed: int) -> Splits:
+    """Load the data set that the configuration names and split it by the seed.
+
+    Raises InputError for a missing, empty or corrupt data set and for splits that it cannot fill."""
+    dataset = LOADERS[config.name](config)
+    sizes = _split_sizes(config, len(dataset.train))
+    order_N = _stratified_order(dataset.train.labels_N.numpy(), seed)
+    # SGD comes last, so that its size leaves the other two splits as they are.
+    ends = np.cumsum([sizes["validation"], sizes["evolution"], sizes["sgd"]])
+    validation, evolution, sgd = (
+        dataset.train[torch.from_numpy(part)] for part in np.split(order_N, ends)[:3]
+    )
+    for name, split in (("sgd", sgd), ("evolution", evolution), ("validation", validation)):
+        present = torch.bincount(split.labels_N, minlength=len(dataset.classes))
+        if (present == 0).any():
+            missing = dataset.classes[int((present == 0).nonzero()[0])]
+            count = int((dataset.train.labels_N == dataset.classes.index(missing)).sum())
+            raise InputError(
+                f"class {missing!r} has too few training images ({count}) to be in all splits: "
+                f"none is left for the {name} split of {len(split)} (data.{name}_images)"
+            )
+    if config.sgd_on_evolution:
+        sgd = Images(
+            torch.cat([sgd.pixels_NHWC, evolution.pixels_NHWC]), torch.cat([sgd.labels_N, evolution.labels_N])
+        )
+    pixels_C = sgd.pixels_NHWC.reshape(-1, 3).double()
+    mean_C, std_C = pixels_C.mean(0) / 255, pixels_C.std(0) / 255
+    return Splits(
+        sgd, evolution, validation, dataset.test, dataset.classes, tuple(mean_C.tolist()), tuple(std_C.tolist())
+    )
+
+
+def _split_sizes(config: Data, available: int) -> dict[str, int]:
+    tenth = available // 10
+    sizes = {"evolution": config.evolution_images or tenth, "validation": config.validation_images or tenth}
+    # The default of SGD is what the others leave of its 80 %.
+    rest = available - sum(sizes.values())
+    sizes["sgd"] = config.sgd_images or max(0, min(available - 2 * tenth, rest))
+    if sum(sizes.values()) > available or min(sizes.values()) == 0:
+        wanted = " + ".join(f"{name}_images ({size})" for name, size in sizes.items())
+        raise InputError(f"data.{wanted} do not fit the {available} training images of {config.root or config.name}")
+    return sizes
+
+
+def _stratified_order(labels_N: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """An order of all images in which every stretch holds the classes in proportion, to one image a
+    class: image r of a shuffled class of c images comes at (r + 1/2) / c."""
+    shuffled_N = permutation(len(labels_N), seed, 0)
+    place_N = np.empty(len(labels_N))
+    for label in np.unique(labels_N):
+        members = shuffled_N[labels_N[shuffled_N] == label]
+        place_N[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return shuffled_N[np.argsort(place_N[shuffled_N], kind="stable")]
+
+
+def _images(pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> Images:
+    return Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _digits(config: Data) -> Dataset:
+    """scikit-learn's 1,797 digits of 8x8 pixels, each pixel four by four; a fixed fifth is the test part."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small_NHW = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    pixels_NHWC = np.repeat(np.kron(small_NHW, np.ones((1, 4, 4), np.uint8))[..., None], 3, axis=3)
+    order_N = _stratified_order(digits.target, seed=0)
+    test_N, train_N = np.split(order_N, [len(order_N) // 5])
+    classes = tuple(str(name) for name in digits.target_names)
+    return Dataset(
+        _images(pixels_NHWC[train_N], digits.target[train_N]),
+        _images(pixels_NHWC[test_N], digits.target[test_N]),
+        classes,
+    )
+
+
+def _torchvision(config: Data) -> Dataset:
+    """CIFAR-10 or Fashion-MNIST (padded to 32x32, grey to RGB) through torchvision, which verifies the files."""
+    import torchvision
+
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "fashion-mnist": torchvision.datasets.FashionMNIST}[config.name]
+    root = Path(config.root or Path("data") / config.name)
+    parts = []
+    for train in (True, False):
+        try:
+            part = kind(str(root), train=train, download=config.download)
+        except (OSError, RuntimeError, EOFError, ValueError) as error:
+            advice = "" if config.download else " (data.download is off)"
+            raise InputError(f"data.root {root}: {config.name} is missing or corrupt{advice}: {error}") from None
+        pixels = np.asarray(part.data)
+        if pixels.ndim == 3:
+            margin = (SIDE - pixels.shape[1]) // 2
+            pixels = np.pad(pixels, ((0, 0), (margin, margin), (margin, margin)))
+            pixels = np.repeat(pixels[..., None], 3, axis=3)
+        parts.append(_images(pixels, np.asarray(part.targets)))
+    return Dataset(parts[0], parts[1], tuple(part.classes))
+
+
+def _folder(config: Data) -> Dataset:
+    """train/<class>/* and test/<class>/* of images of any size, decoded once into a cache."""
+    root = Path(str(config.root))
+    if not root.is_dir():
+        raise InputError(f"data.root {root}: no such folder")
+    files = {part: _list_images(root / part) for part in ("train", "test")}
+    classes = tuple(files["train"])
+    if classes != tuple(files["test"]):
+        odd = sorted(set(classes) ^ set(files["test"]))
+        raise InputError(f"data.root {root}: class {odd[0]!r} is not in both train and test")
+    cached = _decoded(root, files)
+    labels = {
+        part: np.repeat(np.arange(len(classes)), [len(paths) for paths in by_class.values()])
+        for part, by_class in files.items()
+    }
+    return Dataset(_images(cached["train"], labels["train"]), _images(cached["test"], labels["test"]), classes)
+
+
+def _list_images(part: Path) -> dict[str, list[Path]]:
+    """The image files of each class, both sorted by name."""
+    if not part.is_dir():
+        raise InputError(f"data.root: {part}: no such folder (expected {part.name}/<class>/<image>)")
+    by_class = {
+        folder.name: sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        for folder in sorted(part.iterdir())
+        if folder.is_dir() and not folder.name.startswith(".")
+    }
+    if not by_class:
+        raise InputError(f"data.root: {part}: holds no class folders")
+    for name, paths in by_class.items():
+        if not paths:
+            raise InputError(f"data.root: {part / name}: class {name!r} has no images")
+    return by_class
+
+
+def _decoded(root: Path, files: dict[str, dict[str, list[Path]]]) -> dict[str, NDArray[np.uint8]]:
+    """The pixels of all files, from the cache when no file changed since it was written."""
+    listing = [
+        (str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns)
+        for by_class in files.values()
+        for paths in by_class.values()
+        for path in paths
+    ]
+    state = hashlib.sha256(json.dumps([SIDE, listing]).encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spartan-ray"
+    cache = folder / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.npz"
+    try:
+        with np.load(cache, allow_pickle=False) as stored:
+            if str(stored["state"]) == state:
+                return {part: stored[part] for part in files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # no cache yet, or one that is torn: it is written anew
+    decoded = {
+        part: np.stack([_decode(path) for paths in by_class.values() for path in paths])
+        for part, by_class in files.items()
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_name(f"{cache.stem}.{os.getpid()}.tmp.npz")
+        np.savez(temporary, state=np.array(state), train=decoded["train"], test=decoded["test"])
+        temporary.replace(cache)
+    except OSError as error:
+        print(f"no cache of decoded images, decoding again next time: {error}")
+    return decoded
+
+
+def _decode(path: Path) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+            if rgb.size != (SIDE, SIDE):
+                rgb = rgb.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            return np.asarray(rgb)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"data.root: {path}: not a readable image: {error}") from None
+
+
+LOADERS: dict[str, Callable[[Data], Dataset]] = {
+    "cifar10": _torchvision,
+    "fashion-mnist": _torchvision,
+    "digits": _digits,
+    "folder": _folder,
+}

@@ -1,0 +1,361 @@
+"""The loop of a run, and the Ray actor that owns the parent and runs it.
+
+Shapes: D parameters, K members, N images of a generation.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.actor import ActorHandle
+
+from spartan_ray.checkpoint import save_weights
+from spartan_ray.config import Config, InputError, dump_config
+from spartan_ray.data import load_splits, permutation
+from spartan_ray.evaluator import ParentState
+from spartan_ray.fitness import Normaliser, score
+from spartan_ray.journal import write_journal
+from spartan_ray.model import FlatModel, initial_model
+from spartan_ray.noise import RMS
+from spartan_ray.parent import Trainer
+from spartan_ray.pool import Pool, WorkerSpec, claim_device, resolve_cluster
+from spartan_ray.strategies import Members, Move, make_strategy
+
+# Key of `permutation` for the fitness images of a generation.
+IMAGES_OF_GENERATION = 1 << 33
+# The train loss is taken on so many SGD images at most: the same ones every epoch.
+TRAIN_LOSS_IMAGES = 5000
+# Above this ratio of update to mutation every measured update made the parent worse.
+STEP_RATIO_LIMIT = 1.4
+
+Row = dict[str, Any]
+
+
+class Stopped(Exception):
+    """The user asked the run to end."""
+
+
+@dataclass
+class Progress:
+    """What a run is at; `rows` and `notes` grow, so that a reader can ask for the new ones."""
+
+    folder: str | None = None
+    phase: str = "starting"
+    epoch: int = 0
+    epochs: int = 0
+    unit: str = ""
+    done: int = 0
+    total: int = 0
+    images: int = 0
+    started: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    worker_pids: list[int] = field(default_factory=list)
+
+
+class Driver:
+    """Owns the parent and runs the loop. `run` takes the run's time; the other methods answer meanwhile."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.progress = Progress(epochs=config.run.epochs)
+        self.stopping = threading.Event()
+        self.pool: Pool | None = None
+
+    def run(self) -> bool:
+        """The whole run. False when `stop` ended it early."""
+        try:
+            self._set_up()
+            evolve_every = self.config.evolution.every if self.strategy else math.inf
+            for epoch in range(1, self.config.run.epochs + 1):
+                self.progress.epoch = epoch
+                row = self._evolve(epoch) if epoch % evolve_every == 0 else self._train(epoch)
+                self._record({"epoch": epoch} | row | self._score_splits())
+            self._finish()
+        except Stopped:
+            return False
+        finally:
+            if self.pool:
+                self.pool.close()
+        return True
+
+    def _train(self, epoch: int) -> Row:
+        """An epoch of gradient descent on the SGD split."""
+        self._begin("sgd", "images", len(self.splits.sgd))
+        started = time.perf_counter()
+        images = self.trainer.train_epoch(epoch, lambda count: self._advance(count, count))
+        seconds = time.perf_counter() - started
+        return {"kind": "sgd", "seconds": seconds, "images_per_second": images / seconds}
+
+    def _evolve(self, generation: int) -> Row:
+        """An evolve phase: ask, evaluate, tell, and move the parent."""
+        assert self.strategy and self.pool
+        retries, started = self.pool.retries, time.perf_counter()
+        members = self.strategy.ask(self.config.run.seed, generation)
+        state = self._state(generation, generation)
+        self._begin("evolve", "members", len(members) + 2)
+        fitness_K, broadcast_seconds = self.pool.evaluate(state, _with_parent(members))
+        before, fitness_K = float(fitness_K[0]), fitness_K[1:]
+        scored = time.perf_counter()
+
+        move = self.strategy.tell(fitness_K)
+        write_journal(self.folder / "journal", generation, members, fitness_K, move)
+        step_ratio = self._apply(members, move)
+        updated = time.perf_counter()
+
+        after = before
+        if move.accepted:
+            # The same images, but another broadcast: its key is negative, so that no other has it.
+            after = float(self.pool.evaluate(self._state(-generation, generation), PARENT)[0][0])
+        self._advance(self.progress.total - self.progress.done)
+        if move.note:
+            self._note(f"epoch {generation}: {move.note}")
+        if step_ratio > STEP_RATIO_LIMIT:
+            self._note(
+                f"epoch {generation}: the step ratio {step_ratio:.2f} is above {STEP_RATIO_LIMIT}: "
+                "a smaller evolution.lr is likely to do better"
+            )
+        images = (len(members) + 1) * len(state.image_N)
+        finite_K = fitness_K[np.isfinite(fitness_K)]
+        statistics = {
+            f"fitness_{name}": float(getattr(finite_K, name)()) if len(finite_K) else math.nan
+            for name in ("min", "mean", "max", "std")
+        }
+        return {
+            "kind": "evolve",
+            "seconds": time.perf_counter() - started,
+            "images_per_second": images / (scored - started),
+            "population": len(members),
+            "fitness_images": len(state.image_N),
+            **statistics,
+            "fitness_nonfinite": move.nonfinite,
+            "parent_fitness_before": before,
+            "parent_fitness_after": after,
+            "accepted": move.accepted,
+            "note": move.note,
+            "step_ratio": step_ratio,
+            "scoring_seconds": scored - started,
+            "update_seconds": updated - scored,
+            "broadcast_seconds": broadcast_seconds,
+            "retries": self.pool.retries - retries,
+            "workers": len(self.pool.infos),
+        }
+
+    def _apply(self, members: Members, move: Move) -> float:
+        """theta += scale * sum_k weight_k sign_k noise_k. Returns the norm of that over one mutation's."""
+        if not move.accepted:
+            return 0.0
+        assert self.pool
+        seed_K, weight_K = merge_seeds(members, move)
+        sum_D = torch.from_numpy(self.pool.weighted_sum(seed_K, weight_K, self.model.theta_D.numel()))
+        with torch.no_grad():
+            self.model.theta_D += sum_D.to(self.device) * members.scale
+        return float(sum_D.double().norm()) / (RMS[self.config.evolution.noise] * math.sqrt(sum_D.numel()))
+
+    def _state(self, key: int, generation: int) -> ParentState:
+        """The parent as it is now, with the generation's fitness images."""
+        split, wanted = len(self.splits.evolution), self.config.evolution.fitness_images
+        image_N = np.sort(permutation(split, self.config.run.seed, IMAGES_OF_GENERATION + generation)[:wanted])
+        buffers = [buffer.cpu().numpy() for buffer in self.model.buffers]
+        return ParentState(key, self.model.theta_D.detach().cpu().numpy(), buffers, image_N)
+
+    def _score_splits(self) -> Row:
+        """Loss and accuracy of the parent on every split, and its loss on a sample of the SGD split."""
+        self._begin("score", "splits", 4)
+        started = time.perf_counter()
+        sample = self.splits.sgd[slice(0, TRAIN_LOSS_IMAGES)]
+        row: Row = {"train_loss": score(self.model.module, sample, self.normalise).loss}
+        self._advance(1)
+        for name in ("evolution", "validation", "test"):
+            row[f"{name}_loss"], row[f"{name}_accuracy"] = score(
+                self.model.module, getattr(self.splits, name), self.normalise
+            )
+            self._advance(1)
+        return row | {"evaluation_seconds": time.perf_counter() - started}
+
+    def _set_up(self) -> None:
+        """Load the data, make the parent and the run folder, start the workers."""
+        config = self.config
+        threads = config.parent.threads or config.cluster.driver_cpus or len(os.sched_getaffinity(0))
+        config = config.model_copy(update={"parent": config.parent.model_copy(update={"threads": threads})})
+        self.device = claim_device(threads)
+        splits = load_splits(config.data, config.run.seed)
+        wanted, available = config.evolution.fitness_images, len(splits.evolution)
+        if wanted and wanted > available:
+            raise InputError(f"evolution.fitness_images ({wanted}) is larger than the evolution split ({available})")
+        self.splits = splits.to(self.device)
+        module, notes = initial_model(config.parent, len(splits.classes), config.run.seed)
+        self.model = FlatModel(module, self.device)
+        self.normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
+        self.strategy = make_strategy(config.evolution)
+        self.config, self.description = config, {
+            "model": config.parent.model,
+            "stem": config.parent.stem,
+            "classes": splits.classes,
+            "mean": splits.mean_C,
+            "std": splits.std_C,
+        }
+        if self.strategy:
+            assert isinstance(config.cluster.workers, int)
+            spec = WorkerSpec(
+                config.parent,
+                config.evolution,
+                splits.evolution,
+                len(splits.classes),
+                splits.mean_C,
+                splits.std_C,
+                config.cluster.cpus_per_worker,
+            )
+            self.pool = Pool(spec, config.cluster, self._note, self._members_done)
+            self.pool.wait_until_joined()
+            self.progress.worker_pids = [info.pid for info in self.pool.infos]
+        self.trainer = Trainer(
+            config.parent, self.model, self.splits.sgd, self.normalise, config.run.seed, config.data.augment
+        )
+        self.folder = make_run_folder(Path(config.run.out), config.run.name)
+        (self.folder / "config.yaml").write_text(dump_config(config))
+        (self.folder / "environment.json").write_text(json.dumps(self._environment(), indent=2) + "\n")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+        self.progress.folder = str(self.folder)
+        for note in notes:
+            self._note(note)
+
+    def _environment(self) -> Row:
+        packages = ("spartan-ray", "ray", "torch", "torchvision", "numpy", "numba", "pandas")
+        return {
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "git_commit": _git_commit(),
+            "processor": _processor(),
+            "driver": {"host": platform.node(), "pid": os.getpid(), "device": str(self.device)},
+            "workers": [
+                {key: value for key, value in asdict(info).items() if key != "fingerprint"}
+                for info in (self.pool.infos if self.pool else [])
+            ],
+        }
+
+    def _record(self, row: Row) -> None:
+        """Append a line to metrics.jsonl; what is not finite becomes null, as JSON has no word for it."""
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        with open(self.folder / "metrics.jsonl", "a") as lines:
+            lines.write(json.dumps(row, allow_nan=False) + "\n")
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and key != "epoch":
+                self.tensorboard.add_scalar(key, value, row["epoch"])
+        self.progress.rows.append(row)
+
+    def _finish(self) -> None:
+        save_weights(self.folder / "final.safetensors", self.model.state_dict(), json.dumps(self.description))
+        self.tensorboard.close()
+        self._begin("done", "", 0)
+
+    def _begin(self, phase: str, unit: str, total: int) -> None:
+        progress = self.progress
+        progress.phase, progress.unit, progress.total = phase, unit, total
+        progress.done = progress.images = 0
+        progress.started = time.time()
+
+    def _members_done(self, count: int) -> None:
+        self._advance(count, count * (self.config.evolution.fitness_images or len(self.splits.evolution)))
+
+    def _advance(self, done: int, images: int = 0) -> None:
+        if self.stopping.is_set():
+            raise Stopped
+        self.progress.done += done
+        self.progress.images += images
+
+    def _note(self, text: str) -> None:
+        self.progress.notes.append(text)
+
+    def look(self, rows: int, notes: int) -> Progress:
+        """Where the run is, with the rows and notes after the first `rows` and `notes`."""
+        values = vars(self.progress)
+        return Progress(**values | {"rows": values["rows"][rows:], "notes": values["notes"][notes:]})
+
+    def stop(self) -> None:
+        """Let `run` end at the next batch or result."""
+        self.stopping.set()
+
+
+# The parent as a member: sign 0 adds nothing, so it is scored by the very path that scores descendants.
+PARENT = Members(np.zeros(1, np.uint64), np.zeros(1, np.int8), scale=0.0)
+
+
+def _with_parent(members: Members) -> Members:
+    return Members(
+        np.concatenate([PARENT.seed_K, members.seed_K]),
+        np.concatenate([PARENT.sign_K, members.sign_K]),
+        members.scale,
+    )
+
+
+def merge_seeds(members: Members, move: Move) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+    """One signed weight a seed, in the order of first use: a mirrored pair costs its noise once, and a
+    seed without weight nothing."""
+    seed_U, first_U, index_K = np.unique(members.seed_K, return_index=True, return_inverse=True)
+    weight_U = np.zeros(len(seed_U))
+    np.add.at(weight_U, index_K, move.weight_K * members.sign_K)
+    order_U = np.argsort(first_U)
+    order_U = order_U[weight_U[order_U] != 0]
+    return seed_U[order_U], weight_U[order_U].astype(np.float32)
+
+
+def make_run_folder(out: Path, name: str) -> Path:
+    """A new folder out/name, or out/name-2, ... when it is taken."""
+    number = 1
+    while True:
+        folder = out / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise InputError(f"run.out {out}: cannot make a run folder: {error}") from None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def start_driver(config: Config) -> ActorHandle[Any]:
+    """The driver actor of a run on the Ray that this process is connected to.
+
+    Raises InputError when the workers that the configuration asks for do not fit."""
+    cluster = resolve_cluster(config.cluster, ray.cluster_resources())
+    # Two threads: one runs the loop, the other answers look and stop.
+    actor = ray.remote(Driver).options(
+        num_cpus=cluster.driver_cpus, num_gpus=cluster.driver_gpus, max_concurrency=2
+    )
+    return actor.remote(config.model_copy(update={"cluster": cluster}))

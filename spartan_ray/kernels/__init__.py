@@ -1,0 +1,1 @@
+"""Noise kernels: `descend` and `accumulate` fused with the generator, one file a device type."""

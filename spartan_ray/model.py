@@ -1,0 +1,171 @@
+"""The networks, their initial weights, and FlatModel: one vector of parameters under a module."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from spartan_ray.config import InputError, Parent
+
+
+class LiveConv2d(nn.Conv2d):
+    """A convolution that skips its dead taps: those that only ever meet padding.
+
+    On a 1x1 map a padded 3x3 kernel uses nothing but its centre. Same parameters, same function, same
+    gradient (zero for dead taps); on 32x32 images two thirds of ResNet18's parameters are dead.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows, top = self._live_taps(input.shape[2], axis=0)
+        columns, left = self._live_taps(input.shape[3], axis=1)
+        return F.conv2d(input, self.weight[:, :, rows, columns], self.bias, self.stride, (top, left))
+
+    def _live_taps(self, size: int, axis: int) -> tuple[slice, int]:
+        """The taps that meet the input on an axis of this size, and the padding left before them."""
+        taps, stride, padding = self.kernel_size[axis], self.stride[axis], int(self.padding[axis])
+        outputs = (size + 2 * padding - taps) // stride + 1
+        # Output o reads rows o * stride - padding + tap.
+        live = [
+            tap for tap in range(taps) if any(0 <= o * stride - padding + tap < size for o in range(outputs))
+        ]
+        first, last = live[0], live[-1]
+        kept_padding = padding - first
+        if kept_padding < 0 or (size + 2 * kept_padding - (last - first + 1)) // stride + 1 != outputs:
+            return slice(None), padding
+        return slice(first, last + 1), kept_padding
+
+
+def build_model(config: Parent, classes: int) -> nn.Module:
+    """The network of the configuration with torch's current random state as its initial weights."""
+    if config.model == "convnet":
+        return _convnet(classes)
+    from torchvision.models import resnet18
+
+    network = resnet18(num_classes=classes)
+    if config.stem == "cifar":
+        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    for module in network.modules():
+        if type(module) is nn.Conv2d and module.padding != (0, 0):
+            module.__class__ = LiveConv2d
+    return network
+
+
+def _convnet(classes: int) -> nn.Module:
+    def block(channels_in: int, channels_out: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(3, 16), *block(16, 32), *block(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)
+    )
+
+
+def initial_model(config: Parent, classes: int, seed: int) -> tuple[nn.Module, list[str]]:
+    """The parent at the start of a run, and what is to be said of its weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_model(config, classes)
+    if config.weights == "none":
+        return network, []
+    path = _imagenet_file(config) if config.weights == "imagenet" else Path(config.weights)
+    return network, _load_weights(network, path, _read_state(path))
+
+
+def _imagenet_file(config: Parent) -> Path:
+    """torchvision's ImageNet weights of the model, from torch's cache or downloaded into it."""
+    if config.model != "resnet18":
+        raise InputError(f"parent.weights: there are no imagenet weights for parent.model {config.model}")
+    from torchvision.models import ResNet18_Weights
+
+    url = ResNet18_Weights.IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1], progress=False)
+        except (URLError, OSError, RuntimeError) as error:
+            raise InputError(
+                f"parent.weights: cannot download the imagenet weights ({error}): fetch {url} and put it at {path}"
+            ) from None
+    return path
+
+
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from a file. Nothing in the file is ever executed."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"parent.weights {path}: cannot be read as weights: {reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"parent.weights {path}: holds no state dict (name: tensor)")
+    return state
+
+
+def _load_weights(network: nn.Module, path: Path, state: dict[str, torch.Tensor]) -> list[str]:
+    """Copy a state dict into the network; only a classifier of another width may differ."""
+    own = network.state_dict()
+    classifier = [name for name, _ in network.named_parameters()][-2:]
+    notes = []
+    for name in sorted(own.keys() | state.keys()):
+        if name not in own:
+            raise InputError(f"parent.weights {path}: {name} is not in the network (parent.model)")
+        if name not in state:
+            raise InputError(f"parent.weights {path}: {name} is missing")
+        if state[name].shape != own[name].shape:
+            if name not in classifier or state[name].shape[1:] != own[name].shape[1:]:
+                raise InputError(
+                    f"parent.weights {path}: {name} is {tuple(state[name].shape)}, the network's is "
+                    f"{tuple(own[name].shape)} (parent.model, parent.stem)"
+                )
+            notes.append(f"{name}: {len(state[name])} classes in {path}, {len(own[name])} here: re-initialised")
+            state[name] = own[name]
+    network.load_state_dict(state)
+    return notes
+
+
+class FlatModel:
+    """A module whose parameters are views of one vector.
+
+    theta_D holds the parameters in `named_parameters()` order, 4-D weights channels-last (O, H, W, I),
+    which is how both the noise contract counts them and convolutions run fastest. Writing theta_D is
+    writing the module. buffers are BatchNorm's statistics, in `named_buffers()` order.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.module = module.to(device)
+        parameters = list(module.parameters())
+        self.theta_D = torch.empty(sum(p.numel() for p in parameters), device=device)
+        start = 0
+        for parameter in parameters:
+            part = self.theta_D[start : start + parameter.numel()]
+            start += parameter.numel()
+            if parameter.dim() == 4:
+                out_channels, in_channels, height, width = parameter.shape
+                view = part.view(out_channels, height, width, in_channels).permute(0, 3, 1, 2)
+            else:
+                view = part.view(parameter.shape)
+            view.copy_(parameter.detach())
+            parameter.data = view
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        return list(self.module.buffers())
+
+    def load_buffers(self, buffers: list[torch.Tensor]) -> None:
+        for own, given in zip(self.buffers, buffers, strict=True):
+            own.copy_(given)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights as torchvision lays them out, on the CPU."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}

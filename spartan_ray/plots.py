@@ -1,0 +1,38 @@
+"""Pictures of runs: a measure over epochs, one line a run, evolve phases marked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def draw_measure(frames: Mapping[str, pd.DataFrame], measure: str, label: str, path: Path) -> None:
+    """Draw column `measure` of each run's metrics over epochs to a PNG."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    marked = False
+    for number, (name, frame) in enumerate(frames.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(frame["epoch"], frame[measure], color=colour, linewidth=1.8, label=name)
+        evolve = frame[frame["kind"] == "evolve"]
+        axes.scatter(evolve["epoch"], evolve[measure], color=colour, edgecolor="white", s=46, zorder=3)
+        marked = marked or len(evolve) > 0
+    if marked:
+        axes.scatter([], [], color="grey", s=46, label="after an evolve phase")
+    axes.set(xlabel="epoch", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,336 @@
+"""The Ray workers: dispatch, retry, replacement. Shapes: D parameters, K members.
+
+Both things that workers do cover a range with tasks: members 0..K-1 with chunks to score, elements
+0..D-1 with slices of the update. `_cover` is the one engine for both. A worker that dies costs what
+was queued on it, which others do again; since a task's result depends on nothing but its range, the
+outcome is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.actor import ActorHandle
+from ray.exceptions import ObjectLostError, RayActorError
+
+from spartan_ray.config import Cluster, Evolution, InputError, Parent
+from spartan_ray.data import Images
+from spartan_ray.evaluator import Evaluator, ParentState
+from spartan_ray.fitness import Normaliser
+from spartan_ray.model import build_model
+from spartan_ray.noise import fingerprint, fingerprint_agrees
+from spartan_ray.strategies.base import Members
+
+# Tasks on a worker: one that runs and one that is ready when it ends.
+QUEUED_PER_WORKER = 2
+# Length of an automatic chunk: long against Ray's overhead of a task, short against a generation.
+CHUNK_SECONDS = 2.0
+# Workers that may die in a row, for each worker of the pool, before the run is given up.
+DEATHS_PER_WORKER = 3
+# How long to wait for a result before looking whether the run is to stop.
+POLL_SECONDS = 0.5
+
+
+class PoolError(Exception):
+    """The workers cannot do the work; the message says why."""
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker needs to build its evaluator; sent once."""
+
+    parent: Parent
+    evolution: Evolution
+    images: Images  # the evolution split
+    classes: int
+    mean_C: tuple[float, ...]
+    std_C: tuple[float, ...]
+    threads: int
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """What a worker says of itself when it joins."""
+
+    host: str
+    pid: int
+    device: str
+    fingerprint: NDArray[np.float32]
+
+    def __str__(self) -> str:
+        return f"worker {self.pid} on {self.host} ({self.device})"
+
+
+def claim_device(threads: int) -> torch.device:
+    """The device that Ray assigned to this process, set up for repeatable results."""
+    torch.set_num_threads(threads)
+    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        return torch.device("cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda", 0)
+
+
+class Worker:
+    """The actor around one evaluator."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.device = claim_device(spec.threads)
+        self.evaluator = Evaluator(
+            build_model(spec.parent, spec.classes),
+            spec.images,
+            Normaliser(spec.mean_C, spec.std_C, self.device),
+            spec.evolution.noise,
+            spec.evolution.fitness,
+            self.device,
+        )
+        self.parent_key: int | None = None
+
+    def join(self) -> WorkerInfo:
+        sample = fingerprint(self.evaluator.kernel)
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return WorkerInfo(socket.gethostname(), os.getpid(), name, sample)
+
+    def evaluate(self, parent: ParentState, members: Members) -> tuple[NDArray[np.float64], float, float]:
+        """The members' fitnesses, and the seconds it took to load the parent and to score them."""
+        start = time.perf_counter()
+        if parent.key != self.parent_key:
+            self.evaluator.load(parent)
+            self.parent_key = parent.key
+        loaded = time.perf_counter()
+        fitness_K = self.evaluator.evaluate(members)
+        return fitness_K, loaded - start, time.perf_counter() - loaded
+
+    def accumulate(
+        self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
+    ) -> NDArray[np.float32]:
+        return self.evaluator.accumulate(seed_K, weight_K, start, stop)
+
+
+def resolve_cluster(cluster: Cluster, resources: dict[str, float]) -> Cluster:
+    """The cluster section with every automatic value decided from what Ray has.
+
+    Raises InputError when the workers that are asked for do not fit."""
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    gpus_per_worker = cluster.gpus_per_worker
+    if gpus_per_worker is None:
+        gpus_per_worker = 0.9 if gpus else 0.0
+    driver_gpus = cluster.driver_gpus
+    if driver_gpus is None:
+        driver_gpus = 0.1 if gpus else 0.0
+    fit = (cpus - cluster.driver_cpus) // cluster.cpus_per_worker
+    demand = f"{cluster.cpus_per_worker} CPUs each (cluster.cpus_per_worker)"
+    if gpus_per_worker:
+        demand = f"{gpus_per_worker:g} GPUs (cluster.gpus_per_worker) and {demand}"
+        fit = min(fit, _workers_on_gpus(gpus, gpus_per_worker, driver_gpus))
+    workers = max(fit, 1) if cluster.workers == "auto" else cluster.workers
+    if workers > fit or driver_gpus > gpus:
+        raise InputError(
+            f"cluster.workers ({cluster.workers}) of {demand} beside a driver of {cluster.driver_cpus} CPUs and "
+            f"{driver_gpus:g} GPUs do not fit the {cpus} CPUs and {gpus} GPUs of this Ray"
+        )
+    return cluster.model_copy(
+        update={"workers": workers, "gpus_per_worker": gpus_per_worker, "driver_gpus": driver_gpus}
+    )
+
+
+def _workers_on_gpus(gpus: int, per_worker: float, driver: float) -> int:
+    """How many workers fit when a fraction of a GPU never spans two of them."""
+    tolerance = 1e-9
+    if per_worker > 1:
+        return int((gpus - driver + tolerance) // per_worker)
+    per_gpu = int((1 + tolerance) // per_worker)
+    beside_driver = int((1 - driver + tolerance) // per_worker) if driver <= 1 else 0
+    return max(0, gpus - 1) * per_gpu + beside_driver if gpus else 0
+
+
+@dataclass
+class _Slot:
+    """A place in the pool and the worker that fills it."""
+
+    worker: ActorHandle[Any]
+    info: WorkerInfo | None = None  # None until it joined
+    queued: int = 0
+
+
+@dataclass
+class _InFlight:
+    slot: _Slot
+    span: tuple[int, int] | None  # None: the worker is joining
+
+
+class Pool:
+    """The workers of a run. `note` takes one-line messages for the user, `advance` the members that
+    are done as they come in; it may raise to end the run, after which the pool is to be closed."""
+
+    def __init__(
+        self, spec: WorkerSpec, cluster: Cluster, note: Callable[[str], None], advance: Callable[[int], None]
+    ) -> None:
+        assert isinstance(cluster.workers, int) and cluster.gpus_per_worker is not None, "resolved before"
+        self.spec = ray.put(spec)
+        self.noise = spec.evolution.noise
+        self.size = cluster.workers
+        self.chunk = cluster.chunk
+        self.note, self.advance = note, advance
+        self.actor = ray.remote(Worker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
+        self.slots: list[_Slot] = []
+        self.in_flight: dict[Any, _InFlight] = {}
+        self.retries = 0
+        self.deaths_in_a_row = 0
+        self.seconds_per_member: float | None = None
+        for _ in range(self.size):
+            self._start_worker()
+
+    @property
+    def infos(self) -> list[WorkerInfo]:
+        """The workers that have joined."""
+        return [slot.info for slot in self.slots if slot.info]
+
+    def wait_until_joined(self) -> None:
+        """Return when every worker has joined or was refused."""
+        while any(slot.info is None for slot in self.slots):
+            self._collect()
+
+    def evaluate(self, parent: ParentState, members: Members) -> tuple[NDArray[np.float64], float]:
+        """The fitness of every member, and the seconds that the slowest broadcast took."""
+        started = time.perf_counter()
+        parent_ref = ray.put(parent)
+        put_seconds, load_seconds = time.perf_counter() - started, 0.0
+        fitness_K = np.full(len(members), np.nan)
+
+        def submit(worker: ActorHandle[Any], start: int, stop: int) -> Any:
+            part = Members(members.seed_K[start:stop], members.sign_K[start:stop], members.scale)
+            return worker.evaluate.remote(parent_ref, part)
+
+        for (start, stop), result in self._cover(len(members), self._chunk_size, submit):
+            fitness_K[start:stop], seconds_to_load, seconds = result
+            load_seconds = max(load_seconds, seconds_to_load)
+            self.seconds_per_member = seconds / (stop - start)
+            self.advance(stop - start)
+        return fitness_K, put_seconds + load_seconds
+
+    def weighted_sum(
+        self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], size_D: int
+    ) -> NDArray[np.float32]:
+        """sum_k weight_k * noise_k, D float32, computed by the workers in one slice each."""
+        seed_ref, weight_ref = ray.put(seed_K), ray.put(weight_K)
+        slice_size = -(-size_D // max(1, len(self.slots)))
+        sum_D = np.empty(size_D, np.float32)
+
+        def submit(worker: ActorHandle[Any], start: int, stop: int) -> Any:
+            return worker.accumulate.remote(seed_ref, weight_ref, start, stop)
+
+        for (start, stop), part in self._cover(size_D, lambda left: slice_size, submit):
+            sum_D[start:stop] = part
+        return sum_D
+
+    def close(self) -> None:
+        """End all workers."""
+        for slot in self.slots:
+            ray.kill(slot.worker)
+        self.slots.clear()
+        self.in_flight.clear()
+
+    def _chunk_size(self, left: int) -> int:
+        """Chunks shrink towards the end, so that the workers finish together."""
+        if self.chunk != "auto":
+            return self.chunk
+        if self.seconds_per_member is None:
+            return 1
+        share = -(-left // (2 * QUEUED_PER_WORKER * self.size))
+        return max(1, min(share, int(CHUNK_SECONDS / max(self.seconds_per_member, 1e-9))))
+
+    def _cover(
+        self, total: int, next_size: Callable[[int], int], submit: Callable[[ActorHandle[Any], int, int], Any]
+    ) -> Iterator[tuple[tuple[int, int], Any]]:
+        """Do 0..total-1 in spans of next_size(what is left), in any order; yield each span's result once."""
+        waiting = deque([(0, total)])
+        while waiting or any(task.span for task in self.in_flight.values()):
+            self._top_up(waiting, next_size, submit)
+            done, lost = self._collect()
+            waiting.extendleft(lost)
+            yield from done
+
+    def _collect(self) -> tuple[list[tuple[tuple[int, int], Any]], list[tuple[int, int]]]:
+        """Wait for something to end, or a moment; the spans done with their results, and those lost."""
+        if not self.slots:
+            raise PoolError("no workers are left: all were refused")
+        ready, _ = ray.wait(list(self.in_flight), num_returns=1, timeout=POLL_SECONDS)
+        self.advance(0)
+        done, lost = [], []
+        for ref in ready:
+            task = self.in_flight.pop(ref)
+            task.slot.queued -= 1
+            try:
+                result = ray.get(ref)
+            except (RayActorError, ObjectLostError) as error:
+                self._replace(task.slot, error)
+                if task.span:
+                    self.retries += 1
+                    lost.append(task.span)
+                continue
+            if task.span:
+                self.deaths_in_a_row = 0
+                done.append((task.span, result))
+            else:
+                self._welcome(task.slot, result)
+        return done, lost
+
+    def _top_up(
+        self,
+        waiting: deque[tuple[int, int]],
+        next_size: Callable[[int], int],
+        submit: Callable[[ActorHandle[Any], int, int], Any],
+    ) -> None:
+        """Queue spans on the workers that have joined, the idle ones first."""
+        for queued in range(QUEUED_PER_WORKER):
+            for slot in self.slots:
+                if not waiting:
+                    return
+                if slot.info is None or slot.queued > queued:
+                    continue
+                start, stop = waiting.popleft()
+                middle = min(stop, start + next_size(sum(b - a for a, b in waiting) + stop - start))
+                if middle < stop:
+                    waiting.appendleft((middle, stop))
+                ref = submit(slot.worker, start, middle)
+                slot.queued += 1
+                self.in_flight[ref] = _InFlight(slot, (start, middle))
+
+    def _start_worker(self) -> None:
+        slot = _Slot(self.actor.remote(self.spec), queued=1)
+        self.slots.append(slot)
+        self.in_flight[slot.worker.join.remote()] = _InFlight(slot, None)
+
+    def _welcome(self, slot: _Slot, info: WorkerInfo) -> None:
+        if fingerprint_agrees(self.noise, info.fingerprint):
+            slot.info = info
+            return
+        self.note(f"refused {info}: its noise fingerprint differs")
+        self.slots.remove(slot)
+        ray.kill(slot.worker)
+
+    def _replace(self, slot: _Slot, error: Exception) -> None:
+        """Put a new worker in the place of one that failed; its other tasks fail by themselves."""
+        if slot not in self.slots:
+            return
+        self.slots.remove(slot)
+        ray.kill(slot.worker)
+        self.deaths_in_a_row += 1
+        if self.deaths_in_a_row > DEATHS_PER_WORKER * self.size:
+            raise PoolError(f"{self.deaths_in_a_row} workers died in a row; the last one: {error}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        self.note(f"{slot.info or 'a worker that was starting'} was lost and is replaced: {reason}")
+        self._start_worker()

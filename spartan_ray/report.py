@@ -1,0 +1,176 @@
+"""Tables and a page from run folders. Reads only what is in them.
+
+metrics.jsonl, one line an epoch:
+  epoch, kind (sgd, evolve), seconds, evaluation_seconds, images_per_second,
+  train_loss (on a fixed sample of the SGD split, in evaluation mode),
+  {evolution,validation,test}_{loss,accuracy}
+and for an evolve phase:
+  population, fitness_images, fitness_{min,mean,max,std,nonfinite} over the members,
+  parent_fitness_{before,after} on the same images, accepted, note,
+  step_ratio (norm of the update over the norm of one mutation),
+  scoring_seconds, update_seconds, broadcast_seconds, retries, workers
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spartan_ray.config import Config, InputError, load_config
+
+PICTURES = {
+    "train_loss": "train loss",
+    "validation_accuracy": "validation accuracy",
+    "test_accuracy": "test accuracy",
+}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder, read."""
+
+    name: str
+    config: Config
+    metrics: pd.DataFrame
+    environment: dict[str, Any]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder. Raises InputError naming the file that is missing or unreadable."""
+    metrics = folder / "metrics.jsonl"
+    try:
+        frame = pd.DataFrame([json.loads(line) for line in metrics.read_text().splitlines()])
+        environment = json.loads((folder / "environment.json").read_text())
+    except OSError as error:
+        raise InputError(f"{error.filename}: not readable as a run folder: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{folder}: a record is not JSON: {error}") from None
+    missing = {"epoch", "kind", *PICTURES} - set(frame.columns)
+    if missing:
+        raise InputError(f"{metrics}: no {' or '.join(sorted(missing))} in it (no epoch has ended?)")
+    return RunRecord(folder.resolve().name, load_config(str(folder / "config.yaml")), frame, environment)
+
+
+def final_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row a run: where it ended, and the test accuracy at the epoch that validation would choose."""
+    rows = []
+    for name, frame in frames.items():
+        last, best = frame.iloc[-1], frame.loc[frame["validation_accuracy"].idxmax()]
+        evolve = frame[frame["kind"] == "evolve"]
+        rows.append(
+            {
+                "run": name,
+                "epochs": len(frame),
+                "evolve phases": f"{int(evolve['accepted'].sum())} of {len(evolve)} accepted" if len(evolve) else "-",
+                "train loss": f"{last['train_loss']:.4f}",
+                "validation accuracy": f"{last['validation_accuracy']:.4f}",
+                "test accuracy": f"{last['test_accuracy']:.4f}",
+                "test loss": f"{last['test_loss']:.4f}",
+                "best validation": f"{best['validation_accuracy']:.4f} (epoch {int(best['epoch'])})",
+                "test accuracy there": f"{best['test_accuracy']:.4f}",
+                "seconds": f"{frame['seconds'].sum() + frame['evaluation_seconds'].sum():.0f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def evolve_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row an evolve phase."""
+    rows = []
+    for name, frame in frames.items():
+        for _, phase in frame[frame["kind"] == "evolve"].iterrows():
+            rows.append(
+                {
+                    "run": name,
+                    "epoch": int(phase["epoch"]),
+                    "members": int(phase["population"]),
+                    "images": int(phase["fitness_images"]),
+                    "parent before": f"{phase['parent_fitness_before']:.4f}",
+                    "members' mean": f"{phase['fitness_mean']:.4f}",
+                    "best member": f"{phase['fitness_max']:.4f}",
+                    "parent after": f"{phase['parent_fitness_after']:.4f}",
+                    "moved": "yes" if phase["accepted"] else f"no: {phase['note']}",
+                    "step ratio": f"{phase['step_ratio']:.2f}",
+                    "scoring s": f"{phase['scoring_seconds']:.1f}",
+                    "update s": f"{phase['update_seconds']:.2f}",
+                    "images/s": f"{phase['images_per_second']:.0f}",
+                    "retries": int(phase["retries"]),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown."""
+    lines = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
+    """Write the pictures, report.md and report.html (self-contained); returns their paths."""
+    import jinja2
+
+    from spartan_ray.plots import draw_measure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    frames = unique_frames(runs)
+    pictures = {measure: folder / f"{measure}.png" for measure in PICTURES}
+    for measure, path in pictures.items():
+        draw_measure(frames, measure, PICTURES[measure], path)
+    final, phases = final_table(frames), evolve_table(frames)
+
+    text = f"# {', '.join(frames)}\n\n{markdown(final)}\n"
+    text += "\n".join(f"![{PICTURES[measure]}]({path.name})" for measure, path in pictures.items())
+    if len(phases):
+        text += f"\n\n## Evolve phases\n\n{markdown(phases)}"
+    report = folder / "report.md"
+    report.write_text(text + "\n")
+
+    template = (resources.files("spartan_ray") / "report.html.j2").read_text()
+    page = folder / "report.html"
+    page.write_text(
+        jinja2.Template(template, autoescape=True).render(
+            names=list(frames),
+            setups=[(name, _setup(run)) for name, run in zip(frames, runs, strict=True)],
+            pictures=[
+                (PICTURES[measure], base64.b64encode(path.read_bytes()).decode()) for measure, path in pictures.items()
+            ],
+            final=final.to_html(index=False, border=0),
+            phases=phases.to_html(index=False, border=0) if len(phases) else "",
+        )
+    )
+    return [*pictures.values(), report, page]
+
+
+def unique_frames(runs: list[RunRecord]) -> dict[str, pd.DataFrame]:
+    """The metrics by run name, a number added to a name that comes twice."""
+    frames: dict[str, pd.DataFrame] = {}
+    for run in runs:
+        name, number = run.name, 1
+        while name in frames:
+            number += 1
+            name = f"{run.name} ({number})"
+        frames[name] = run.metrics
+    return frames
+
+
+def _setup(run: RunRecord) -> str:
+    """The run in a line."""
+    data, parent, evolution = run.config.data, run.config.parent, run.config.evolution
+    text = f"{data.name}, {parent.model}, {parent.optimizer} at lr {parent.lr:g}, seed {run.config.run.seed}"
+    if data.sgd_on_evolution:
+        text += ", SGD on the evolution split too"
+    if evolution.strategy != "none":
+        text += (
+            f"; {evolution.strategy} every {evolution.every} epochs: {evolution.population} members by "
+            f"{evolution.fitness}, sigma {evolution.sigma:g}, lr {evolution.lr:g}"
+        )
+    versions = run.environment.get("versions", {})
+    return f"{text}; {run.environment.get('processor')}, torch {versions.get('torch')}"
