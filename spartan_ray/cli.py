@@ -6,8 +6,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +27,8 @@ REFRESH_SECONDS = 0.5
 # Seconds between plain lines within a phase, and seconds that a stopping run may take.
 LINE_SECONDS = 15.0
 STOP_SECONDS = 30.0
+# Seconds to wait for a Ray to answer.
+REACH_SECONDS = 5.0
 
 
 def main() -> None:
@@ -96,18 +100,19 @@ def train(arguments: list[str]) -> int:
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_reachable(address)
     try:
         if address == "local":
-            ray.init(address="local", include_dashboard=False, logging_level="WARNING", log_to_driver=False)
+            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
         else:
-            ray.init(address=address, logging_level="WARNING", log_to_driver=False)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"cluster.address {address}: no Ray answers there: {error}") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     driver = None
     try:
         driver = start_driver(config)
-        run = driver.run.remote()
+        run: Any = driver.run.remote()
         try:
             follow(driver, run)
             ray.get(run)
@@ -128,6 +133,17 @@ def train(arguments: list[str]) -> int:
         if driver:
             ray.kill(driver)
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself retries a dead address for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(f"cluster.address {address}: no Ray answers there: {error}") from None
 
 
 def follow(driver: Any, run: Any) -> None:

@@ -207,7 +207,7 @@ def load_config(name_or_file: str) -> Config:
         raise InputError(f"--config {name_or_file}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(sections, dict):
         raise InputError(f"--config {name_or_file}: expected sections, got {type(sections).__name__}")
-    values: dict[str, Section] = {}
+    values: dict[str, Any] = {}
     defaults = Config()
     for section, fields in sections.items():
         if section not in Config.model_fields:

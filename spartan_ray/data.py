@@ -84,9 +84,7 @@ def load_splits(config: Data, seed: int) -> Splits:
     order_N = _stratified_order(dataset.train.labels_N.numpy(), seed)
     # SGD comes last, so that its size leaves the other two splits as they are.
     ends = np.cumsum([sizes["validation"], sizes["evolution"], sizes["sgd"]])
-    validation, evolution, sgd = (
-        dataset.train[torch.from_numpy(part)] for part in np.split(order_N, ends)[:3]
-    )
+    validation, evolution, sgd = (dataset.train[torch.from_numpy(part)] for part in np.split(order_N, ends)[:3])
     for name, split in (("sgd", sgd), ("evolution", evolution), ("validation", validation)):
         present = torch.bincount(split.labels_N, minlength=len(dataset.classes))
         if (present == 0).any():
@@ -97,9 +95,7 @@ def load_splits(config: Data, seed: int) -> Splits:
                 f"none is left for the {name} split of {len(split)} (data.{name}_images)"
             )
     if config.sgd_on_evolution:
-        sgd = Images(
-            torch.cat([sgd.pixels_NHWC, evolution.pixels_NHWC]), torch.cat([sgd.labels_N, evolution.labels_N])
-        )
+        sgd = Images(torch.cat([sgd.pixels_NHWC, evolution.pixels_NHWC]), torch.cat([sgd.labels_N, evolution.labels_N]))
     pixels_C = sgd.pixels_NHWC.reshape(-1, 3).double()
     mean_C, std_C = pixels_C.mean(0) / 255, pixels_C.std(0) / 255
     return Splits(
@@ -114,8 +110,8 @@ def _split_sizes(config: Data, available: int) -> dict[str, int]:
     rest = available - sum(sizes.values())
     sizes["sgd"] = config.sgd_images or max(0, min(available - 2 * tenth, rest))
     if sum(sizes.values()) > available or min(sizes.values()) == 0:
-        wanted = " + ".join(f"{name}_images ({size})" for name, size in sizes.items())
-        raise InputError(f"data.{wanted} do not fit the {available} training images of {config.root or config.name}")
+        wanted = " + ".join(f"data.{name}_images ({size})" for name, size in sizes.items())
+        raise InputError(f"{wanted} do not fit the {available} training images of {config.root or config.name}")
     return sizes
 
 
@@ -220,7 +216,7 @@ def _decoded(root: Path, files: dict[str, dict[str, list[Path]]]) -> dict[str, N
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spartan-ray"
     cache = folder / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.npz"
     try:
-        with np.load(cache, allow_pickle=False) as stored:
+        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
             if str(stored["state"]) == state:
                 return {part: stored[part] for part in files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

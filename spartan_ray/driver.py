@@ -21,7 +21,6 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.actor import ActorHandle
 
 from spartan_ray.checkpoint import save_weights
 from spartan_ray.config import Config, InputError, dump_config
@@ -64,6 +63,7 @@ class Progress:
     started: float = 0.0
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    driver_pid: int = field(default_factory=os.getpid)
     worker_pids: list[int] = field(default_factory=list)
 
 
@@ -103,7 +103,8 @@ class Driver:
 
     def _evolve(self, generation: int) -> Row:
         """An evolve phase: ask, evaluate, tell, and move the parent."""
-        assert self.strategy and self.pool
+        assert self.strategy
+        assert self.pool
         retries, started = self.pool.retries, time.perf_counter()
         members = self.strategy.ask(self.config.run.seed, generation)
         state = self._state(generation, generation)
@@ -202,13 +203,16 @@ class Driver:
         self.model = FlatModel(module, self.device)
         self.normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
         self.strategy = make_strategy(config.evolution)
-        self.config, self.description = config, {
-            "model": config.parent.model,
-            "stem": config.parent.stem,
-            "classes": splits.classes,
-            "mean": splits.mean_C,
-            "std": splits.std_C,
-        }
+        self.config, self.description = (
+            config,
+            {
+                "model": config.parent.model,
+                "stem": config.parent.stem,
+                "classes": splits.classes,
+                "mean": splits.mean_C,
+                "std": splits.std_C,
+            },
+        )
         if self.strategy:
             assert isinstance(config.cluster.workers, int)
             spec = WorkerSpec(
@@ -253,8 +257,7 @@ class Driver:
     def _record(self, row: Row) -> None:
         """Append a line to metrics.jsonl; what is not finite becomes null, as JSON has no word for it."""
         row = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
         with open(self.folder / "metrics.jsonl", "a") as lines:
             lines.write(json.dumps(row, allow_nan=False) + "\n")
@@ -349,13 +352,11 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
-def start_driver(config: Config) -> ActorHandle[Any]:
+def start_driver(config: Config) -> Any:
     """The driver actor of a run on the Ray that this process is connected to.
 
     Raises InputError when the workers that the configuration asks for do not fit."""
     cluster = resolve_cluster(config.cluster, ray.cluster_resources())
     # Two threads: one runs the loop, the other answers look and stop.
-    actor = ray.remote(Driver).options(
-        num_cpus=cluster.driver_cpus, num_gpus=cluster.driver_gpus, max_concurrency=2
-    )
+    actor = ray.remote(Driver).options(num_cpus=cluster.driver_cpus, num_gpus=cluster.driver_gpus, max_concurrency=2)
     return actor.remote(config.model_copy(update={"cluster": cluster}))

@@ -32,9 +32,7 @@ class LiveConv2d(nn.Conv2d):
         taps, stride, padding = self.kernel_size[axis], self.stride[axis], int(self.padding[axis])
         outputs = (size + 2 * padding - taps) // stride + 1
         # Output o reads rows o * stride - padding + tap.
-        live = [
-            tap for tap in range(taps) if any(0 <= o * stride - padding + tap < size for o in range(outputs))
-        ]
+        live = [tap for tap in range(taps) if any(0 <= o * stride - padding + tap < size for o in range(outputs))]
         first, last = live[0], live[-1]
         kept_padding = padding - first
         if kept_padding < 0 or (size + 2 * kept_padding - (last - first + 1)) // stride + 1 != outputs:
@@ -48,7 +46,7 @@ def build_model(config: Parent, classes: int) -> nn.Module:
         return _convnet(classes)
     from torchvision.models import resnet18
 
-    network = resnet18(num_classes=classes)
+    network: nn.Module = resnet18(num_classes=classes)
     if config.stem == "cifar":
         network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         network.maxpool = nn.Identity()
@@ -85,7 +83,7 @@ def _imagenet_file(config: Parent) -> Path:
         raise InputError(f"parent.weights: there are no imagenet weights for parent.model {config.model}")
     from torchvision.models import ResNet18_Weights
 
-    url = ResNet18_Weights.IMAGENET1K_V1.url
+    url: str = ResNet18_Weights.IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -89,7 +89,8 @@ def member_seeds(run_seed: int, generation: int, count: int) -> NDArray[np.uint6
         [member_K, np.full_like(member_K, generation), np.full_like(member_K, SEED_DOMAIN), np.zeros_like(member_K)]
     )
     words_4K = philox4x32_10(counter_4K, split_key(run_seed))
-    return words_4K[0] | (words_4K[1] << np.uint64(32))
+    seed_K: NDArray[np.uint64] = words_4K[0] | (words_4K[1] << np.uint64(32))
+    return seed_K
 
 
 class Kernel(Protocol):

@@ -20,9 +20,7 @@ CROP_MARGIN = 4
 def make_optimizer(config: ParentConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of the configuration over all parameters."""
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
 

@@ -178,7 +178,7 @@ class Pool:
     def __init__(
         self, spec: WorkerSpec, cluster: Cluster, note: Callable[[str], None], advance: Callable[[int], None]
     ) -> None:
-        assert isinstance(cluster.workers, int) and cluster.gpus_per_worker is not None, "resolved before"
+        assert isinstance(cluster.workers, int), "resolved before"
         self.spec = ray.put(spec)
         self.noise = spec.evolution.noise
         self.size = cluster.workers
@@ -310,7 +310,8 @@ class Pool:
                 self.in_flight[ref] = _InFlight(slot, (start, middle))
 
     def _start_worker(self) -> None:
-        slot = _Slot(self.actor.remote(self.spec), queued=1)
+        worker: Any = self.actor.remote(self.spec)
+        slot = _Slot(worker, queued=1)
         self.slots.append(slot)
         self.in_flight[slot.worker.join.remote()] = _InFlight(slot, None)
 

@@ -62,7 +62,7 @@ def final_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One row a run: where it ended, and the test accuracy at the epoch that validation would choose."""
     rows = []
     for name, frame in frames.items():
-        last, best = frame.iloc[-1], frame.loc[frame["validation_accuracy"].idxmax()]
+        last, best = frame.iloc[-1], frame.iloc[int(frame["validation_accuracy"].argmax())]
         evolve = frame[frame["kind"] == "evolve"]
         rows.append(
             {

@@ -24,7 +24,7 @@ TWO_TO_MINUS_24 = np.float32(2.0**-24)
 ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _fill_words(word_T, first_block, seed):  # type: ignore[no-untyped-def]
     """Philox4x32-10 of consecutive blocks."""
     for block in range(word_T.size // 4):
@@ -46,7 +46,7 @@ def _fill_words(word_T, first_block, seed):  # type: ignore[no-untyped-def]
         word_T[4 * block + 3] = c3
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _fill_gaussian(word_T, noise_T):  # type: ignore[no-untyped-def]
     """Box-Muller in float64 with polynomials for log, cos and sin, since calls would not vectorise.
 
@@ -86,7 +86,7 @@ def _fill_gaussian(word_T, noise_T):  # type: ignore[no-untyped-def]
         noise_T[2 * pair + 1] = np.float32(radius * b * flip)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _fill_noise(kind, word_T, noise_T, first_block, seed):  # type: ignore[no-untyped-def]
     _fill_words(word_T, first_block, seed)
     if kind == 0:
@@ -99,7 +99,7 @@ def _fill_noise(kind, word_T, noise_T, first_block, seed):  # type: ignore[no-un
             noise_T[i] = ONE - TWO * np.float32(word_T[i] >> uint32(31))
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _descend(kind, theta_S, factor, seed, start, out_S):  # type: ignore[no-untyped-def]
     word_T, noise_T = np.empty(TILE, np.uint32), np.empty(TILE, np.float32)
     done = 0
@@ -112,7 +112,7 @@ def _descend(kind, theta_S, factor, seed, start, out_S):  # type: ignore[no-unty
         done += count
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _accumulate(kind, seed_K, weight_K, start, out_S):  # type: ignore[no-untyped-def]
     word_T, noise_T = np.empty(TILE, np.uint32), np.empty(TILE, np.float32)
     done = 0

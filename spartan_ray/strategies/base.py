@@ -56,7 +56,7 @@ class Strategy(Protocol):
 def worst_for_nonfinite(fitness_K: NDArray[np.float64]) -> NDArray[np.float64]:
     """NaN and both infinities replaced by the worst finite fitness, so that none of them wins."""
     finite_K = np.isfinite(fitness_K)
-    worst = fitness_K[finite_K].min() if finite_K.any() else 0.0
+    worst = float(fitness_K[finite_K].min()) if finite_K.any() else 0.0
     return np.where(finite_K, fitness_K, worst)
 
 
@@ -65,7 +65,8 @@ def zscore(fitness_K: NDArray[np.float64]) -> NDArray[np.float64]:
     fitness_K = worst_for_nonfinite(fitness_K)
     if fitness_K.min() == fitness_K.max():
         return np.zeros_like(fitness_K)
-    return (fitness_K - fitness_K.mean()) / fitness_K.std()
+    shaped_K: NDArray[np.float64] = (fitness_K - fitness_K.mean()) / fitness_K.std()
+    return shaped_K
 
 
 def centered_rank(fitness_K: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,0 +1,61 @@
+"""Shared by the tests: one local Ray a session, a small folder of images, a small run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from hypothesis import settings
+from PIL import Image
+
+from spartan_ray.config import Config, Data, Evolution, Parent, Run
+
+# Timings are not asserted: the first call of a kernel compiles it.
+settings.register_profile("spartan", deadline=None)
+settings.load_profile("spartan")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray of this session of tests alone."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches go to a temporary folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Two classes of 30 training and 6 test images each, of two sizes."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 30), ("test", 6)):
+        for number, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                side = 32 if index % 2 else 48
+                pixels = random.integers(0, 120, (side, side, 3)) + 100 * number
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index:03d}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def small_config(tmp_path: Path) -> Config:
+    """Digits on the small network: two SGD epochs and two evolve phases of 16 members."""
+    return Config(
+        run=Run(name="small", out=str(tmp_path / "runs"), epochs=4),
+        data=Data(name="digits"),
+        parent=Parent(model="convnet", threads=1),
+        evolution=Evolution(every=2, population=16, fitness_images=64),
+    )

@@ -1,0 +1,154 @@
+"""The program as a user runs it: real processes, exit codes, what is printed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--data.name", "digits", "--parent.model", "convnet", "--evolution.every", "2", "--evolution.population", "4"]
+
+
+def spartan(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "spartan_ray", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment(), timeout=300, check=False)
+
+
+def environment() -> dict[str, str]:
+    """This process's, without the Ray of the other tests."""
+    keep = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return keep | {"PYTHONPATH": str(ROOT)}
+
+
+def test_train_and_report(tmp_path: Path) -> None:
+    trained = spartan("train", *SMALL, "--run.epochs", "2", "--run.name", "tiny", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "epoch 2/2 evolve" in trained.stdout
+    assert "| tiny | 2 | 1 of 1 accepted |" in trained.stdout
+    assert (tmp_path / "runs" / "tiny" / "final.safetensors").exists()
+    reported = spartan("report", "runs/tiny", cwd=tmp_path)
+    assert reported.returncode == 0, reported.stderr
+    assert (tmp_path / "runs" / "tiny" / "report" / "report.html").exists()
+    assert "runs/tiny/report/test_accuracy.png" in reported.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--evolution.nonsense", "3"], "Unrecognized options: --evolution.nonsense"),
+        (
+            ["train", "--evolution.population", "1"],
+            "evolution.population: should be greater than or equal to 2 (got 1)",
+        ),
+        (["train", *SMALL, "--evolution.fitness-images", "999"], "evolution.fitness_images (999) is larger than"),
+        (["train", "--data.name", "folder", "--data.root", "nowhere"], "data.root nowhere: no such folder"),
+        (["train", *SMALL, "--cluster.gpus-per-worker", "1"], "do not fit the"),
+        (["train", *SMALL, "--cluster.address", "127.0.0.1:1"], "cluster.address 127.0.0.1:1: no Ray answers"),
+        (["train", *SMALL, "--parent.weights", "absent.pt"], "parent.weights absent.pt: cannot be read"),
+        (["report", "nowhere"], "nowhere/metrics.jsonl: not readable"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments: list[str], said: str, tmp_path: Path) -> None:
+    ended = spartan(*arguments, cwd=tmp_path)
+    assert ended.returncode == 2
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("spartan: ")]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert "Traceback" not in ended.stderr + ended.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_names_the_presets_and_every_section(tmp_path: Path) -> None:
+    ended = spartan("train", "--help", cwd=tmp_path)
+    assert ended.returncode == 0
+    for word in ("article-es", "--config NAME|FILE", "--evolution.sigma", "--cluster.workers", "--data.root"):
+        assert word in ended.stdout
+    assert spartan("--help", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_cleanly(kind: signal.Signals, tmp_path: Path) -> None:
+    """Exit 130, the ended epochs on record, and no process left."""
+    command = [sys.executable, "-m", "spartan_ray", "train", *SMALL, "--run.epochs", "100000", "--run.name", "long"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                break
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        process.send_signal(kind)
+        rest = process.stdout.read()
+        assert process.wait(timeout=120) == 130
+    assert "stopped: the record holds the epochs that ended" in rest
+    assert (tmp_path / "runs" / "long" / "metrics.jsonl").read_text().count("\n") >= 2
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Ray head of its own, as `ray start --head` makes it; the environment that reaches it."""
+    dashboard = free_port()
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    # Unix sockets lie below: the path must be short.
+    folder = Path("/tmp") / f"spartan-{secrets.token_hex(4)}"
+    command = [
+        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}",
+        f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--disable-usage-stats",
+    ]  # fmt: skip
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    reach = environment() | token | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "PATH": path}
+    head = subprocess.Popen(
+        command, env=reach, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert head.stdout
+    for line in head.stdout:
+        if "will now block" in line:
+            break
+    started = psutil.Process(head.pid).children(recursive=True)
+    yield reach
+    head.terminate()
+    head.wait(timeout=60)
+    head.stdout.close()
+    for process in psutil.wait_procs(started, timeout=30)[1]:
+        process.kill()
+
+
+def test_a_ray_job_does_the_same_as_the_local_command(ray_head: dict[str, str], tmp_path: Path) -> None:
+    flags = [*SMALL, "--run.epochs", "2", "--run.name", "job", "--parent.threads", "1"]
+    ray = str(Path(sys.executable).parent / "ray")
+    submitted = subprocess.run(
+        [ray, "job", "submit", "--working-dir", str(ROOT), "--", "python", "-m", "spartan_ray", "train", *flags,
+         "--run.out", str(tmp_path / "cluster")],
+        capture_output=True, text=True, env=ray_head, timeout=300, check=False,
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "succeeded" in submitted.stdout + submitted.stderr
+    assert "epoch 2/2 evolve" in submitted.stdout
+    listed = subprocess.run([ray, "job", "list"], capture_output=True, text=True, env=ray_head, check=True)
+    assert "SUCCEEDED" in listed.stdout
+    job = tmp_path / "cluster" / "job"
+    assert {path.name for path in job.iterdir()} == {
+        "config.yaml", "environment.json", "metrics.jsonl", "journal", "tensorboard", "final.safetensors",
+    }  # fmt: skip
+    local = spartan("train", *flags, "--run.out", "local", cwd=tmp_path)
+    assert local.returncode == 0, local.stderr
+    final = tmp_path / "local" / "job" / "final.safetensors"
+    assert final.read_bytes() == (job / "final.safetensors").read_bytes()

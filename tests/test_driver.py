@@ -1,0 +1,255 @@
+"""Whole runs through the driver actor: the record, the same bits however it is run, and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from ray.exceptions import RayTaskError
+from safetensors.torch import load_file
+
+from spartan_ray.config import Config, InputError, load_config
+from spartan_ray.data import load_splits
+from spartan_ray.driver import Driver, make_run_folder, start_driver
+from spartan_ray.fitness import Normaliser, score
+from spartan_ray.journal import read_journal
+from spartan_ray.model import FlatModel, initial_model
+from spartan_ray.noise import noise
+from spartan_ray.report import read_run
+
+
+def change(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with fields of sections replaced."""
+    return Config(
+        **{
+            name: type(section)(**section.model_dump() | sections.get(name, {}))
+            for name, section in ((name, getattr(config, name)) for name in Config.model_fields)
+        }
+    )
+
+
+def run(config: Config, watch: Callable[[Any], None] = lambda progress: None) -> Path:
+    """Run the driver to its end, showing `watch` its progress again and again; the run folder."""
+    driver = start_driver(config)
+    try:
+        running = driver.run.remote()
+        while not ray.wait([running], timeout=0.02)[0]:
+            watch(ray.get(driver.look.remote(0, 0)))
+        assert ray.get(running)
+        return Path(ray.get(driver.look.remote(0, 0)).folder)
+    finally:
+        ray.kill(driver)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMINGS = {"seconds", "evaluation_seconds", "images_per_second", "scoring_seconds", "update_seconds",
+           "broadcast_seconds", "retries", "workers"}  # fmt: skip
+
+
+def outcome(folder: Path) -> list[dict[str, Any]]:
+    """The record without what timing and workers may change."""
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in metrics(folder)]
+
+
+def test_a_run_leaves_a_complete_folder(local_ray: None, small_config: Config) -> None:
+    folder = run(small_config)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "journal",
+        "tensorboard",
+        "final.safetensors",
+    }
+    rows = metrics(folder)
+    assert [row["kind"] for row in rows] == ["sgd", "evolve", "sgd", "evolve"]
+    everywhere = {"epoch", "kind", "train_loss", "seconds", "images_per_second"}
+    everywhere |= {
+        f"{split}_{measure}" for split in ("evolution", "validation", "test") for measure in ("loss", "accuracy")
+    }
+    evolve = {"population", "fitness_images", "fitness_min", "fitness_mean", "fitness_max", "fitness_std", "accepted",
+              "parent_fitness_before", "parent_fitness_after", "step_ratio", "scoring_seconds", "update_seconds",
+              "broadcast_seconds", "retries", "workers"}  # fmt: skip
+    assert all(everywhere <= row.keys() for row in rows)
+    assert evolve <= rows[1].keys()
+    assert read_run(folder).metrics.shape[0] == 4
+    assert list((folder / "tensorboard").iterdir())
+    environment = json.loads((folder / "environment.json").read_text())
+    assert [worker["device"] for worker in environment["workers"]] == ["cpu", "cpu"]
+
+    # The journal and the record tell the same story, and the weights are those of the last row.
+    journal = read_journal(folder / "journal" / "000004.npz")
+    assert journal["fitness"].max() == rows[3]["fitness_max"]
+    config = load_config(str(folder / "config.yaml"))
+    assert (config.cluster.workers, config.parent.threads) == (2, 1)
+    splits = load_splits(config.data, 0)
+    model = FlatModel(initial_model(config.parent, 10, 9)[0], torch.device("cpu"))
+    model.module.load_state_dict(load_file(folder / "final.safetensors"))
+    result = score(model.module, splits.test, Normaliser(splits.mean_C, splits.std_C, torch.device("cpu")))
+    assert (result.loss, result.accuracy) == (rows[3]["test_loss"], rows[3]["test_accuracy"])
+
+
+def test_the_update_is_replayed_from_the_journal(local_ray: None, small_config: Config) -> None:
+    """One generation from the untrained parent: seeds, signs and weights give the recorded parent."""
+    config = change(small_config, run={"epochs": 1}, evolution={"every": 1, "mirrored": True})
+    folder = run(config)
+    journal = read_journal(folder / "journal" / "000001.npz")
+    model = FlatModel(initial_model(config.parent, 10, 0)[0], torch.device("cpu"))
+    before_D = model.theta_D.numpy().astype(np.float64)
+    update_D = sum(
+        weight * sign * noise("uniform", int(seed), 0, len(before_D)).astype(np.float64)
+        for seed, sign, weight in zip(journal["seed"], journal["sign"], journal["weight"], strict=True)
+    )
+    expected_D = before_D + float(journal["scale"]) * update_D
+    model.module.load_state_dict(load_file(folder / "final.safetensors"))
+    np.testing.assert_allclose(model.theta_D.numpy(), expected_D, atol=1e-6)
+    (row,) = metrics(folder)
+    one = float(journal["scale"]) * np.linalg.norm(noise("uniform", int(journal["seed"][0]), 0, len(before_D)))
+    ratio = np.linalg.norm(expected_D - before_D) / one
+    assert abs(row["step_ratio"] / ratio - 1) < 0.02
+    shaped = journal["fitness"] - journal["fitness"].mean()
+    np.testing.assert_allclose(journal["weight"] / journal["weight"].std(), shaped / shaped.std(), atol=1e-9)
+
+
+def test_the_same_bits_with_one_worker_with_two_and_with_one_killed(local_ray: None, small_config: Config) -> None:
+    killed: list[int] = []
+
+    def kill_a_worker(progress: Any) -> None:
+        if progress.phase == "evolve" and 2 <= progress.done < progress.total and not killed:
+            killed.append(progress.worker_pids[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    config = change(small_config, evolution={"population": 60}, cluster={"chunk": 1})
+    folders = [
+        run(change(config, cluster={"workers": 1})),
+        run(change(config, cluster={"workers": 2, "chunk": 7})),
+        run(change(config, cluster={"workers": 2}), kill_a_worker),
+    ]
+    assert killed
+    assert sum(row.get("retries", 0) for row in metrics(folders[2])) >= 1
+    assert sum(row.get("retries", 0) for row in metrics(folders[1])) == 0
+    finals = {(folder / "final.safetensors").read_bytes() for folder in folders}
+    assert len(finals) == 1
+    assert outcome(folders[0]) == outcome(folders[1]) == outcome(folders[2])
+    other = run(change(config, run={"seed": 1}))
+    assert (other / "final.safetensors").read_bytes() not in finals
+
+
+def test_a_run_s_own_configuration_repeats_it(local_ray: None, small_config: Config) -> None:
+    first = run(small_config)
+    again = run(load_config(str(first / "config.yaml")))
+    assert again.name == "small-2"
+    assert (first / "final.safetensors").read_bytes() == (again / "final.safetensors").read_bytes()
+
+
+def test_strategy_none_is_sgd_alone_and_equals_es_up_to_its_first_phase(local_ray: None, small_config: Config) -> None:
+    alone = run(change(small_config, evolution={"strategy": "none"}))
+    assert [row["kind"] for row in metrics(alone)] == ["sgd"] * 4
+    assert not (alone / "journal").exists()
+    assert outcome(alone)[0] == outcome(run(small_config))[0]
+
+
+def test_every_image_of_a_run_is_scored_alike_and_the_parent_with_it(local_ray: None, small_config: Config) -> None:
+    """The parent's fitness after a phase that did not move it is the fitness before, to the bit."""
+    config = change(small_config, evolution={"fitness": "accuracy", "sigma": 1e-12, "lr": 1e-12})
+    rows = [row for row in metrics(run(config)) if row["kind"] == "evolve"]
+    for row in rows:
+        assert row["accepted"] is False
+        assert row["note"] == "no update: all members have equal fitness"
+        assert row["fitness_min"] == row["fitness_max"] == row["parent_fitness_before"] == row["parent_fitness_after"]
+
+
+def test_memory_does_not_grow_with_the_population(local_ray: None, small_config: Config) -> None:
+    """Peak resident size of driver and workers at 2,000 members within 5% of that at 50."""
+
+    def peaks(population: int) -> dict[str, float]:
+        high: dict[str, float] = {"driver": 0.0, "worker": 0.0}
+        workers: list[int] = []
+
+        def watch(progress: Any) -> None:
+            workers[:] = progress.worker_pids or workers
+            for pid in workers:
+                high["worker"] = max(high["worker"], peak_memory(pid))
+            high["driver"] = max(high["driver"], peak_memory(progress.driver_pid))
+
+        run(
+            change(
+                small_config,
+                run={"epochs": 2},
+                evolution={"population": population, "every": 1, "fitness_images": 16},
+            ),
+            watch,
+        )
+        return high
+
+    few, many = peaks(50), peaks(2000)
+    for who in ("driver", "worker"):
+        assert few[who] > 100e6
+        assert abs(many[who] / few[who] - 1) < 0.05, (who, few, many)
+
+
+def peak_memory(pid: int) -> float:
+    """Bytes of VmHWM, 0 for a process that is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    return next((1024.0 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0.0)
+
+
+def test_stop_ends_a_run_with_its_record_whole(local_ray: None, small_config: Config) -> None:
+    driver = start_driver(change(small_config, run={"epochs": 10_000}))
+    running = driver.run.remote()
+    while len(ray.get(driver.look.remote(0, 0)).rows) < 3:
+        ray.wait([running], timeout=0.05)
+    ray.get(driver.stop.remote())
+    assert ray.get(running) is False
+    progress = ray.get(driver.look.remote(0, 0))
+    assert len(metrics(Path(progress.folder))) == len(progress.rows) >= 3
+    workers = [psutil.Process(pid) for pid in progress.worker_pids if psutil.pid_exists(pid)]
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    ray.kill(driver)
+
+
+def test_too_many_fitness_images_are_refused_before_a_folder_is_made(local_ray: None, small_config: Config) -> None:
+    driver = start_driver(change(small_config, evolution={"fitness_images": 100_000}))
+    with pytest.raises(RayTaskError) as caught:
+        ray.get(driver.run.remote())
+    assert isinstance(caught.value.cause, InputError)
+    assert "evolution.fitness_images (100000) is larger than the evolution split (143)" in str(caught.value.cause)
+    assert not Path(small_config.run.out).exists()
+    ray.kill(driver)
+
+
+def test_a_step_that_is_too_long_is_said(local_ray: None, small_config: Config) -> None:
+    notes: list[str] = []
+    run(change(small_config, evolution={"lr": 1.0}), lambda progress: notes.__setitem__(slice(None), progress.notes))
+    assert any("the step ratio" in note and "evolution.lr" in note for note in notes)
+
+
+def test_run_folders_are_never_shared(tmp_path: Path) -> None:
+    names = [make_run_folder(tmp_path / "a" / "b", "x").name for _ in range(3)]
+    assert names == ["x", "x-2", "x-3"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"run\.out"):
+        make_run_folder(tmp_path / "file", "x")
+
+
+def test_json_has_no_word_for_nan(tmp_path: Path, small_config: Config) -> None:
+    driver = Driver(small_config)
+    driver.folder = tmp_path
+    driver.tensorboard = type("Nowhere", (), {"add_scalar": lambda *_: None})()
+    driver._record({"epoch": 1, "train_loss": float("nan"), "fitness_min": float("-inf"), "test_loss": 1.5})
+    assert metrics(tmp_path) == [{"epoch": 1, "train_loss": None, "fitness_min": None, "test_loss": 1.5}]

@@ -1,0 +1,48 @@
+"""Who may import whom: imports run downward, and three modules know Ray."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import spartan_ray
+
+PACKAGE = Path(spartan_ray.__file__).parent
+# A module may import what stands before it.
+ORDER = [
+    "noise", "kernels", "config", "data", "model", "fitness", "strategies", "evaluator", "parent",
+    "journal", "checkpoint", "pool", "driver", "plots", "report", "cli", "__main__",
+]  # fmt: skip
+UPWARD = {("noise", "kernels")}  # the choice of a kernel, at the call
+KNOW_RAY = {"pool", "driver", "cli"}
+
+
+def imports() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        modules = found.setdefault(name, set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: relative import"
+                modules.add(str(node.module))
+    return found
+
+
+def test_imports_run_downward() -> None:
+    for name, modules in imports().items():
+        if name == "__init__":
+            assert not any(module.startswith("spartan_ray") for module in modules)
+            continue
+        for module in modules:
+            if module.startswith("spartan_ray."):
+                used = module.split(".")[1]
+                allowed = ORDER.index(used) <= ORDER.index(name) or (name, used) in UPWARD
+                assert allowed, f"{name} imports {used}"
+
+
+def test_only_pool_driver_and_cli_know_ray() -> None:
+    know = {name for name, modules in imports().items() if any(m == "ray" or m.startswith("ray.") for m in modules)}
+    assert know == KNOW_RAY

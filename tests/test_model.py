@@ -1,0 +1,160 @@
+"""FlatModel, dead taps, and weights from files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import resnet18
+
+from spartan_ray.config import InputError, Parent
+from spartan_ray.model import FlatModel, LiveConv2d, initial_model
+
+CPU = torch.device("cpu")
+
+
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    kernel=st.sampled_from([1, 2, 3, 5, 7]),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 3),
+)
+def test_live_taps_are_the_whole_convolution(size: tuple[int, int], kernel: int, stride: int, padding: int) -> None:
+    """Same output and same gradients as nn.Conv2d for every map, kernel, stride and padding."""
+    if min(size) + 2 * padding < kernel:
+        return
+    torch.manual_seed(0)
+    whole = nn.Conv2d(2, 3, kernel, stride, padding).double()
+    live = LiveConv2d(2, 3, kernel, stride, padding).double()
+    live.load_state_dict(whole.state_dict())
+    x_whole = torch.randn(2, 2, *size, dtype=torch.float64, requires_grad=True)
+    x_live = x_whole.detach().clone().requires_grad_()
+    out_whole, out_live = whole(x_whole), live(x_live)
+    torch.testing.assert_close(out_live, out_whole)
+    for out in (out_whole, out_live):
+        (out * torch.arange(out.numel(), dtype=torch.float64).reshape(out.shape)).sum().backward()
+    torch.testing.assert_close(x_live.grad, x_whole.grad)
+    torch.testing.assert_close(live.weight.grad, whole.weight.grad)
+
+
+def test_most_of_resnet18_s_taps_are_dead_on_32_by_32_images() -> None:
+    network, _ = initial_model(Parent(), 10, 0)
+    loss = network.train()(torch.randn(4, 3, 32, 32)).square().sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    total = sum(p.numel() for p in network.parameters())
+    dead = sum(int((p.grad == 0).sum()) for p in network.parameters() if p.grad is not None and p.dim() == 4)
+    assert total == 11_181_642
+    assert dead > 6_800_000
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_resnet18_is_torchvision_s_function(stem: str) -> None:
+    network, _ = initial_model(Parent(stem=stem), 10, 0)  # type: ignore[arg-type]
+    model = FlatModel(network, CPU)
+    reference = resnet18(num_classes=10)
+    if stem == "cifar":
+        reference.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        reference.maxpool = nn.Identity()
+    reference.load_state_dict(model.state_dict())
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(model.module.eval()(x), reference.eval()(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.module.train()(x), reference.train()(x), rtol=1e-3, atol=1e-3)
+
+
+def test_parameters_are_views_of_theta_in_order_and_channels_last() -> None:
+    network, _ = initial_model(Parent(model="convnet"), 10, 0)
+    expected = np.concatenate(
+        [
+            (p.permute(0, 2, 3, 1) if p.dim() == 4 else p).detach().numpy().reshape(-1)
+            for _, p in network.named_parameters()
+        ]
+    )
+    model = FlatModel(network, CPU)
+    np.testing.assert_array_equal(model.theta_D.numpy(), expected)
+    model.theta_D.fill_(0.5)
+    assert all((p == 0.5).all() for p in model.module.parameters())
+    first = next(model.module.parameters())
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    assert all(value.is_contiguous() for value in model.state_dict().values())
+
+
+def test_initial_weights_are_a_function_of_the_seed_and_leave_torch_s_generator() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second, other = (initial_model(Parent(model="convnet"), 10, seed)[0] for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first[0].weight, second[0].weight)  # type: ignore[index]
+    assert not torch.equal(first[0].weight, other[0].weight)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_of_another_width_keep_all_but_the_classifier(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(1)
+    state = resnet18(num_classes=1000).state_dict()
+    path = tmp_path / f"weights{suffix}"
+    torch.save(state, path) if suffix == ".pt" else save_file(state, path)
+    network, notes = initial_model(Parent(weights=str(path)), 10, 0)
+    assert torch.equal(network.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+    assert network.state_dict()["fc.weight"].shape == (10, 512)
+    assert [note.split(":")[0] for note in notes] == ["fc.bias", "fc.weight"]
+    assert all("1000 classes" in note for note in notes)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path(EVIL_FILE),)  # type: ignore[return-value]
+
+
+EVIL_FILE = "evil-was-here"
+
+
+def test_weights_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Evil()}, "evil.pt")
+    torch.save([1, 2], "list.pt")
+    torch.save({"a": 1}, "numbers.pt")
+    Path("torn.pt").write_bytes(Path("list.pt").read_bytes()[:100])
+    Path("torn.safetensors").write_bytes(b"\xff" * 50)
+    state = resnet18(num_classes=10).state_dict()
+    torch.save({k: v for k, v in state.items() if k != "bn1.bias"}, "short.pt")
+    torch.save(state | {"extra": torch.zeros(1)}, "long.pt")
+    cifar = state | {"conv1.weight": torch.zeros(64, 3, 3, 3)}
+    torch.save(cifar, "cifar.pt")
+    for name, message in (
+        ("absent.pt", "cannot be read as weights"),
+        ("evil.pt", "cannot be read as weights"),
+        ("list.pt", "holds no state dict"),
+        ("numbers.pt", "holds no state dict"),
+        ("torn.pt", "cannot be read as weights"),
+        ("torn.safetensors", "cannot be read as weights"),
+        ("short.pt", "bn1.bias is missing"),
+        ("long.pt", "extra is not in the network"),
+        ("cifar.pt", "conv1.weight is (64, 3, 3, 3), the network's is (64, 3, 7, 7)"),
+    ):
+        with pytest.raises(InputError, match=re.escape(f"parent.weights {name}: {message}")) as caught:
+            initial_model(Parent(weights=name), 10, 0)
+        assert "\n" not in str(caught.value)
+    assert not Path(EVIL_FILE).exists()
+
+
+def test_imagenet_weights_offline_name_the_file_and_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    place = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    with pytest.raises(InputError, match=rf"fetch https://.*resnet18-f37072fd.pth and put it at {place}"):
+        initial_model(Parent(weights="imagenet"), 10, 0)
+    torch.save(resnet18().state_dict(), place)
+    assert len(initial_model(Parent(weights="imagenet"), 10, 0)[1]) == 2
+    with pytest.raises(InputError, match=r"no imagenet weights for parent\.model convnet"):
+        initial_model(Parent(model="convnet", weights="imagenet"), 10, 0)

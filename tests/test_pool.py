@@ -1,0 +1,170 @@
+"""Dispatch on real Ray workers: every span once, lost workers, refused workers, resources."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from spartan_ray.config import Cluster, Data, Evolution, InputError, Parent
+from spartan_ray.data import load_splits
+from spartan_ray.evaluator import Evaluator, ParentState
+from spartan_ray.fitness import Normaliser
+from spartan_ray.model import FlatModel, initial_model
+from spartan_ray.noise import noise
+from spartan_ray.pool import Pool, PoolError, WorkerInfo, WorkerSpec, resolve_cluster
+from spartan_ray.strategies import Members
+
+CPU = torch.device("cpu")
+PARENT = Parent(model="convnet")
+MEMBERS = Members(np.arange(40, dtype=np.uint64) // 3, np.tile(np.array([1, -1, 0, 1], np.int8), 10), 0.05)
+
+
+class Running:
+    """A pool with what it said, and its expected answers computed without Ray."""
+
+    def __init__(self, **cluster: object) -> None:
+        splits = load_splits(Data(name="digits"), 0)
+        images = splits.evolution[slice(0, 64)]
+        spec = WorkerSpec(PARENT, Evolution(), images, 10, splits.mean_C, splits.std_C, threads=1)
+        self.notes: list[str] = []
+        self.done = 0
+        self.kill_after: int | None = None
+        resolved = resolve_cluster(Cluster(**cluster), {"CPU": 2})  # type: ignore[arg-type]
+        self.pool = Pool(spec, resolved, self.notes.append, self.advance)
+        self.pool.wait_until_joined()
+        model = FlatModel(initial_model(PARENT, 10, 3)[0], CPU)
+        self.state = ParentState(5, model.theta_D.numpy(), [b.numpy() for b in model.buffers], np.arange(0, 64, 2))
+        evaluator = Evaluator(
+            initial_model(PARENT, 10, 3)[0],
+            images,
+            Normaliser(splits.mean_C, splits.std_C, CPU),
+            "uniform",
+            "loss",
+            CPU,
+        )
+        evaluator.load(self.state)
+        self.expected_K = evaluator.evaluate(MEMBERS)
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if self.kill_after is not None and self.done >= self.kill_after:
+            self.kill_after = None
+            os.kill(self.pool.infos[0].pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def running(local_ray: None) -> Iterator[Running]:
+    fixture = Running(workers=2)
+    yield fixture
+    fixture.pool.close()
+
+
+def test_fitness_and_update_are_the_evaluator_s_own(running: Running) -> None:
+    fitness_K, seconds = running.pool.evaluate(running.state, MEMBERS)
+    assert fitness_K.tobytes() == running.expected_K.tobytes()
+    assert running.done == len(MEMBERS)
+    assert seconds > 0
+    seed_K, weight_K = np.array([3, 9], np.uint64), np.array([0.5, -2], np.float32)
+    size = running.state.theta_D.size
+    expected = np.float32(0.5) * noise("uniform", 3, 0, size) + np.float32(-2) * noise("uniform", 9, 0, size)
+    assert running.pool.weighted_sum(seed_K, weight_K, size).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_chunks_of_any_size_give_the_same_answer(local_ray: None, chunk: int) -> None:
+    one = Running(workers=1, chunk=chunk)
+    fitness_K, _ = one.pool.evaluate(one.state, MEMBERS)
+    one.pool.close()
+    assert fitness_K.tobytes() == one.expected_K.tobytes()
+
+
+def test_a_killed_worker_s_chunks_are_done_again_and_it_is_replaced(running: Running) -> None:
+    before = {info.pid for info in running.pool.infos}
+    running.pool.chunk = 4
+    running.kill_after = 8
+    fitness_K, _ = running.pool.evaluate(running.state, MEMBERS)
+    assert fitness_K.tobytes() == running.expected_K.tobytes()
+    assert running.done == len(MEMBERS)
+    assert running.pool.retries >= 1
+    assert any("was lost and is replaced" in note for note in running.notes)
+    running.pool.wait_until_joined()
+    after = {info.pid for info in running.pool.infos}
+    assert len(after) == 2
+    assert len(after & before) == 1
+
+
+def test_a_worker_killed_between_generations_is_replaced(running: Running) -> None:
+    for info in running.pool.infos:
+        os.kill(info.pid, signal.SIGKILL)
+    fitness_K, _ = running.pool.evaluate(running.state, MEMBERS)
+    assert fitness_K.tobytes() == running.expected_K.tobytes()
+    assert (
+        running.pool.weighted_sum(np.array([1], np.uint64), np.ones(1, np.float32), 9).tobytes()
+        == noise("uniform", 1, 0, 9).tobytes()
+    )
+
+
+def test_a_worker_whose_noise_differs_is_refused_by_name(running: Running) -> None:
+    slot = running.pool.slots[0]
+    assert slot.info
+    wrong = WorkerInfo("elsewhere", 77, "cpu", slot.info.fingerprint + np.float32(1e-3))
+    running.pool._welcome(slot, wrong)
+    assert running.notes == ["refused worker 77 on elsewhere (cpu): its noise fingerprint differs"]
+    fitness_K, _ = running.pool.evaluate(running.state, MEMBERS)
+    assert fitness_K.tobytes() == running.expected_K.tobytes()
+    running.pool._welcome(running.pool.slots[0], wrong)
+    with pytest.raises(PoolError, match="no workers are left"):
+        running.pool.evaluate(running.state, MEMBERS)
+
+
+def test_workers_that_cannot_start_end_the_run_with_the_reason(local_ray: None) -> None:
+    splits = load_splits(Data(name="digits"), 0)
+    spec = WorkerSpec(PARENT, Evolution(), splits.evolution, -1, splits.mean_C, splits.std_C, threads=1)
+    pool = Pool(spec, resolve_cluster(Cluster(workers=1), {"CPU": 2}), lambda note: None, lambda count: None)
+    with pytest.raises(PoolError, match="workers died in a row") as caught:
+        pool.wait_until_joined()
+    assert "negative dimension" in str(caught.value)
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "resources", "workers", "gpus_per_worker", "driver_gpus"),
+    [
+        ({}, {"CPU": 2.0}, 2, 0.0, 0.0),
+        ({"cpus_per_worker": 4, "driver_cpus": 2}, {"CPU": 16.0}, 3, 0.0, 0.0),
+        ({}, {"CPU": 16.0, "GPU": 1.0}, 1, 0.9, 0.1),
+        ({}, {"CPU": 64.0, "GPU": 8.0}, 8, 0.9, 0.1),
+        ({"gpus_per_worker": 1}, {"CPU": 64.0, "GPU": 8.0}, 7, 1.0, 0.1),
+        ({"gpus_per_worker": 0.25}, {"CPU": 64.0, "GPU": 2.0}, 7, 0.25, 0.1),
+        ({"gpus_per_worker": 1, "driver_gpus": 0}, {"CPU": 64.0, "GPU": 8.0}, 8, 1.0, 0.0),
+        ({"gpus_per_worker": 2}, {"CPU": 64.0, "GPU": 8.0}, 3, 2.0, 0.1),
+        ({"gpus_per_worker": 0, "driver_gpus": 0}, {"CPU": 6.0, "GPU": 8.0}, 6, 0.0, 0.0),
+        ({"workers": 3}, {"CPU": 8.0}, 3, 0.0, 0.0),
+    ],
+)
+def test_resources_are_shared_out(
+    asked: dict[str, float], resources: dict[str, float], workers: int, gpus_per_worker: float, driver_gpus: float
+) -> None:
+    resolved = resolve_cluster(Cluster(**asked), resources)  # type: ignore[arg-type]
+    assert (resolved.workers, resolved.gpus_per_worker, resolved.driver_gpus) == (workers, gpus_per_worker, driver_gpus)
+
+
+@pytest.mark.parametrize(
+    ("asked", "resources"),
+    [
+        ({"gpus_per_worker": 1}, {"CPU": 2.0}),
+        ({"workers": 3}, {"CPU": 2.0}),
+        ({"driver_gpus": 1}, {"CPU": 2.0}),
+        ({"gpus_per_worker": 1}, {"CPU": 8.0, "GPU": 1.0}),
+        ({"workers": 2}, {"CPU": 8.0, "GPU": 1.0}),
+        ({"cpus_per_worker": 3}, {"CPU": 2.0}),
+    ],
+)
+def test_resources_that_are_not_there_are_refused(asked: dict[str, float], resources: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="do not fit the"):
+        resolve_cluster(Cluster(**asked), resources)  # type: ignore[arg-type]

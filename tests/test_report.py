@@ -1,0 +1,89 @@
+"""Tables, pictures and the page, from records that the test writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from spartan_ray.config import Config, InputError, dump_config
+from spartan_ray.report import evolve_table, final_table, markdown, read_run, unique_frames, write_report
+
+
+def write_run(folder: Path, accuracies: list[float], evolve: dict[int, bool]) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(Config()))
+    (folder / "environment.json").write_text(json.dumps({"versions": {"torch": "1"}, "processor": "<b>chip</b>"}))
+    rows = []
+    for epoch, accuracy in enumerate(accuracies, 1):
+        row: dict[str, Any] = {"epoch": epoch, "kind": "sgd", "train_loss": 1 / epoch, "seconds": 1.0}
+        row |= {"validation_accuracy": accuracy, "test_accuracy": accuracy - 0.1, "test_loss": 0.5}
+        row |= {"evaluation_seconds": 0.5, "images_per_second": 10.0}
+        if epoch in evolve:
+            row |= {"kind": "evolve", "accepted": evolve[epoch], "note": None if evolve[epoch] else "all equal"}
+            row |= {"population": 50, "fitness_images": 9, "fitness_mean": -1.0, "fitness_max": -0.9}
+            row |= {"parent_fitness_before": -1.0, "parent_fitness_after": -0.8, "step_ratio": 0.7}
+            row |= {"scoring_seconds": 2.0, "update_seconds": 0.1, "retries": 0}
+        rows.append(row)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_final_table_takes_the_test_accuracy_where_validation_is_best(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "x", [0.5, 0.9, 0.7], {2: True, 3: False}))
+    (row,) = final_table({"x": run.metrics}).to_dict("records")
+    assert row["test accuracy"] == "0.6000"
+    assert row["best validation"] == "0.9000 (epoch 2)"
+    assert row["test accuracy there"] == "0.8000"
+    assert row["evolve phases"] == "1 of 2 accepted"
+    assert row["seconds"] == "4"
+    phases = evolve_table({"x": run.metrics}).to_dict("records")
+    assert [phase["moved"] for phase in phases] == ["yes", "no: all equal"]
+
+
+def test_report_is_three_pictures_a_text_and_a_page_that_needs_nothing(tmp_path: Path) -> None:
+    runs = [
+        read_run(write_run(tmp_path / "a" / "same", [0.1, 0.2], {2: True})),
+        read_run(write_run(tmp_path / "b" / "same", [0.3, 0.2], {})),
+    ]
+    assert list(unique_frames(runs)) == ["same", "same (2)"]
+    paths = write_report(runs, tmp_path / "report")
+    assert [path.name for path in paths] == [
+        "train_loss.png", "validation_accuracy.png", "test_accuracy.png", "report.md", "report.html",
+    ]  # fmt: skip
+    for path in paths[:3]:
+        with Image.open(path) as picture:
+            assert picture.size[0] > 800
+    page = paths[4].read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "<b>chip</b>" not in page
+    text = paths[3].read_text()
+    assert "| same (2) |" in text
+    assert "## Evolve phases" in text
+
+
+def test_a_report_of_sgd_alone_has_no_evolve_phases(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "sgd", [0.1], {}))
+    paths = write_report([run], tmp_path / "report")
+    assert "Evolve phases" not in paths[3].read_text()
+    assert markdown(final_table({"sgd": run.metrics})).splitlines()[2].startswith("| sgd | 1 | - |")
+
+
+def test_what_is_no_run_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}/metrics.jsonl: not readable")):
+        read_run(tmp_path)
+    folder = write_run(tmp_path / "x", [0.5], {})
+    (folder / "metrics.jsonl").write_text('{"epoch": 1')
+    with pytest.raises(InputError, match="x: a record is not JSON"):
+        read_run(folder)
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match="no epoch has ended"):
+        read_run(folder)
+    (folder / "metrics.jsonl").write_text("[1]\n")
+    with pytest.raises(InputError, match="no epoch has ended"):
+        read_run(folder)
