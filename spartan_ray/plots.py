@@ -25,10 +25,12 @@ def draw_measure(frames: Mapping[str, pd.DataFrame], measure: str, label: str, p
         colour = COLOURS[number % len(COLOURS)]
         axes.plot(frame["epoch"], frame[measure], color=colour, linewidth=1.8, label=name)
         evolve = frame[frame["kind"] == "evolve"]
-        axes.scatter(evolve["epoch"], evolve[measure], color=colour, edgecolor="white", s=46, zorder=3)
+        for moved, face in ((True, colour), (False, "white")):
+            phases = evolve[evolve["accepted"] == moved] if len(evolve) else evolve
+            axes.scatter(phases["epoch"], phases[measure], facecolor=face, edgecolor=colour, s=46, zorder=3)
         marked = marked or len(evolve) > 0
     if marked:
-        axes.scatter([], [], color="grey", s=46, label="after an evolve phase")
+        axes.scatter([], [], color="grey", s=46, label="after an evolve phase (hollow: parent unmoved)")
     axes.set(xlabel="epoch", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)

@@ -164,7 +164,8 @@ def unique_frames(runs: list[RunRecord]) -> dict[str, pd.DataFrame]:
 def _setup(run: RunRecord) -> str:
     """The run in a line."""
     data, parent, evolution = run.config.data, run.config.parent, run.config.evolution
-    text = f"{data.name}, {parent.model}, {parent.optimizer} at lr {parent.lr:g}, seed {run.config.run.seed}"
+    images = f" of {data.sgd_images} SGD images" if data.sgd_images else ""
+    text = f"{data.name}{images}, {parent.model}, {parent.optimizer} at lr {parent.lr:g}, seed {run.config.run.seed}"
     if data.sgd_on_evolution:
         text += ", SGD on the evolution split too"
     if evolution.strategy != "none":

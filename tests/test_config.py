@@ -93,4 +93,4 @@ def test_a_bad_file_is_one_line_that_names_the_field(tmp_path: Path, text: str, 
 
 def test_the_configuration_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        Evolution().sigma = 3  # type: ignore[misc]
+        Evolution().sigma = 3

@@ -88,7 +88,12 @@ def test_folder_is_decoded_once_and_again_when_a_file_changes(
 ) -> None:
     decoded: list[Path] = []
     real = data._decode
-    monkeypatch.setattr(data, "_decode", lambda path: (decoded.append(path), real(path))[1])
+
+    def counted(path: Path) -> np.ndarray:
+        decoded.append(path)
+        return real(path)
+
+    monkeypatch.setattr(data, "_decode", counted)
     first = load_splits(folder_config(image_folder), 0)
     assert len(decoded) == 72
     second = load_splits(folder_config(image_folder), 0)

@@ -48,7 +48,7 @@ def test_live_taps_are_the_whole_convolution(size: tuple[int, int], kernel: int,
 def test_most_of_resnet18_s_taps_are_dead_on_32_by_32_images() -> None:
     network, _ = initial_model(Parent(), 10, 0)
     loss = network.train()(torch.randn(4, 3, 32, 32)).square().sum()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     total = sum(p.numel() for p in network.parameters())
     dead = sum(int((p.grad == 0).sum()) for p in network.parameters() if p.grad is not None and p.dim() == 4)
     assert total == 11_181_642
