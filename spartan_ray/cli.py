@@ -94,9 +94,10 @@ def train(arguments: list[str]) -> int:
     print("starting Ray", flush=True)
     # Ray takes seconds to import; a bad flag is answered before.
     import ray
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayActorError, RayTaskError
 
     from spartan_ray.driver import start_driver
+    from spartan_ray.pool import PoolError
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
@@ -127,7 +128,10 @@ def train(arguments: list[str]) -> int:
     except RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None
-        print(error, file=sys.stderr)
+        print(f"spartan: {error.cause}" if isinstance(error.cause, PoolError) else error, file=sys.stderr)
+        return 1
+    except RayActorError as error:
+        print(f"spartan: the driver was lost: {error}", file=sys.stderr)
         return 1
     finally:
         if driver:

@@ -5,16 +5,14 @@ Shapes: D parameters, K members, N images of a generation.
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
 import json
 import math
 import os
 import platform
-import subprocess
 import threading
 import time
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from spartan_ray.checkpoint import save_weights
-from spartan_ray.config import Config, InputError, dump_config
+from spartan_ray.config import Config, InputError
 from spartan_ray.data import load_splits, permutation
 from spartan_ray.evaluator import ParentState
 from spartan_ray.fitness import Normaliser, score
@@ -32,6 +30,7 @@ from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import RMS
 from spartan_ray.parent import Trainer
 from spartan_ray.pool import Pool, WorkerSpec, claim_device, resolve_cluster
+from spartan_ray.record import Row, RunFolder
 from spartan_ray.strategies import Members, Move, make_strategy
 
 # Key of `permutation` for the fitness images of a generation.
@@ -40,8 +39,6 @@ IMAGES_OF_GENERATION = 1 << 33
 TRAIN_LOSS_IMAGES = 5000
 # Above this ratio of update to mutation every measured update made the parent worse.
 STEP_RATIO_LIMIT = 1.4
-
-Row = dict[str, Any]
 
 
 class Stopped(Exception):
@@ -75,6 +72,7 @@ class Driver:
         self.progress = Progress(epochs=config.run.epochs)
         self.stopping = threading.Event()
         self.pool: Pool | None = None
+        self.at_end = contextlib.ExitStack()
 
     def run(self) -> bool:
         """The whole run. False when `stop` ended it early."""
@@ -84,13 +82,12 @@ class Driver:
             for epoch in range(1, self.config.run.epochs + 1):
                 self.progress.epoch = epoch
                 row = self._evolve(epoch) if epoch % evolve_every == 0 else self._train(epoch)
-                self._record({"epoch": epoch} | row | self._score_splits())
+                self.progress.rows.append(self.record.append({"epoch": epoch} | row | self._score_splits()))
             self._finish()
         except Stopped:
             return False
         finally:
-            if self.pool:
-                self.pool.close()
+            self.at_end.close()
         return True
 
     def _train(self, epoch: int) -> Row:
@@ -114,7 +111,7 @@ class Driver:
         scored = time.perf_counter()
 
         move = self.strategy.tell(fitness_K)
-        write_journal(self.folder / "journal", generation, members, fitness_K, move)
+        write_journal(self.record.path / "journal", generation, members, fitness_K, move)
         step_ratio = self._apply(members, move)
         updated = time.perf_counter()
 
@@ -225,50 +222,24 @@ class Driver:
                 config.cluster.cpus_per_worker,
             )
             self.pool = Pool(spec, config.cluster, self._note, self._members_done)
+            self.at_end.callback(self.pool.close)
             self.pool.wait_until_joined()
             self.progress.worker_pids = [info.pid for info in self.pool.infos]
         self.trainer = Trainer(
             config.parent, self.model, self.splits.sgd, self.normalise, config.run.seed, config.data.augment
         )
-        self.folder = make_run_folder(Path(config.run.out), config.run.name)
-        (self.folder / "config.yaml").write_text(dump_config(config))
-        (self.folder / "environment.json").write_text(json.dumps(self._environment(), indent=2) + "\n")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
-        self.progress.folder = str(self.folder)
+        devices = {
+            "driver": {"host": platform.node(), "pid": os.getpid(), "device": str(self.device)},
+            "workers": [info.record() for info in (self.pool.infos if self.pool else [])],
+        }
+        self.record = RunFolder(config, devices)
+        self.at_end.callback(self.record.close)
+        self.progress.folder = str(self.record.path)
         for note in notes:
             self._note(note)
 
-    def _environment(self) -> Row:
-        packages = ("spartan-ray", "ray", "torch", "torchvision", "numpy", "numba", "pandas")
-        return {
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in packages},
-            "git_commit": _git_commit(),
-            "processor": _processor(),
-            "driver": {"host": platform.node(), "pid": os.getpid(), "device": str(self.device)},
-            "workers": [
-                {key: value for key, value in asdict(info).items() if key != "fingerprint"}
-                for info in (self.pool.infos if self.pool else [])
-            ],
-        }
-
-    def _record(self, row: Row) -> None:
-        """Append a line to metrics.jsonl; what is not finite becomes null, as JSON has no word for it."""
-        row = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
-        with open(self.folder / "metrics.jsonl", "a") as lines:
-            lines.write(json.dumps(row, allow_nan=False) + "\n")
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and key != "epoch":
-                self.tensorboard.add_scalar(key, value, row["epoch"])
-        self.progress.rows.append(row)
-
     def _finish(self) -> None:
-        save_weights(self.folder / "final.safetensors", self.model.state_dict(), json.dumps(self.description))
-        self.tensorboard.close()
+        save_weights(self.record.path / "final.safetensors", self.model.state_dict(), json.dumps(self.description))
         self._begin("done", "", 0)
 
     def _begin(self, phase: str, unit: str, total: int) -> None:
@@ -320,36 +291,6 @@ def merge_seeds(members: Members, move: Move) -> tuple[NDArray[np.uint64], NDArr
     order_U = np.argsort(first_U)
     order_U = order_U[weight_U[order_U] != 0]
     return seed_U[order_U], weight_U[order_U].astype(np.float32)
-
-
-def make_run_folder(out: Path, name: str) -> Path:
-    """A new folder out/name, or out/name-2, ... when it is taken."""
-    number = 1
-    while True:
-        folder = out / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise InputError(f"run.out {out}: cannot make a run folder: {error}") from None
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def start_driver(config: Config) -> Any:

@@ -67,6 +67,10 @@ class WorkerInfo:
     device: str
     fingerprint: NDArray[np.float32]
 
+    def record(self) -> dict[str, str | int]:
+        """What goes into environment.json."""
+        return {"host": self.host, "pid": self.pid, "device": self.device}
+
     def __str__(self) -> str:
         return f"worker {self.pid} on {self.host} ({self.device})"
 

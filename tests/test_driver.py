@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 
 from spartan_ray.config import Config, InputError, load_config
 from spartan_ray.data import load_splits
-from spartan_ray.driver import Driver, make_run_folder, start_driver
+from spartan_ray.driver import start_driver
 from spartan_ray.fitness import Normaliser, score
 from spartan_ray.journal import read_journal
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import noise
+from spartan_ray.record import RunFolder, make_run_folder
 from spartan_ray.report import read_run
 
 
@@ -247,9 +248,8 @@ def test_run_folders_are_never_shared(tmp_path: Path) -> None:
         make_run_folder(tmp_path / "file", "x")
 
 
-def test_json_has_no_word_for_nan(tmp_path: Path, small_config: Config) -> None:
-    driver = Driver(small_config)
-    driver.folder = tmp_path
-    driver.tensorboard = type("Nowhere", (), {"add_scalar": lambda *_: None})()
-    driver._record({"epoch": 1, "train_loss": float("nan"), "fitness_min": float("-inf"), "test_loss": 1.5})
-    assert metrics(tmp_path) == [{"epoch": 1, "train_loss": None, "fitness_min": None, "test_loss": 1.5}]
+def test_json_has_no_word_for_nan(small_config: Config) -> None:
+    record = RunFolder(small_config, {})
+    row = record.append({"epoch": 1, "train_loss": float("nan"), "fitness_min": float("-inf"), "test_loss": 1.5})
+    record.close()
+    assert [row] == metrics(record.path) == [{"epoch": 1, "train_loss": None, "fitness_min": None, "test_loss": 1.5}]
