@@ -78,7 +78,7 @@ def main() -> None:
     pixels = torch.randint(0, 256, (arguments.images, 32, 32, 3), dtype=torch.uint8)
     images = Images(pixels, torch.randint(0, 10, (arguments.images,)))
     spec = WorkerSpec(Parent(), Evolution(), images, 10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), threads=1)
-    cluster = resolve_cluster(Cluster(workers=arguments.workers), ray.cluster_resources())
+    cluster = resolve_cluster(Cluster(workers=arguments.workers), [node["Resources"] for node in ray.nodes()])
     pool = Pool(spec, cluster, print, lambda count: None)
     pool.wait_until_joined()
     parent = FlatModel(initial_model(Parent(), 10, 0)[0], torch.device("cpu"))

@@ -49,6 +49,8 @@ def main() -> None:
     except InputError as error:
         print(f"spartan: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:  # before there was a run to stop
+        code = 130
     sys.exit(code)
 
 
@@ -74,6 +76,17 @@ def parse_config(arguments: list[str]) -> Config:
         raise InputError(_first_sentence(errors.getvalue())) from None
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """The paths of a configuration as they are here: the driver may run in another directory."""
+    run, data, parent = config.run, config.data, config.parent
+    run = run.model_copy(update={"out": str(Path(run.out).absolute())})
+    if data.name != "digits":
+        data = data.model_copy(update={"root": str(Path(data.root or f"data/{data.name}").absolute())})
+    if parent.weights not in ("none", "imagenet"):
+        parent = parent.model_copy(update={"weights": str(Path(parent.weights).absolute())})
+    return config.model_copy(update={"run": run, "data": data, "parent": parent})
+
+
 def _first_sentence(box: str) -> str:
     """The message of tyro's error box, without the box and the advice below its rule."""
     lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
@@ -87,14 +100,11 @@ def _first_sentence(box: str) -> str:
 
 def train(arguments: list[str]) -> int:
     """`spartan train`: run the driver on Ray and show its progress."""
-    config = parse_config(arguments)
-    config = config.model_copy(
-        update={"run": config.run.model_copy(update={"out": str(Path(config.run.out).absolute())})}
-    )
+    config = with_absolute_paths(parse_config(arguments))
     print("starting Ray", flush=True)
     # Ray takes seconds to import; a bad flag is answered before.
     import ray
-    from ray.exceptions import RayActorError, RayTaskError
+    from ray.exceptions import RayError, RayTaskError
 
     from spartan_ray.driver import start_driver
     from spartan_ray.pool import PoolError
@@ -130,7 +140,7 @@ def train(arguments: list[str]) -> int:
             raise error.cause from None
         print(f"spartan: {error.cause}" if isinstance(error.cause, PoolError) else error, file=sys.stderr)
         return 1
-    except RayActorError as error:
+    except RayError as error:
         print(f"spartan: the driver was lost: {error}", file=sys.stderr)
         return 1
     finally:
@@ -163,22 +173,24 @@ def follow(driver: Any, run: Any) -> None:
             ended = bool(ray.wait([run], timeout=REFRESH_SECONDS)[0])
             state = ray.get(driver.look.remote(rows, notes))
             for note in state.notes:
-                console.print(note, highlight=False, soft_wrap=True)
+                console.print(note, highlight=False, markup=False, soft_wrap=True)
             for row in state.rows:
-                console.print(_row_line(row, state.epochs), highlight=False, soft_wrap=True)
+                console.print(_row_line(row, state.epochs), highlight=False, markup=False, soft_wrap=True)
             rows, notes = rows + len(state.rows), notes + len(state.notes)
             update(state)
 
 
 def _row_line(row: dict[str, Any], epochs: int) -> str:
+    from spartan_ray.report import number
+
     line = (
-        f"epoch {row['epoch']}/{epochs} {row['kind']:6} train loss {row['train_loss'] or float('nan'):.4f}  "
-        f"validation {row['validation_accuracy']:.4f}  test {row['test_accuracy']:.4f}  "
+        f"epoch {row['epoch']}/{epochs} {row['kind']:6} train loss {number(row['train_loss'])}  "
+        f"validation {number(row['validation_accuracy'])}  test {number(row['test_accuracy'])}  "
         f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
     )
     if row["kind"] == "evolve":
-        line += f"  parent {row['parent_fitness_before']:.4f} -> {row['parent_fitness_after']:.4f}"
-        line += f"  step ratio {row['step_ratio']:.2f}"
+        line += f"  parent {number(row['parent_fitness_before'])} -> {number(row['parent_fitness_after'])}"
+        line += f"  step ratio {number(row['step_ratio'], 2)}"
     return line
 
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from spartan_ray.noise import NoiseKind
+NoiseKind = Literal["uniform", "gaussian", "rademacher"]
+FitnessKind = Literal["loss", "accuracy"]
 
 
 class InputError(Exception):
@@ -121,7 +122,7 @@ class Evolution(Section):
     """Each so-many-th epoch is an evolve phase."""
     population: Annotated[int, Field(ge=2)] = 50
     """Descendants a generation, K."""
-    fitness: Literal["loss", "accuracy"] = "loss"
+    fitness: FitnessKind = "loss"
     """Fitness of a descendant: minus its mean cross-entropy, or its accuracy."""
     fitness_images: PositiveInt | None = None
     """Evolution images that score one generation, drawn anew for each (default: the whole split)."""
@@ -162,6 +163,14 @@ class Cluster(Section):
     """CPU cores kept for the driver; 0 shares the workers' cores, since the phases alternate."""
     chunk: PositiveInt | Literal["auto"] = "auto"
     """Members sent to a worker at once; auto: about two seconds of work."""
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> Cluster:
+        for name in ("gpus_per_worker", "driver_gpus"):
+            gpus = getattr(self, name)
+            if gpus and gpus > 1 and gpus != int(gpus):
+                raise ValueError(f"cluster.{name} ({gpus:g}) must be a whole number above 1")
+        return self
 
 
 class Config(Section):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from spartan_ray.config import Data, InputError
 
 SIDE = 32
+Note = Callable[[str], None]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 
 
@@ -67,6 +68,11 @@ class Dataset:
     classes: tuple[str, ...]
 
 
+def random_key(*key: int) -> int:
+    """63 random bits that are a function of a key of two integers."""
+    return int(np.random.Philox(key=np.array(key, np.uint64)).random_raw()) >> 1
+
+
 def permutation(count: int, *key: int) -> NDArray[np.int64]:
     """A permutation of 0..count-1 that is a function of its key of two integers.
 
@@ -75,11 +81,12 @@ def permutation(count: int, *key: int) -> NDArray[np.int64]:
     return np.argsort(words, kind="stable")
 
 
-def load_splits(config: Data, seed: int) -> Splits:
+def load_splits(config: Data, seed: int, note: Note = print) -> Splits:
     """Load the data set that the configuration names and split it by the seed.
 
-    Raises InputError for a missing, empty or corrupt data set and for splits that it cannot fill."""
-    dataset = LOADERS[config.name](config)
+    `note` takes one-line messages for the user. Raises InputError for a missing, empty or corrupt data
+    set and for splits that it cannot fill."""
+    dataset = LOADERS[config.name](config, note)
     sizes = _split_sizes(config, len(dataset.train))
     order_N = _stratified_order(dataset.train.labels_N.numpy(), seed)
     # SGD comes last, so that its size leaves the other two splits as they are.
@@ -96,11 +103,22 @@ def load_splits(config: Data, seed: int) -> Splits:
             )
     if config.sgd_on_evolution:
         sgd = Images(torch.cat([sgd.pixels_NHWC, evolution.pixels_NHWC]), torch.cat([sgd.labels_N, evolution.labels_N]))
-    pixels_C = sgd.pixels_NHWC.reshape(-1, 3).double()
-    mean_C, std_C = pixels_C.mean(0) / 255, pixels_C.std(0) / 255
-    return Splits(
-        sgd, evolution, validation, dataset.test, dataset.classes, tuple(mean_C.tolist()), tuple(std_C.tolist())
-    )
+    mean_C, std_C = _colours(sgd)
+    return Splits(sgd, evolution, validation, dataset.test, dataset.classes, mean_C, std_C)
+
+
+def _colours(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each colour, of pixels in [0, 1]; exact, from counts of values."""
+    value_V = np.arange(256) / 255
+    means, stds = [], []
+    for colour in range(3):
+        count_V = torch.bincount(images.pixels_NHWC[..., colour].flatten(), minlength=256).numpy()
+        share_V = count_V / count_V.sum()
+        means.append(float(share_V @ value_V))
+        stds.append(float(np.sqrt(share_V @ (value_V - means[-1]) ** 2)))
+    if min(stds) == 0:
+        raise InputError("data: a colour has one value in all SGD images: there is nothing to learn from")
+    return tuple(means), tuple(stds)
 
 
 def _split_sizes(config: Data, available: int) -> dict[str, int]:
@@ -130,7 +148,7 @@ def _images(pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> Images:
     return Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64)))
 
 
-def _digits(config: Data) -> Dataset:
+def _digits(config: Data, note: Note) -> Dataset:
     """scikit-learn's 1,797 digits of 8x8 pixels, each pixel four by four; a fixed fifth is the test part."""
     from sklearn.datasets import load_digits
 
@@ -147,7 +165,7 @@ def _digits(config: Data) -> Dataset:
     )
 
 
-def _torchvision(config: Data) -> Dataset:
+def _torchvision(config: Data, note: Note) -> Dataset:
     """CIFAR-10 or Fashion-MNIST (padded to 32x32, grey to RGB) through torchvision, which verifies the files."""
     import torchvision
 
@@ -157,7 +175,7 @@ def _torchvision(config: Data) -> Dataset:
     for train in (True, False):
         try:
             part = kind(str(root), train=train, download=config.download)
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError) as error:
             advice = "" if config.download else " (data.download is off)"
             raise InputError(f"data.root {root}: {config.name} is missing or corrupt{advice}: {error}") from None
         pixels = np.asarray(part.data)
@@ -169,7 +187,7 @@ def _torchvision(config: Data) -> Dataset:
     return Dataset(parts[0], parts[1], tuple(part.classes))
 
 
-def _folder(config: Data) -> Dataset:
+def _folder(config: Data, note: Note) -> Dataset:
     """train/<class>/* and test/<class>/* of images of any size, decoded once into a cache."""
     root = Path(str(config.root))
     if not root.is_dir():
@@ -179,7 +197,7 @@ def _folder(config: Data) -> Dataset:
     if classes != tuple(files["test"]):
         odd = sorted(set(classes) ^ set(files["test"]))
         raise InputError(f"data.root {root}: class {odd[0]!r} is not in both train and test")
-    cached = _decoded(root, files)
+    cached = _decoded(root, files, note)
     labels = {
         part: np.repeat(np.arange(len(classes)), [len(paths) for paths in by_class.values()])
         for part, by_class in files.items()
@@ -204,14 +222,15 @@ def _list_images(part: Path) -> dict[str, list[Path]]:
     return by_class
 
 
-def _decoded(root: Path, files: dict[str, dict[str, list[Path]]]) -> dict[str, NDArray[np.uint8]]:
+def _decoded(root: Path, files: dict[str, dict[str, list[Path]]], note: Note) -> dict[str, NDArray[np.uint8]]:
     """The pixels of all files, from the cache when no file changed since it was written."""
-    listing = [
-        (str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns)
-        for by_class in files.values()
-        for paths in by_class.values()
-        for path in paths
-    ]
+    listing = []
+    for path in (path for by_class in files.values() for paths in by_class.values() for path in paths):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(f"data.root: {path}: not a readable image: {error.strerror}") from None
+        listing.append((str(path.relative_to(root)), status.st_size, status.st_mtime_ns))
     state = hashlib.sha256(json.dumps([SIDE, listing]).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spartan-ray"
     cache = folder / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.npz"
@@ -231,7 +250,7 @@ def _decoded(root: Path, files: dict[str, dict[str, list[Path]]]) -> dict[str, N
         np.savez(temporary, state=np.array(state), train=decoded["train"], test=decoded["test"])
         temporary.replace(cache)
     except OSError as error:
-        print(f"no cache of decoded images, decoding again next time: {error}")
+        note(f"no cache of decoded images, decoding again next time: {error}")
     return decoded
 
 
@@ -248,7 +267,7 @@ def _decode(path: Path) -> NDArray[np.uint8]:
         raise InputError(f"data.root: {path}: not a readable image: {error}") from None
 
 
-LOADERS: dict[str, Callable[[Data], Dataset]] = {
+LOADERS: dict[str, Callable[[Data, Note], Dataset]] = {
     "cifar10": _torchvision,
     "fashion-mnist": _torchvision,
     "digits": _digits,

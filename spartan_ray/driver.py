@@ -19,6 +19,7 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spartan_ray.checkpoint import save_weights
 from spartan_ray.config import Config, InputError
@@ -31,7 +32,7 @@ from spartan_ray.noise import RMS
 from spartan_ray.parent import Trainer
 from spartan_ray.pool import Pool, WorkerSpec, claim_device, resolve_cluster
 from spartan_ray.record import Row, RunFolder
-from spartan_ray.strategies import Members, Move, make_strategy
+from spartan_ray.strategies import PARENT, Members, Move, make_strategy, merge_seeds, with_parent
 
 # Key of `permutation` for the fitness images of a generation.
 IMAGES_OF_GENERATION = 1 << 33
@@ -95,6 +96,8 @@ class Driver:
         self._begin("sgd", "images", len(self.splits.sgd))
         started = time.perf_counter()
         images = self.trainer.train_epoch(epoch, lambda count: self._advance(count, count))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         return {"kind": "sgd", "seconds": seconds, "images_per_second": images / seconds}
 
@@ -106,7 +109,7 @@ class Driver:
         members = self.strategy.ask(self.config.run.seed, generation)
         state = self._state(generation, generation)
         self._begin("evolve", "members", len(members) + 2)
-        fitness_K, broadcast_seconds = self.pool.evaluate(state, _with_parent(members))
+        fitness_K, broadcast_seconds = self.pool.evaluate(state, with_parent(members))
         before, fitness_K = float(fitness_K[0]), fitness_K[1:]
         scored = time.perf_counter()
 
@@ -166,8 +169,8 @@ class Driver:
 
     def _state(self, key: int, generation: int) -> ParentState:
         """The parent as it is now, with the generation's fitness images."""
-        split, wanted = len(self.splits.evolution), self.config.evolution.fitness_images
-        image_N = np.sort(permutation(split, self.config.run.seed, IMAGES_OF_GENERATION + generation)[:wanted])
+        wanted, seed = self.config.evolution.fitness_images, self.config.run.seed
+        image_N = fitness_images(len(self.splits.evolution), wanted, seed, generation)
         buffers = [buffer.cpu().numpy() for buffer in self.model.buffers]
         return ParentState(key, self.model.theta_D.detach().cpu().numpy(), buffers, image_N)
 
@@ -191,7 +194,7 @@ class Driver:
         threads = config.parent.threads or config.cluster.driver_cpus or len(os.sched_getaffinity(0))
         config = config.model_copy(update={"parent": config.parent.model_copy(update={"threads": threads})})
         self.device = claim_device(threads)
-        splits = load_splits(config.data, config.run.seed)
+        splits = load_splits(config.data, config.run.seed, self._note)
         wanted, available = config.evolution.fitness_images, len(splits.evolution)
         if wanted and wanted > available:
             raise InputError(f"evolution.fitness_images ({wanted}) is larger than the evolution split ({available})")
@@ -270,34 +273,24 @@ class Driver:
         self.stopping.set()
 
 
-# The parent as a member: sign 0 adds nothing, so it is scored by the very path that scores descendants.
-PARENT = Members(np.zeros(1, np.uint64), np.zeros(1, np.int8), scale=0.0)
-
-
-def _with_parent(members: Members) -> Members:
-    return Members(
-        np.concatenate([PARENT.seed_K, members.seed_K]),
-        np.concatenate([PARENT.sign_K, members.sign_K]),
-        members.scale,
-    )
-
-
-def merge_seeds(members: Members, move: Move) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
-    """One signed weight a seed, in the order of first use: a mirrored pair costs its noise once, and a
-    seed without weight nothing."""
-    seed_U, first_U, index_K = np.unique(members.seed_K, return_index=True, return_inverse=True)
-    weight_U = np.zeros(len(seed_U))
-    np.add.at(weight_U, index_K, move.weight_K * members.sign_K)
-    order_U = np.argsort(first_U)
-    order_U = order_U[weight_U[order_U] != 0]
-    return seed_U[order_U], weight_U[order_U].astype(np.float32)
+def fitness_images(split: int, wanted: int | None, run_seed: int, generation: int) -> NDArray[np.int64]:
+    """Indices of the images that score a generation, out of an evolution split of so many."""
+    return np.sort(permutation(split, run_seed, IMAGES_OF_GENERATION + generation)[:wanted])
 
 
 def start_driver(config: Config) -> Any:
     """The driver actor of a run on the Ray that this process is connected to.
 
     Raises InputError when the workers that the configuration asks for do not fit."""
-    cluster = resolve_cluster(config.cluster, ray.cluster_resources())
+    here = ray.get_runtime_context().get_node_id()
+    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here)
+    cluster = resolve_cluster(config.cluster, [node["Resources"] for node in nodes])
+    # The driver stays where the command runs, if it fits there, since it writes the run folder.
     # Two threads: one runs the loop, the other answers look and stop.
-    actor = ray.remote(Driver).options(num_cpus=cluster.driver_cpus, num_gpus=cluster.driver_gpus, max_concurrency=2)
+    actor = ray.remote(Driver).options(
+        num_cpus=cluster.driver_cpus,
+        num_gpus=cluster.driver_gpus,
+        max_concurrency=2,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+    )
     return actor.remote(config.model_copy(update={"cluster": cluster}))

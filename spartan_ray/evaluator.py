@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from spartan_ray.config import FitnessKind, NoiseKind
 from spartan_ray.data import Images
-from spartan_ray.fitness import FitnessKind, Normaliser, score
+from spartan_ray.fitness import Normaliser, score
 from spartan_ray.model import FlatModel
-from spartan_ray.noise import NoiseKind, kernel_for
+from spartan_ray.noise import kernel_for
 from spartan_ray.strategies.base import Members
 
 

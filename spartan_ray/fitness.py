@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from spartan_ray.config import FitnessKind
 from spartan_ray.data import Images
-
-FitnessKind = Literal["loss", "accuracy"]
 
 # Images a forward pass. The bits of a score depend on it, so it is a constant of the device type;
 # 256 is the fastest on the CPU cores that were measured.

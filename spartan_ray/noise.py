@@ -13,13 +13,13 @@ Shapes: D parameters, K members, S elements of a slice.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-NoiseKind = Literal["uniform", "gaussian", "rademacher"]
+from spartan_ray.config import NoiseKind
 
 # Root mean square of one element: |noise| is RMS * sqrt(D) to one part in sqrt(D).
 RMS: dict[NoiseKind, float] = {"uniform": 3**-0.5, "gaussian": 1.0, "rademacher": 1.0}

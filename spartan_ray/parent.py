@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from spartan_ray.config import Parent as ParentConfig
-from spartan_ray.data import Images, permutation
+from spartan_ray.data import Images, permutation, random_key
 from spartan_ray.fitness import Normaliser
 from spartan_ray.model import FlatModel
 
 # Purposes of the keys of `permutation` and of torch's generators, beside the seed.
 ORDER_OF_EPOCH = 1 << 32
+AUGMENTATION_OF_EPOCH = 1 << 34
 CROP_MARGIN = 4
 
 
@@ -46,7 +47,7 @@ class Trainer:
         module, device = self.model.module, self.images.labels_N.device
         module.train()
         order_N = torch.from_numpy(permutation(len(self.images), self.seed, ORDER_OF_EPOCH + epoch)).to(device)
-        random = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        random = torch.Generator().manual_seed(random_key(self.seed, AUGMENTATION_OF_EPOCH + epoch))
         trained = 0
         for index_N in order_N.split(self.config.batch_size):
             if len(index_N) == 1:

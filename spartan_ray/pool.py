@@ -8,6 +8,7 @@ outcome is the same to the bit.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -21,7 +22,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import RayError, RayTaskError
 
 from spartan_ray.config import Cluster, Evolution, InputError, Parent
 from spartan_ray.data import Images
@@ -37,6 +38,8 @@ QUEUED_PER_WORKER = 2
 CHUNK_SECONDS = 2.0
 # Workers that may die in a row, for each worker of the pool, before the run is given up.
 DEATHS_PER_WORKER = 3
+# After so long a start the user is told what is waited for.
+SLOW_START_SECONDS = 30.0
 # How long to wait for a result before looking whether the run is to stop.
 POLL_SECONDS = 0.5
 
@@ -65,11 +68,12 @@ class WorkerInfo:
     host: str
     pid: int
     device: str
+    threads: int
     fingerprint: NDArray[np.float32]
 
     def record(self) -> dict[str, str | int]:
         """What goes into environment.json."""
-        return {"host": self.host, "pid": self.pid, "device": self.device}
+        return {"host": self.host, "pid": self.pid, "device": self.device, "threads": self.threads}
 
     def __str__(self) -> str:
         return f"worker {self.pid} on {self.host} ({self.device})"
@@ -105,7 +109,7 @@ class Worker:
     def join(self) -> WorkerInfo:
         sample = fingerprint(self.evaluator.kernel)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return WorkerInfo(socket.gethostname(), os.getpid(), name, sample)
+        return WorkerInfo(socket.gethostname(), os.getpid(), name, torch.get_num_threads(), sample)
 
     def evaluate(self, parent: ParentState, members: Members) -> tuple[NDArray[np.float64], float, float]:
         """The members' fitnesses, and the seconds it took to load the parent and to score them."""
@@ -123,41 +127,51 @@ class Worker:
         return self.evaluator.accumulate(seed_K, weight_K, start, stop)
 
 
-def resolve_cluster(cluster: Cluster, resources: dict[str, float]) -> Cluster:
-    """The cluster section with every automatic value decided from what Ray has.
+def resolve_cluster(cluster: Cluster, nodes: list[dict[str, float]]) -> Cluster:
+    """The cluster section with every automatic value decided from what each node of the Ray has; the
+    first node is preferred for the driver.
 
     Raises InputError when the workers that are asked for do not fit."""
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    gpus_per_worker = cluster.gpus_per_worker
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    gpus_per_worker, driver_gpus = cluster.gpus_per_worker, cluster.driver_gpus
     if gpus_per_worker is None:
         gpus_per_worker = 0.9 if gpus else 0.0
-    driver_gpus = cluster.driver_gpus
     if driver_gpus is None:
         driver_gpus = 0.1 if gpus else 0.0
-    fit = (cpus - cluster.driver_cpus) // cluster.cpus_per_worker
-    demand = f"{cluster.cpus_per_worker} CPUs each (cluster.cpus_per_worker)"
-    if gpus_per_worker:
-        demand = f"{gpus_per_worker:g} GPUs (cluster.gpus_per_worker) and {demand}"
-        fit = min(fit, _workers_on_gpus(gpus, gpus_per_worker, driver_gpus))
-    workers = max(fit, 1) if cluster.workers == "auto" else cluster.workers
-    if workers > fit or driver_gpus > gpus:
+    free = [_workers_on(node, cluster.cpus_per_worker, gpus_per_worker, 0, 0) for node in nodes]
+    # The driver goes to the first node that has room for it.
+    for number, node in enumerate(nodes):
+        if node.get("CPU", 0) >= cluster.driver_cpus and node.get("GPU", 0) >= driver_gpus:
+            free[number] = _workers_on(node, cluster.cpus_per_worker, gpus_per_worker, cluster.driver_cpus, driver_gpus)
+            break
+    else:
+        free = [0]
+    workers = max(sum(free), 1) if cluster.workers == "auto" else cluster.workers
+    if workers > sum(free):
+        cpus = sum(int(node.get("CPU", 0)) for node in nodes)
         raise InputError(
-            f"cluster.workers ({cluster.workers}) of {demand} beside a driver of {cluster.driver_cpus} CPUs and "
-            f"{driver_gpus:g} GPUs do not fit the {cpus} CPUs and {gpus} GPUs of this Ray"
+            f"cluster.workers ({cluster.workers}) of {cluster.cpus_per_worker} CPUs (cluster.cpus_per_worker) and "
+            f"{gpus_per_worker:g} GPUs (cluster.gpus_per_worker) beside a driver of {cluster.driver_cpus} CPUs and "
+            f"{driver_gpus:g} GPUs do not fit the {len(nodes)} nodes with {cpus} CPUs and {gpus} GPUs of this Ray"
         )
     return cluster.model_copy(
         update={"workers": workers, "gpus_per_worker": gpus_per_worker, "driver_gpus": driver_gpus}
     )
 
 
-def _workers_on_gpus(gpus: int, per_worker: float, driver: float) -> int:
-    """How many workers fit when a fraction of a GPU never spans two of them."""
-    tolerance = 1e-9
-    if per_worker > 1:
-        return int((gpus - driver + tolerance) // per_worker)
-    per_gpu = int((1 + tolerance) // per_worker)
-    beside_driver = int((1 - driver + tolerance) // per_worker) if driver <= 1 else 0
-    return max(0, gpus - 1) * per_gpu + beside_driver if gpus else 0
+def _workers_on(node: dict[str, float], cpus_each: int, gpus_each: float, driver_cpus: int, driver_gpus: float) -> int:
+    """How many workers fit a node beside a driver of that size (0 and 0: none)."""
+    fit = int(node.get("CPU", 0) - driver_cpus) // cpus_each
+    if not gpus_each:
+        return fit
+    gpus, tolerance = int(node.get("GPU", 0)), 1e-9
+    if gpus_each > 1:
+        return min(fit, int((gpus - driver_gpus + tolerance) // gpus_each))
+    # A fraction of a GPU never spans two of them. The driver's share is of whole GPUs and one more.
+    per_gpu = int((1 + tolerance) // gpus_each)
+    untouched = gpus - math.ceil(driver_gpus)
+    beside = int((math.ceil(driver_gpus) - driver_gpus + tolerance) // gpus_each)
+    return min(fit, untouched * per_gpu + beside)
 
 
 @dataclass
@@ -193,6 +207,7 @@ class Pool:
         self.in_flight: dict[Any, _InFlight] = {}
         self.retries = 0
         self.deaths_in_a_row = 0
+        self.failed_starts = 0
         self.seconds_per_member: float | None = None
         for _ in range(self.size):
             self._start_worker()
@@ -204,8 +219,12 @@ class Pool:
 
     def wait_until_joined(self) -> None:
         """Return when every worker has joined or was refused."""
+        started, said = time.monotonic(), False
         while any(slot.info is None for slot in self.slots):
             self._collect()
+            if not said and time.monotonic() - started > SLOW_START_SECONDS:
+                self.note(f"{len(self.infos)} of {self.size} workers have started: is Ray busy with other work?")
+                said = True
 
     def evaluate(self, parent: ParentState, members: Members) -> tuple[NDArray[np.float64], float]:
         """The fitness of every member, and the seconds that the slowest broadcast took."""
@@ -279,7 +298,9 @@ class Pool:
             task.slot.queued -= 1
             try:
                 result = ray.get(ref)
-            except (RayActorError, ObjectLostError) as error:
+            except RayTaskError:
+                raise  # the work itself failed, and would on any worker
+            except RayError as error:  # died, out of memory, unreachable, its result lost with its node
                 self._replace(task.slot, error)
                 if task.span:
                     self.retries += 1
@@ -322,6 +343,7 @@ class Pool:
     def _welcome(self, slot: _Slot, info: WorkerInfo) -> None:
         if fingerprint_agrees(self.noise, info.fingerprint):
             slot.info = info
+            self.failed_starts = 0
             return
         self.note(f"refused {info}: its noise fingerprint differs")
         self.slots.remove(slot)
@@ -333,9 +355,17 @@ class Pool:
             return
         self.slots.remove(slot)
         ray.kill(slot.worker)
-        self.deaths_in_a_row += 1
-        if self.deaths_in_a_row > DEATHS_PER_WORKER * self.size:
-            raise PoolError(f"{self.deaths_in_a_row} workers died in a row; the last one: {error}") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if slot.info:
+            self.deaths_in_a_row += 1
+        else:
+            self.failed_starts += 1
+            reason = str(error).strip().splitlines()[-1]
+        limit = DEATHS_PER_WORKER * self.size
+        if self.deaths_in_a_row > limit or (self.failed_starts > limit and not self.infos):
+            raise PoolError(f"the workers die one after another; the last one: {reason}") from error
+        if self.failed_starts > limit:
+            self.note(f"a worker that failed to start is not replaced again: {reason}")
+            return
         self.note(f"{slot.info or 'a worker that was starting'} was lost and is replaced: {reason}")
         self._start_worker()

@@ -58,6 +58,11 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(folder.resolve().name, load_config(str(folder / "config.yaml")), frame, environment)
 
 
+def number(value: float | None, digits: int = 4) -> str:
+    """A number of the record, whose null is a value that was not finite."""
+    return "not finite" if value is None or pd.isna(value) else f"{value:.{digits}f}"
+
+
 def final_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One row a run: where it ended, and the test accuracy at the epoch that validation would choose."""
     rows = []
@@ -69,12 +74,12 @@ def final_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                 "run": name,
                 "epochs": len(frame),
                 "evolve phases": f"{int(evolve['accepted'].sum())} of {len(evolve)} accepted" if len(evolve) else "-",
-                "train loss": f"{last['train_loss']:.4f}",
-                "validation accuracy": f"{last['validation_accuracy']:.4f}",
-                "test accuracy": f"{last['test_accuracy']:.4f}",
-                "test loss": f"{last['test_loss']:.4f}",
-                "best validation": f"{best['validation_accuracy']:.4f} (epoch {int(best['epoch'])})",
-                "test accuracy there": f"{best['test_accuracy']:.4f}",
+                "train loss": number(last["train_loss"]),
+                "validation accuracy": number(last["validation_accuracy"]),
+                "test accuracy": number(last["test_accuracy"]),
+                "test loss": number(last["test_loss"]),
+                "best validation": f"{number(best['validation_accuracy'])} (epoch {int(best['epoch'])})",
+                "test accuracy there": number(best["test_accuracy"]),
                 "seconds": f"{frame['seconds'].sum() + frame['evaluation_seconds'].sum():.0f}",
             }
         )
@@ -92,15 +97,15 @@ def evolve_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                     "epoch": int(phase["epoch"]),
                     "members": int(phase["population"]),
                     "images": int(phase["fitness_images"]),
-                    "parent before": f"{phase['parent_fitness_before']:.4f}",
-                    "members' mean": f"{phase['fitness_mean']:.4f}",
-                    "best member": f"{phase['fitness_max']:.4f}",
-                    "parent after": f"{phase['parent_fitness_after']:.4f}",
+                    "parent before": number(phase["parent_fitness_before"]),
+                    "members' mean": number(phase["fitness_mean"]),
+                    "best member": number(phase["fitness_max"]),
+                    "parent after": number(phase["parent_fitness_after"]),
                     "moved": "yes" if phase["accepted"] else f"no: {phase['note']}",
-                    "step ratio": f"{phase['step_ratio']:.2f}",
-                    "scoring s": f"{phase['scoring_seconds']:.1f}",
-                    "update s": f"{phase['update_seconds']:.2f}",
-                    "images/s": f"{phase['images_per_second']:.0f}",
+                    "step ratio": number(phase["step_ratio"], 2),
+                    "scoring s": number(phase["scoring_seconds"], 1),
+                    "update s": number(phase["update_seconds"], 2),
+                    "images/s": number(phase["images_per_second"], 0),
                     "retries": int(phase["retries"]),
                 }
             )
@@ -119,7 +124,10 @@ def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
 
     from spartan_ray.plots import draw_measure
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"-o {folder}: not a folder to write to: {error.strerror}") from None
     frames = unique_frames(runs)
     pictures = {measure: folder / f"{measure}.png" for measure in PICTURES}
     for measure, path in pictures.items():

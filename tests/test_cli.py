@@ -50,10 +50,10 @@ def test_train_and_report(tmp_path: Path) -> None:
             "evolution.population: should be greater than or equal to 2 (got 1)",
         ),
         (["train", *SMALL, "--evolution.fitness-images", "999"], "evolution.fitness_images (999) is larger than"),
-        (["train", "--data.name", "folder", "--data.root", "nowhere"], "data.root nowhere: no such folder"),
+        (["train", "--data.name", "folder", "--data.root", "nowhere"], "/nowhere: no such folder"),
         (["train", *SMALL, "--cluster.gpus-per-worker", "1"], "do not fit the"),
         (["train", *SMALL, "--cluster.address", "127.0.0.1:1"], "cluster.address 127.0.0.1:1: no Ray answers"),
-        (["train", *SMALL, "--parent.weights", "absent.pt"], "parent.weights absent.pt: cannot be read"),
+        (["train", *SMALL, "--parent.weights", "absent.pt"], "/absent.pt: cannot be read"),
         (["report", "nowhere"], "nowhere/metrics.jsonl: not readable"),
     ],
 )
@@ -65,6 +65,17 @@ def test_bad_input_is_one_line_and_exit_2(arguments: list[str], said: str, tmp_p
     assert said in errors[0]
     assert "Traceback" not in ended.stderr + ended.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_largest_seed_and_a_run_that_diverges_end_well(tmp_path: Path) -> None:
+    flags = [*SMALL, "--run.epochs", "2", "--run.seed", str(2**63 - 1), "--parent.lr", "1e30", "--data.augment"]
+    ended = spartan("train", *flags, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "train loss not finite" in ended.stdout
+    assert spartan("report", "runs/run", cwd=tmp_path).returncode == 0
+    (tmp_path / "file").write_text("")
+    refused = spartan("report", "runs/run", "-o", "file", cwd=tmp_path)
+    assert (refused.returncode, refused.stderr) == (2, "spartan: -o file: not a folder to write to: File exists\n")
 
 
 def test_help_names_the_presets_and_every_section(tmp_path: Path) -> None:

@@ -137,6 +137,22 @@ def test_a_corrupt_image_is_named(image_folder: Path, damage: str) -> None:
         load_splits(folder_config(image_folder), 0)
 
 
+def test_a_link_to_nothing_is_named(image_folder: Path) -> None:
+    (image_folder / "train" / "cat" / "gone.png").symlink_to(image_folder / "nowhere.png")
+    with pytest.raises(InputError, match=r"gone\.png: not a readable image: No such file"):
+        load_splits(folder_config(image_folder), 0)
+
+
+def test_normalisation_is_numpy_s_mean_and_std_of_the_sgd_images() -> None:
+    splits = load_splits(Data(name="digits"), 0)
+    pixels = splits.sgd.pixels_NHWC.numpy().reshape(-1, 3) / 255
+    np.testing.assert_allclose(splits.mean_C, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(splits.std_C, pixels.std(0), rtol=1e-12)
+    black = Images(torch.zeros_like(splits.sgd.pixels_NHWC), splits.sgd.labels_N)
+    with pytest.raises(InputError, match="one value"):
+        data._colours(black)
+
+
 def test_classes_must_be_the_same_and_full(image_folder: Path) -> None:
     shutil.rmtree(image_folder / "test" / "dog")
     with pytest.raises(InputError, match="class 'dog' is not in both train and test"):

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 
 from spartan_ray.config import Config, InputError, load_config
 from spartan_ray.data import load_splits
-from spartan_ray.driver import start_driver
+from spartan_ray.driver import fitness_images, start_driver
 from spartan_ray.fitness import Normaliser, score
 from spartan_ray.journal import read_journal
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import noise
 from spartan_ray.record import RunFolder, make_run_folder
-from spartan_ray.report import read_run
+from spartan_ray.report import final_table, read_run, unique_frames, write_report
 
 
 def change(config: Config, **sections: dict[str, Any]) -> Config:
@@ -88,7 +88,7 @@ def test_a_run_leaves_a_complete_folder(local_ray: None, small_config: Config) -
     assert read_run(folder).metrics.shape[0] == 4
     assert list((folder / "tensorboard").iterdir())
     environment = json.loads((folder / "environment.json").read_text())
-    assert [worker["device"] for worker in environment["workers"]] == ["cpu", "cpu"]
+    assert [(worker["device"], worker["threads"]) for worker in environment["workers"]] == [("cpu", 1)] * 2
 
     # The journal and the record tell the same story, and the weights are those of the last row.
     journal = read_journal(folder / "journal" / "000004.npz")
@@ -117,6 +117,13 @@ def test_the_update_is_replayed_from_the_journal(local_ray: None, small_config: 
     model.module.load_state_dict(load_file(folder / "final.safetensors"))
     np.testing.assert_allclose(model.theta_D.numpy(), expected_D, atol=1e-6)
     (row,) = metrics(folder)
+    # The record's fitness after the phase is that of the new parent on the generation's images.
+    splits = load_splits(config.data, 0)
+    image_N = fitness_images(143, 64, 0, 1)
+    images = splits.evolution[torch.from_numpy(image_N)]
+    normalise = Normaliser(splits.mean_C, splits.std_C, torch.device("cpu"))
+    assert row["parent_fitness_after"] == -score(model.module, images, normalise).loss
+    assert row["parent_fitness_after"] != row["parent_fitness_before"]
     one = float(journal["scale"]) * np.linalg.norm(noise("uniform", int(journal["seed"][0]), 0, len(before_D)))
     ratio = np.linalg.norm(expected_D - before_D) / one
     assert abs(row["step_ratio"] / ratio - 1) < 0.02
@@ -170,6 +177,25 @@ def test_every_image_of_a_run_is_scored_alike_and_the_parent_with_it(local_ray: 
         assert row["accepted"] is False
         assert row["note"] == "no update: all members have equal fitness"
         assert row["fitness_min"] == row["fitness_max"] == row["parent_fitness_before"] == row["parent_fitness_after"]
+
+
+def test_fitness_images_are_drawn_anew_for_each_generation() -> None:
+    first, again, second = (fitness_images(500, 100, 3, generation) for generation in (5, 5, 10))
+    assert first.tolist() == again.tolist() != second.tolist()
+    assert len(set(first)) == 100
+    assert fitness_images(500, None, 3, 5).tolist() == list(range(500))
+
+
+def test_a_parent_that_diverged_is_recorded_to_the_end(local_ray: None, small_config: Config) -> None:
+    folder = run(change(small_config, parent={"lr": 1e30}))
+    rows = metrics(folder)
+    assert len(rows) == 4
+    assert rows[3]["train_loss"] is None
+    assert rows[3]["fitness_nonfinite"] == 16
+    assert rows[3]["note"] == "no update: all members have equal fitness"
+    runs = [read_run(folder)]
+    assert final_table(unique_frames(runs))["train loss"].tolist() == ["not finite"]
+    assert len(write_report(runs, folder / "report")) == 5
 
 
 def test_memory_does_not_grow_with_the_population(local_ray: None, small_config: Config) -> None:

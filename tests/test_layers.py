@@ -10,7 +10,7 @@ import spartan_ray
 PACKAGE = Path(spartan_ray.__file__).parent
 # A module may import what stands before it.
 ORDER = [
-    "noise", "kernels", "config", "data", "model", "fitness", "strategies", "evaluator", "parent",
+    "config", "noise", "kernels", "data", "model", "fitness", "strategies", "evaluator", "parent",
     "journal", "checkpoint", "record", "pool", "driver", "plots", "report", "cli", "__main__",
 ]  # fmt: skip
 UPWARD = {("noise", "kernels")}  # the choice of a kernel, at the call

@@ -10,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spartan_ray.config import NoiseKind
+from spartan_ray.kernels import portable
 from spartan_ray.kernels.cpu import CpuKernel
 from spartan_ray.kernels.portable import PortableKernel
 from spartan_ray.noise import (
     RMS,
     Kernel,
-    NoiseKind,
     fingerprint,
     fingerprint_agrees,
     member_seeds,
@@ -82,6 +83,20 @@ def test_slices_equal_the_whole(seed: int, cuts: list[int], which: tuple[NoiseKi
         part = slice(start - cuts[0], stop - cuts[0])
         kernel.descend(theta[part], 0.01, seed, -1, pieces[part], start)
     assert out.numpy().tobytes() == pieces.numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_portable_kernel_of_many_tiles_computes_the_definition(
+    kind: NoiseKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = noise(kind, 99, 3, 5003)
+    monkeypatch.setattr(portable, "TILE", 1000)
+    kernel, theta = PortableKernel(kind, CPU), torch.zeros(5000)
+    out = torch.full_like(theta, torch.nan)
+    kernel.descend(theta, 1.0, 99, 1, out, 3)
+    np.testing.assert_allclose(out.numpy(), whole, rtol=0, atol=1e-6)
+    sum_S = kernel.accumulate(np.array([99], np.uint64), np.ones(1, np.float32), 3, 5003)
+    np.testing.assert_allclose(sum_S.numpy(), whole, rtol=0, atol=1e-6)
 
 
 @given(seeds, st.sampled_from([1, -1, 0]), st.floats(1e-6, 10), st.sampled_from(sorted(KERNELS)))

@@ -34,7 +34,7 @@ class Running:
         self.notes: list[str] = []
         self.done = 0
         self.kill_after: int | None = None
-        resolved = resolve_cluster(Cluster(**cluster), {"CPU": 2})  # type: ignore[arg-type]
+        resolved = resolve_cluster(Cluster(**cluster), [{"CPU": 2}])  # type: ignore[arg-type]
         self.pool = Pool(spec, resolved, self.notes.append, self.advance)
         self.pool.wait_until_joined()
         model = FlatModel(initial_model(PARENT, 10, 3)[0], CPU)
@@ -112,7 +112,7 @@ def test_a_worker_killed_between_generations_is_replaced(running: Running) -> No
 def test_a_worker_whose_noise_differs_is_refused_by_name(running: Running) -> None:
     slot = running.pool.slots[0]
     assert slot.info
-    wrong = WorkerInfo("elsewhere", 77, "cpu", slot.info.fingerprint + np.float32(1e-3))
+    wrong = WorkerInfo("elsewhere", 77, "cpu", 1, slot.info.fingerprint + np.float32(1e-3))
     running.pool._welcome(slot, wrong)
     assert running.notes == ["refused worker 77 on elsewhere (cpu): its noise fingerprint differs"]
     fitness_K, _ = running.pool.evaluate(running.state, MEMBERS)
@@ -125,8 +125,8 @@ def test_a_worker_whose_noise_differs_is_refused_by_name(running: Running) -> No
 def test_workers_that_cannot_start_end_the_run_with_the_reason(local_ray: None) -> None:
     splits = load_splits(Data(name="digits"), 0)
     spec = WorkerSpec(PARENT, Evolution(), splits.evolution, -1, splits.mean_C, splits.std_C, threads=1)
-    pool = Pool(spec, resolve_cluster(Cluster(workers=1), {"CPU": 2}), lambda note: None, lambda count: None)
-    with pytest.raises(PoolError, match="workers died in a row") as caught:
+    pool = Pool(spec, resolve_cluster(Cluster(workers=1), [{"CPU": 2}]), lambda note: None, lambda count: None)
+    with pytest.raises(PoolError, match="the workers die one after another") as caught:
         pool.wait_until_joined()
     assert "negative dimension" in str(caught.value)
     pool.close()
@@ -135,20 +135,25 @@ def test_workers_that_cannot_start_end_the_run_with_the_reason(local_ray: None) 
 @pytest.mark.parametrize(
     ("asked", "resources", "workers", "gpus_per_worker", "driver_gpus"),
     [
-        ({}, {"CPU": 2.0}, 2, 0.0, 0.0),
-        ({"cpus_per_worker": 4, "driver_cpus": 2}, {"CPU": 16.0}, 3, 0.0, 0.0),
-        ({}, {"CPU": 16.0, "GPU": 1.0}, 1, 0.9, 0.1),
-        ({}, {"CPU": 64.0, "GPU": 8.0}, 8, 0.9, 0.1),
-        ({"gpus_per_worker": 1}, {"CPU": 64.0, "GPU": 8.0}, 7, 1.0, 0.1),
-        ({"gpus_per_worker": 0.25}, {"CPU": 64.0, "GPU": 2.0}, 7, 0.25, 0.1),
-        ({"gpus_per_worker": 1, "driver_gpus": 0}, {"CPU": 64.0, "GPU": 8.0}, 8, 1.0, 0.0),
-        ({"gpus_per_worker": 2}, {"CPU": 64.0, "GPU": 8.0}, 3, 2.0, 0.1),
-        ({"gpus_per_worker": 0, "driver_gpus": 0}, {"CPU": 6.0, "GPU": 8.0}, 6, 0.0, 0.0),
-        ({"workers": 3}, {"CPU": 8.0}, 3, 0.0, 0.0),
+        ({}, [{"CPU": 2.0}], 2, 0.0, 0.0),
+        ({"cpus_per_worker": 4, "driver_cpus": 2}, [{"CPU": 16.0}], 3, 0.0, 0.0),
+        ({}, [{"CPU": 16.0, "GPU": 1.0}], 1, 0.9, 0.1),
+        ({}, [{"CPU": 64.0, "GPU": 8.0}], 8, 0.9, 0.1),
+        ({"gpus_per_worker": 1}, [{"CPU": 64.0, "GPU": 8.0}], 7, 1.0, 0.1),
+        ({"gpus_per_worker": 0.25}, [{"CPU": 64.0, "GPU": 2.0}], 7, 0.25, 0.1),
+        ({"gpus_per_worker": 1, "driver_gpus": 0}, [{"CPU": 64.0, "GPU": 8.0}], 8, 1.0, 0.0),
+        ({"gpus_per_worker": 2}, [{"CPU": 64.0, "GPU": 8.0}], 3, 2.0, 0.1),
+        ({"gpus_per_worker": 0, "driver_gpus": 0}, [{"CPU": 6.0, "GPU": 8.0}], 6, 0.0, 0.0),
+        ({"workers": 3}, [{"CPU": 8.0}], 3, 0.0, 0.0),
+        # Several nodes: nothing spans two of them, and the driver goes to the first with room.
+        ({}, [{"CPU": 8.0, "GPU": 1.0}] * 4, 4, 0.9, 0.1),
+        ({}, [{"CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}], 2, 0.9, 0.1),
+        ({"gpus_per_worker": 1}, [{"CPU": 8.0, "GPU": 1.0}] * 4, 3, 1.0, 0.1),
+        ({"cpus_per_worker": 3}, [{"CPU": 4.0}] * 5, 5, 0.0, 0.0),
     ],
 )
 def test_resources_are_shared_out(
-    asked: dict[str, float], resources: dict[str, float], workers: int, gpus_per_worker: float, driver_gpus: float
+    asked: dict[str, float], resources: list[dict[str, float]], workers: int, gpus_per_worker: float, driver_gpus: float
 ) -> None:
     resolved = resolve_cluster(Cluster(**asked), resources)  # type: ignore[arg-type]
     assert (resolved.workers, resolved.gpus_per_worker, resolved.driver_gpus) == (workers, gpus_per_worker, driver_gpus)
@@ -157,14 +162,16 @@ def test_resources_are_shared_out(
 @pytest.mark.parametrize(
     ("asked", "resources"),
     [
-        ({"gpus_per_worker": 1}, {"CPU": 2.0}),
-        ({"workers": 3}, {"CPU": 2.0}),
-        ({"driver_gpus": 1}, {"CPU": 2.0}),
-        ({"gpus_per_worker": 1}, {"CPU": 8.0, "GPU": 1.0}),
-        ({"workers": 2}, {"CPU": 8.0, "GPU": 1.0}),
-        ({"cpus_per_worker": 3}, {"CPU": 2.0}),
+        ({"gpus_per_worker": 1}, [{"CPU": 2.0}]),
+        ({"workers": 3}, [{"CPU": 2.0}]),
+        ({"driver_gpus": 1}, [{"CPU": 2.0}]),
+        ({"driver_cpus": 3}, [{"CPU": 2.0}, {"CPU": 2.0}]),
+        ({"gpus_per_worker": 1}, [{"CPU": 8.0, "GPU": 1.0}]),
+        ({"gpus_per_worker": 2}, [{"CPU": 8.0, "GPU": 1.0}] * 4),
+        ({"workers": 2}, [{"CPU": 8.0, "GPU": 1.0}]),
+        ({"cpus_per_worker": 3}, [{"CPU": 2.0}, {"CPU": 2.0}]),
     ],
 )
-def test_resources_that_are_not_there_are_refused(asked: dict[str, float], resources: dict[str, float]) -> None:
+def test_resources_that_are_not_there_are_refused(asked: dict[str, float], resources: list[dict[str, float]]) -> None:
     with pytest.raises(InputError, match="do not fit the"):
         resolve_cluster(Cluster(**asked), resources)  # type: ignore[arg-type]

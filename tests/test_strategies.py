@@ -13,12 +13,11 @@ from scipy.stats import rankdata
 
 from spartan_ray.config import Data, Evolution, Parent
 from spartan_ray.data import load_splits
-from spartan_ray.driver import merge_seeds
 from spartan_ray.evaluator import Evaluator, ParentState
 from spartan_ray.fitness import Normaliser
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import noise
-from spartan_ray.strategies import Members, Move, make_strategy
+from spartan_ray.strategies import Members, Move, make_strategy, merge_seeds
 from spartan_ray.strategies.base import SHAPING, centered_rank, zscore
 
 finite_fitness = arrays(np.float64, st.integers(2, 60), elements=st.floats(-1e6, 1e6, width=32))

@@ -12,7 +12,8 @@ import torch
 from numba import njit, uint32, uint64
 from numpy.typing import NDArray
 
-from spartan_ray.noise import KEY_STEPS, MULTIPLIERS, ROUNDS, NoiseKind
+from spartan_ray.config import NoiseKind
+from spartan_ray.noise import KEY_STEPS, MULTIPLIERS, ROUNDS
 
 TILE = 4096
 KIND_CODES: dict[NoiseKind, int] = {"uniform": 0, "gaussian": 1, "rademacher": 2}

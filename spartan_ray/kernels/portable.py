@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spartan_ray.noise import KEY_STEPS, MULTIPLIERS, ROUNDS, NoiseKind, split_key
+from spartan_ray.config import NoiseKind
+from spartan_ray.noise import KEY_STEPS, MULTIPLIERS, ROUNDS, split_key
 
 # Elements generated at once: bounds the temporaries to a few hundred megabytes.
 TILE = 1 << 22

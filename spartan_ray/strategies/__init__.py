@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from spartan_ray.config import Evolution
-from spartan_ray.strategies.base import Members, Move, Strategy
+from spartan_ray.strategies.base import PARENT, Members, Move, Strategy, merge_seeds, with_parent
 from spartan_ray.strategies.es import EvolutionStrategies
 
-__all__ = ["Members", "Move", "Strategy", "make_strategy"]
+__all__ = ["PARENT", "Members", "Move", "Strategy", "make_strategy", "merge_seeds", "with_parent"]
 
 
 def make_strategy(config: Evolution) -> Strategy | None:

@@ -43,6 +43,30 @@ class Move:
         return bool(np.any(self.weight_K))
 
 
+# The parent as a member: sign 0 adds nothing, so it is scored by the very path that scores descendants.
+PARENT = Members(np.zeros(1, np.uint64), np.zeros(1, np.int8), scale=0.0)
+
+
+def with_parent(members: Members) -> Members:
+    """The members with the parent before them."""
+    return Members(
+        np.concatenate([PARENT.seed_K, members.seed_K]),
+        np.concatenate([PARENT.sign_K, members.sign_K]),
+        members.scale,
+    )
+
+
+def merge_seeds(members: Members, move: Move) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+    """One signed weight a seed, in the order of first use: a mirrored pair costs its noise once, and a
+    seed without weight nothing."""
+    seed_U, first_U, index_K = np.unique(members.seed_K, return_index=True, return_inverse=True)
+    weight_U = np.zeros(len(seed_U))
+    np.add.at(weight_U, index_K, move.weight_K * members.sign_K)
+    order_U = np.argsort(first_U)
+    order_U = order_U[weight_U[order_U] != 0]
+    return seed_U[order_U], weight_U[order_U].astype(np.float32)
+
+
 class Strategy(Protocol):
     """One evolve phase is ask, evaluate, tell."""
 
