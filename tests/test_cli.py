@@ -133,6 +133,11 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
     for line in head.stdout:
         if "will now block" in line:
             break
+    # The agent that takes jobs starts a little after the head says that it is there.
+    ready = [command[0], "job", "submit", "--", "true"]
+    for _ in range(30):
+        if subprocess.run(ready, env=reach, capture_output=True, check=False).returncode == 0:
+            break
     started = psutil.Process(head.pid).children(recursive=True)
     yield reach
     head.terminate()
