@@ -6,14 +6,15 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 
 def save_weights(path: Path, state: dict[str, torch.Tensor], description: str) -> None:
     """Write a state dict so that the file is whole or absent. `description` becomes its metadata."""
     temporary = path.with_name(path.name + ".tmp")
-    # One key, since safetensors writes several in any order and equal runs are equal files.
-    save_file(state, temporary, metadata={"spartan": description})
-    with open(temporary, "rb") as written:
-        os.fsync(written.fileno())
+    with open(temporary, "wb") as file:
+        # One key, since safetensors writes several in any order and equal runs are equal files.
+        file.write(save(state, metadata={"spartan": description}))
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)

@@ -39,7 +39,11 @@ def main() -> None:
     report = commands.add_parser("report", help="tables and pictures of one run, or of several compared")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     report.add_argument(
-        "-o", dest="folder", type=Path, metavar="DIR", help="where to write (default: RUN/report, of several: report)"
+        "-o",
+        dest="folder",
+        type=Path,
+        metavar="DIR",
+        help="where to write (default: RUN/report; for several runs, ./report)",
     )
     arguments, rest = parser.parse_known_args()
     if rest and arguments.command != "train":
@@ -59,7 +63,8 @@ def parse_config(arguments: list[str]) -> Config:
     base = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     base.add_argument("--config")
     try:
-        chosen, flags = base.parse_known_args(arguments)
+        with contextlib.redirect_stderr(io.StringIO()):
+            chosen, flags = base.parse_known_args(arguments)
     except SystemExit:
         raise InputError("--config: expected the name of a preset or a file") from None
     default = load_config(chosen.config) if chosen.config else Config()
@@ -88,14 +93,14 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def _first_sentence(box: str) -> str:
-    """The message of tyro's error box, without the box and the advice below its rule."""
+    """The message of tyro's error box without the box, and the flag that it proposes."""
     lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
-    message = []
-    for line in lines:
-        if line.startswith("───"):
-            break
-        message.append(line)
-    return " ".join(message) or box.strip()
+    rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
+    message = " ".join(lines[:rule])
+    proposed = [line.split()[0].rstrip(",") for line in lines[rule:] if line.startswith("--")]
+    if message.startswith("Unrecognized") and proposed:
+        message += f" (perhaps {proposed[0]}?)"
+    return message or " ".join(box.split())
 
 
 def train(arguments: list[str]) -> int:
@@ -109,6 +114,8 @@ def train(arguments: list[str]) -> int:
     from spartan_ray.driver import start_driver
     from spartan_ray.pool import PoolError
 
+    # It warns of what protects the user: a local Ray takes nobody in without its token.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     _check_reachable(address)
@@ -131,7 +138,10 @@ def train(arguments: list[str]) -> int:
             print("stopping", flush=True)
             ray.get(driver.stop.remote())
             ray.wait([run], timeout=STOP_SECONDS)
-            print("stopped: the record holds the epochs that ended", flush=True)
+            folder = ray.get(driver.look.remote(0, 0)).folder
+            print(
+                f"stopped: {folder or 'nothing'} holds the record of the epochs that ended, and no weights", flush=True
+            )
             return 130
         summarise(ray.get(driver.look.remote(0, 0)))
         return 0
@@ -251,9 +261,9 @@ def summarise(state: Any) -> None:
     """Print the table of a run that ended, and where it lies."""
     import pandas as pd
 
-    from spartan_ray.report import final_table, markdown
+    from spartan_ray.report import SHORT, final_table, markdown
 
-    print("\n" + markdown(final_table({Path(state.folder).name: pd.DataFrame(state.rows)})))
+    print("\n" + markdown(final_table({Path(state.folder).name: pd.DataFrame(state.rows)})[SHORT]))
     print(f"run folder: {state.folder}\npictures:   spartan report {state.folder}", flush=True)
 
 
@@ -264,7 +274,7 @@ def write_report(folders: list[Path], out: Path | None) -> int:
     runs = [report.read_run(folder) for folder in folders]
     out = out or (folders[0] / "report" if len(folders) == 1 else Path("report"))
     paths = report.write_report(runs, out)
-    print(report.markdown(report.final_table(report.unique_frames(runs))))
+    print(report.markdown(report.final_table(report.unique_frames(runs))[report.SHORT]))
     for path in paths:
         print(path)
     return 0

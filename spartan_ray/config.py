@@ -130,7 +130,7 @@ class Evolution(Section):
     """Distribution of the noise."""
     sigma: PositiveFloat = 0.01
     """Scale of the noise: perturbation = sigma * noise."""
-    lr: PositiveFloat = 0.001
+    lr: PositiveFloat = 0.0005
     """Step of the update, lr / (K sigma) * sum of weight * noise."""
     shaping: Literal["zscore", "centered-rank"] = "zscore"
     """Fitness to weight."""
@@ -201,12 +201,13 @@ def preset_names() -> list[str]:
 
 
 def load_config(name_or_file: str) -> Config:
-    """The configuration of a preset or of a YAML file."""
+    """The configuration of a preset, of a YAML file, or of a run folder."""
     if name_or_file in preset_names():
         text = (resources.files("spartan_ray") / "presets" / f"{name_or_file}.yaml").read_text()
     else:
+        path = Path(name_or_file)
         try:
-            text = Path(name_or_file).read_text()
+            text = (path / "config.yaml" if path.is_dir() else path).read_text()
         except (OSError, UnicodeDecodeError) as error:
             presets = ", ".join(preset_names())
             raise InputError(f"--config {name_or_file}: no such preset ({presets}) or readable file: {error}") from None

@@ -113,9 +113,8 @@ def _colours(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     means, stds = [], []
     for colour in range(3):
         count_V = torch.bincount(images.pixels_NHWC[..., colour].flatten(), minlength=256).numpy()
-        share_V = count_V / count_V.sum()
-        means.append(float(share_V @ value_V))
-        stds.append(float(np.sqrt(share_V @ (value_V - means[-1]) ** 2)))
+        means.append(float(count_V @ value_V / count_V.sum()))
+        stds.append(float(np.sqrt(count_V @ (value_V - means[-1]) ** 2 / (count_V.sum() - 1))))
     if min(stds) == 0:
         raise InputError("data: a colour has one value in all SGD images: there is nothing to learn from")
     return tuple(means), tuple(stds)

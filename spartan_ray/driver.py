@@ -131,18 +131,13 @@ class Driver:
                 "a smaller evolution.lr is likely to do better"
             )
         images = (len(members) + 1) * len(state.image_N)
-        finite_K = fitness_K[np.isfinite(fitness_K)]
-        statistics = {
-            f"fitness_{name}": float(getattr(finite_K, name)()) if len(finite_K) else math.nan
-            for name in ("min", "mean", "max", "std")
-        }
         return {
             "kind": "evolve",
             "seconds": time.perf_counter() - started,
             "images_per_second": images / (scored - started),
             "population": len(members),
             "fitness_images": len(state.image_N),
-            **statistics,
+            **fitness_statistics(fitness_K),
             "fitness_nonfinite": move.nonfinite,
             "parent_fitness_before": before,
             "parent_fitness_after": after,
@@ -163,8 +158,7 @@ class Driver:
         assert self.pool
         seed_K, weight_K = merge_seeds(members, move)
         sum_D = torch.from_numpy(self.pool.weighted_sum(seed_K, weight_K, self.model.theta_D.numel()))
-        with torch.no_grad():
-            self.model.theta_D += sum_D.to(self.device) * members.scale
+        self.model.theta_D += sum_D.to(self.device) * members.scale
         return float(sum_D.double().norm()) / (RMS[self.config.evolution.noise] * math.sqrt(sum_D.numel()))
 
     def _state(self, key: int, generation: int) -> ParentState:
@@ -203,16 +197,14 @@ class Driver:
         self.model = FlatModel(module, self.device)
         self.normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
         self.strategy = make_strategy(config.evolution)
-        self.config, self.description = (
-            config,
-            {
-                "model": config.parent.model,
-                "stem": config.parent.stem,
-                "classes": splits.classes,
-                "mean": splits.mean_C,
-                "std": splits.std_C,
-            },
-        )
+        self.config = config
+        self.description = {
+            "model": config.parent.model,
+            "stem": config.parent.stem,
+            "classes": splits.classes,
+            "mean": splits.mean_C,
+            "std": splits.std_C,
+        }
         if self.strategy:
             assert isinstance(config.cluster.workers, int)
             spec = WorkerSpec(
@@ -238,8 +230,16 @@ class Driver:
         self.record = RunFolder(config, devices)
         self.at_end.callback(self.record.close)
         self.progress.folder = str(self.record.path)
+        parts = ("sgd", "evolution", "validation", "test")
+        sizes = ", ".join(f"{len(getattr(self.splits, part))} {part}" for part in parts)
+        team = f"{config.cluster.workers} workers" if self.pool else "no workers"
+        self._note(f"{sizes} images of {len(splits.classes)} classes; {team}; {self.record.path}")
         for note in notes:
             self._note(note)
+        if self.strategy and config.evolution.every > config.run.epochs:
+            self._note(
+                f"no evolve phase: evolution.every ({config.evolution.every}) > run.epochs ({config.run.epochs})"
+            )
 
     def _finish(self) -> None:
         save_weights(self.record.path / "final.safetensors", self.model.state_dict(), json.dumps(self.description))
@@ -271,6 +271,15 @@ class Driver:
     def stop(self) -> None:
         """Let `run` end at the next batch or result."""
         self.stopping.set()
+
+
+def fitness_statistics(fitness_K: NDArray[np.float64]) -> Row:
+    """What the record says of the members' finite fitnesses."""
+    finite_K = fitness_K[np.isfinite(fitness_K)]
+    return {
+        f"fitness_{name}": float(getattr(finite_K, name)()) if len(finite_K) else math.nan
+        for name in ("min", "mean", "max", "std")
+    }
 
 
 def fitness_images(split: int, wanted: int | None, run_seed: int, generation: int) -> NDArray[np.int64]:

@@ -289,7 +289,7 @@ class Pool:
     def _collect(self) -> tuple[list[tuple[tuple[int, int], Any]], list[tuple[int, int]]]:
         """Wait for something to end, or a moment; the spans done with their results, and those lost."""
         if not self.slots:
-            raise PoolError("no workers are left: all were refused")
+            raise PoolError("no workers are left")
         ready, _ = ray.wait(list(self.in_flight), num_returns=1, timeout=POLL_SECONDS)
         self.advance(0)
         done, lost = [], []
@@ -355,12 +355,13 @@ class Pool:
             return
         self.slots.remove(slot)
         ray.kill(slot.worker)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = (str(error).strip() or type(error).__name__).splitlines()
         if slot.info:
             self.deaths_in_a_row += 1
+            reason = lines[0]
         else:
             self.failed_starts += 1
-            reason = str(error).strip().splitlines()[-1]
+            reason = lines[-1]  # of the traceback
         limit = DEATHS_PER_WORKER * self.size
         if self.deaths_in_a_row > limit or (self.failed_starts > limit and not self.infos):
             raise PoolError(f"the workers die one after another; the last one: {reason}") from error

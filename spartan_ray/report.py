@@ -86,6 +86,10 @@ def final_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# What fits a terminal; the rest is in the report.
+SHORT = ["run", "epochs", "evolve phases", "train loss", "validation accuracy", "test accuracy", "test loss"]
+
+
 def evolve_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One row an evolve phase."""
     rows = []

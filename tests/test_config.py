@@ -16,6 +16,7 @@ def test_presets_load_and_survive_a_round_trip(name: str, tmp_path: Path) -> Non
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     assert load_config(str(path)) == config
+    assert load_config(str(tmp_path)) == config
     assert parse_config(["--config", name]) == config
 
 
@@ -62,6 +63,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         (["--evolution.fitness", "beauty"], "invalid choice 'beauty'"),
         (["--config", "no-such-preset"], "--config no-such-preset: no such preset"),
         (["--config"], "--config: expected"),
+        (["--run.epoch", "5"], "(perhaps --run.epochs?)"),
     ],
 )
 def test_a_bad_flag_is_one_line_that_names_it(arguments: list[str], message: str) -> None:

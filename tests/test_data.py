@@ -147,7 +147,7 @@ def test_normalisation_is_numpy_s_mean_and_std_of_the_sgd_images() -> None:
     splits = load_splits(Data(name="digits"), 0)
     pixels = splits.sgd.pixels_NHWC.numpy().reshape(-1, 3) / 255
     np.testing.assert_allclose(splits.mean_C, pixels.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(splits.std_C, pixels.std(0), rtol=1e-12)
+    np.testing.assert_allclose(splits.std_C, pixels.std(0, ddof=1), rtol=1e-12)
     black = Images(torch.zeros_like(splits.sgd.pixels_NHWC), splits.sgd.labels_N)
     with pytest.raises(InputError, match="one value"):
         data._colours(black)

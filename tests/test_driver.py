@@ -266,6 +266,14 @@ def test_a_step_that_is_too_long_is_said(local_ray: None, small_config: Config) 
     assert any("the step ratio" in note and "evolution.lr" in note for note in notes)
 
 
+def test_no_evolve_phase_in_so_few_epochs_is_said(local_ray: None, small_config: Config) -> None:
+    notes: list[str] = []
+    config = change(small_config, run={"epochs": 2}, evolution={"every": 3})
+    run(config, lambda progress: notes.__setitem__(slice(None), progress.notes))
+    assert "no evolve phase: evolution.every (3) > run.epochs (2)" in notes
+    assert notes[0].startswith("1152 sgd, 143 evolution, 143 validation, 359 test images of 10 classes; 2 workers; ")
+
+
 def test_run_folders_are_never_shared(tmp_path: Path) -> None:
     names = [make_run_folder(tmp_path / "a" / "b", "x").name for _ in range(3)]
     assert names == ["x", "x-2", "x-3"]
