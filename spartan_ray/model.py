@@ -33,6 +33,8 @@ class LiveConv2d(nn.Conv2d):
         outputs = (size + 2 * padding - taps) // stride + 1
         # Output o reads rows o * stride - padding + tap.
         live = [tap for tap in range(taps) if any(0 <= o * stride - padding + tap < size for o in range(outputs))]
+        if not live:
+            return slice(None), padding
         first, last = live[0], live[-1]
         kept_padding = padding - first
         if kept_padding < 0 or (size + 2 * kept_padding - (last - first + 1)) // stride + 1 != outputs:

@@ -9,7 +9,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -21,6 +21,7 @@ from spartan_ray.model import FlatModel, LiveConv2d, initial_model
 CPU = torch.device("cpu")
 
 
+@example(size=(1, 4), kernel=1, stride=2, padding=1)  # no tap of the first axis ever meets the map
 @given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     kernel=st.sampled_from([1, 2, 3, 5, 7]),
