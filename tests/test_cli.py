@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,9 +91,13 @@ def test_help_names_the_presets_and_every_section(tmp_path: Path) -> None:
 def test_an_interrupt_stops_cleanly(kind: signal.Signals, tmp_path: Path) -> None:
     """Exit 130, the ended epochs on record, and no process left."""
     command = [sys.executable, "-m", "spartan_ray", "train", *SMALL, "--run.epochs", "100000", "--run.name", "long"]
+    # A shell starts what it puts in the background with SIGINT ignored, and so would this process be.
+    command = ["env", "--default-signal=INT", *command]
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
+        watchdog = threading.Timer(180, process.kill)
+        watchdog.start()
         assert process.stdout
         for line in process.stdout:
             if line.startswith("epoch 2/"):
@@ -102,6 +107,7 @@ def test_an_interrupt_stops_cleanly(kind: signal.Signals, tmp_path: Path) -> Non
         process.send_signal(kind)
         rest = process.stdout.read()
         assert process.wait(timeout=120) == 130
+        watchdog.cancel()
     assert "runs/long holds the record of the epochs that ended" in rest
     assert (tmp_path / "runs" / "long" / "metrics.jsonl").read_text().count("\n") >= 2
     assert psutil.wait_procs(children, timeout=60)[1] == []
