@@ -72,24 +72,25 @@ def main() -> None:
     from spartan_ray.evaluator import ParentState
     from spartan_ray.model import FlatModel, initial_model
     from spartan_ray.pool import Pool, WorkerSpec, resolve_cluster
-    from spartan_ray.strategies import Members
+    from spartan_ray.strategies.base import noisy
 
     ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     pixels = torch.randint(0, 256, (arguments.images, 32, 32, 3), dtype=torch.uint8)
     images = Images(pixels, torch.randint(0, 10, (arguments.images,)))
-    spec = WorkerSpec(Parent(), Evolution(), images, 10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), threads=1)
+    spec = WorkerSpec(Parent(), Evolution(), images, images, 10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), threads=1)
     cluster = resolve_cluster(Cluster(workers=arguments.workers), [node["Resources"] for node in ray.nodes()])
-    pool = Pool(spec, cluster, print, lambda count: None)
+    pool = Pool(spec, cluster, print, lambda members, images: None)
     pool.wait_until_joined()
     parent = FlatModel(initial_model(Parent(), 10, 0)[0], torch.device("cpu"))
     theta_D, buffers = parent.theta_D.numpy(), [buffer.numpy() for buffer in parent.buffers]
-    members = Members(np.arange(arguments.members, dtype=np.uint64), np.ones(arguments.members, np.int8), scale=0.01)
+    members = noisy(np.arange(arguments.members, dtype=np.uint64), 0.0, 0.01)
     limits, scored, updates = [], [], []
     for repeat in range(arguments.repeats + 1):
         limit = measure_limit(arguments.workers, arguments.images * arguments.members // arguments.workers)
-        state = ParentState(repeat, theta_D, buffers, np.arange(arguments.images))
+        state = ParentState(theta_D, buffers, None, {"fitness": np.arange(arguments.images)})
         started = time.perf_counter()
-        pool.evaluate(state, members)
+        pool.broadcast(state)
+        pool.evaluate(members)
         seconds = time.perf_counter() - started
         started = time.perf_counter()
         pool.weighted_sum(members.seed_K, np.ones(arguments.members, np.float32), theta_D.size)

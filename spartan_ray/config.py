@@ -12,6 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 NoiseKind = Literal["uniform", "gaussian", "rademacher"]
 FitnessKind = Literal["loss", "accuracy"]
+BatchNormKind = Literal["running", "batch", "recalibrate"]
+Temperature = Literal["none", "error", "loss"]
+# fitness: the images that score the generation; the others choose nothing before they are asked.
+ImageSet = Literal["fitness", "search", "confirm"]
+Moments = Literal["keep", "reset", "rescale"]
 
 
 class InputError(Exception):
@@ -21,6 +26,8 @@ class InputError(Exception):
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Decay = Annotated[float, Field(gt=0, le=1)]
 
 
 def _one_line(prefix: str, error: ValidationError) -> str:
@@ -105,10 +112,29 @@ class Parent(Section):
     """Weight decay: L2 for sgd and adam, decoupled for adamw."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Images a gradient step."""
+    gradient_noise: Literal["none"] | PositiveFloat = "none"
+    """Gaussian noise added to gradients: eta of its variance eta / (1 + step)^0.55, 0.01 to 1 in the paper."""
+    moments_after_evolution: Moments = "keep"
+    """The optimizer's moments after a phase that moved the parent: keep, reset (to none), or rescale (to the
+    new parent's gradient)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the SGD epochs; bf16 is autocast."""
     threads: PositiveInt | None = None
     """CPU threads of the driver (default: cluster.driver_cpus, else all cores). The bits depend on it."""
+
+
+# A field that only one setting of another field uses: refused elsewhere, unless it has its default.
+ONLY_WITH: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("sigma", "sigma_scale", "sigma_decay", "shaping", "mirrored", "noise"), ("strategy", "es")),
+    **dict.fromkeys(("step", "optimizer", "weight_decay"), ("strategy", "es")),
+    "step_ratio": ("step", "ratio"),
+    "lr_decay": ("step", "lr"),
+    **dict.fromkeys(("low", "high", "temperature", "gradient_images"), ("strategy", "random-gradients")),
+    **dict.fromkeys(("gradient_split", "early_rejection"), ("strategy", "random-gradients")),
+    "wave": ("accept", "chain"),
+}
+ACCEPT = {"es": ("always", "if-better"), "random-gradients": ("best", "chain")}
+LR = {"es": 0.0005, "random-gradients": 0.01}
 
 
 class Evolution(Section):
@@ -116,32 +142,125 @@ class Evolution(Section):
 
     prefix = "evolution"
 
-    strategy: Literal["es", "none"] = "es"
-    """es: the article's evolution strategies; none: every epoch is SGD."""
+    strategy: Literal["es", "random-gradients", "none"] = "es"
+    """es: the article's evolution strategies; random-gradients: its other method; none: every epoch is SGD."""
     every: PositiveInt = 5
     """Each so-many-th epoch is an evolve phase."""
     population: Annotated[int, Field(ge=2)] = 50
     """Descendants a generation, K."""
     fitness: FitnessKind = "loss"
     """Fitness of a descendant: minus its mean cross-entropy, or its accuracy."""
-    fitness_images: PositiveInt | None = None
-    """Evolution images that score one generation, drawn anew for each (default: the whole split)."""
+    fitness_images: Annotated[int, Field(ge=2)] | None = None
+    """Evolution images that score one generation, drawn anew for each (default: the split, or its share of it
+    beside confirm and search)."""
+    accept: Literal["always", "if-better", "best", "chain"] | None = None
+    """What becomes the parent. es: always the update (default), or if-better; random-gradients: the best member
+    if better (default), or chain: each better one at once."""
+    confirm: bool = False
+    """Take what was chosen only if it is better on evolution images that did not choose it, too."""
+    confirm_images: Annotated[int, Field(ge=2)] | None = None
+    """Images that confirm, and as many that search (default: what fitness_images leaves, shared)."""
+    batchnorm: BatchNormKind = "running"
+    """Statistics that score a descendant: the parent's running ones, those of each scored batch, or recalibrated
+    for it on a fixed batch of SGD images."""
+    mutate: Annotated[str, Field(min_length=1)] = "all"
+    """Parameters that evolution moves: all, no-batchnorm (without its affine ones), or a name pattern: layer4.*"""
     noise: NoiseKind = "uniform"
-    """Distribution of the noise."""
+    """es: distribution of the noise."""
     sigma: PositiveFloat = 0.01
-    """Scale of the noise: perturbation = sigma * noise."""
-    lr: PositiveFloat = 0.0005
-    """Step of the update, lr / (K sigma) * sum of weight * noise."""
+    """es: scale of the noise, perturbation = sigma * noise."""
+    sigma_scale: Literal["absolute", "relative"] = "absolute"
+    """es: relative is times the RMS of each tensor (a tensor of zeros stays)."""
+    sigma_decay: Decay = 1.0
+    """es: factor of sigma after each evolve phase."""
+    lr: PositiveFloat | None = None
+    """Step. es: lr / (K sigma) * sum of weight * noise (default 0.0005); random-gradients: lr * temperature *
+    gradient * u (default 0.01)."""
+    lr_decay: Decay = 1.0
+    """Factor of evolution.lr after each evolve phase."""
     shaping: Literal["zscore", "centered-rank"] = "zscore"
-    """Fitness to weight."""
+    """es: fitness to weight."""
     mirrored: bool = False
-    """Members 2j and 2j+1 share a seed, with signs +1 and -1."""
+    """es: members 2j and 2j+1 share a seed, with signs +1 and -1."""
+    step: Literal["lr", "ratio", "search"] = "lr"
+    """es: length of the update: lr (the article's), ratio (step_ratio times one mutation), or search (the best of
+    about ten on images that did not choose the direction)."""
+    step_ratio: PositiveFloat = 0.5
+    """es with step ratio: norm of the update over that of one mutation."""
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """es: what makes the update of the estimated gradient (momentum and beta1 0.9, beta2 0.999)."""
+    weight_decay: NonNegativeFloat = 0.0
+    """es: L2 decay, added to the estimated gradient."""
+    low: Finite = 0.0
+    """random-gradients: u is uniform from low ..."""
+    high: Finite = 1.0
+    """random-gradients: ... to high."""
+    temperature: Temperature = "none"
+    """random-gradients: factor of the step: error (1 - accuracy of the parent), or loss (its loss over a uniform
+    guess's)."""
+    gradient_images: PositiveInt = 512
+    """random-gradients: images of the gradient, drawn anew for each phase."""
+    gradient_split: Literal["sgd", "evolution"] = "sgd"
+    """random-gradients: split of those images."""
+    wave: PositiveInt | None = None
+    """random-gradients with accept chain: members scored at once (default: one a worker). Changes no result."""
+    early_rejection: bool = True
+    """random-gradients: stop scoring a member that can no longer beat the parent. Changes no result."""
 
     @model_validator(mode="after")
-    def _pairs(self) -> Evolution:
+    def _together(self) -> Evolution:
+        if self.strategy == "none":
+            return self
+        chosen = self.resolved()
+        for name, (switch, wanted) in ONLY_WITH.items():
+            value, setting = getattr(self, name), getattr(chosen, switch)
+            if value != type(self).model_fields[name].default and setting != wanted:
+                raise ValueError(
+                    f"evolution.{name} ({value}) has no effect with evolution.{switch} {setting}: it needs {wanted}"
+                )
+        if chosen.accept not in ACCEPT[self.strategy]:
+            wanted = " or ".join(ACCEPT[self.strategy])
+            raise ValueError(
+                f"evolution.accept ({self.accept}) does not go with evolution.strategy {self.strategy}: {wanted}"
+            )
+        if self.confirm_images and not self.confirm and self.step != "search":
+            raise ValueError(
+                f"evolution.confirm_images ({self.confirm_images}) has no effect without evolution.confirm "
+                "or evolution.step search"
+            )
         if self.mirrored and self.population % 2:
             raise ValueError(f"evolution.population ({self.population}) must be even when mirrored")
+        if self.low >= self.high:
+            raise ValueError(f"evolution.low ({self.low:g}) must be below evolution.high ({self.high:g})")
         return self
+
+    def resolved(self, workers: int = 1) -> Evolution:
+        """With the defaults that depend on the strategy and on the workers that there are."""
+        if self.strategy == "none":
+            return self
+        accept, lr = self.accept or ACCEPT[self.strategy][0], self.lr or LR[self.strategy]
+        wave = self.wave or (workers if accept == "chain" else None)
+        return self.model_copy(update={"accept": accept, "lr": lr, "wave": wave})
+
+    def image_counts(self, available: int) -> dict[ImageSet, int]:
+        """How many of the evolution images score a generation, search for its step, and confirm; disjoint.
+
+        What is not given shares equally what the others leave. Raises ValueError when they do not fit."""
+        counts: dict[ImageSet, int | None] = {"fitness": self.fitness_images}
+        if self.step == "search":
+            counts["search"] = self.confirm_images
+        if self.confirm:
+            counts["confirm"] = self.confirm_images
+        given = sum(count or 0 for count in counts.values())
+        missing = sum(count is None for count in counts.values())
+        share = (available - given) // max(missing, 1)
+        if given > available or (missing and share < 2):
+            wanted = f"evolution.fitness_images ({self.fitness_images or 'the rest'})"
+            if len(counts) > 1:
+                purposes = " and ".join(name for name in counts if name != "fitness")
+                wanted += f" and evolution.confirm_images ({self.confirm_images or 'the rest'}) to {purposes}"
+            raise ValueError(f"{wanted} do not fit data.evolution_images ({available})")
+        return {name: count or share for name, count in counts.items()}
 
 
 class Cluster(Section):
@@ -186,9 +305,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _splits(self) -> Config:
-        wanted, given = self.evolution.fitness_images, self.data.evolution_images
-        if wanted and given and wanted > given:
-            raise ValueError(f"evolution.fitness_images ({wanted}) is larger than data.evolution_images ({given})")
+        evolution, data = self.evolution, self.data
+        if evolution.strategy != "none" and data.evolution_images:
+            evolution.image_counts(data.evolution_images)
+        if evolution.strategy == "random-gradients":
+            name = "data.sgd_images" if evolution.gradient_split == "sgd" else "evolution.fitness_images"
+            given = data.sgd_images if evolution.gradient_split == "sgd" else evolution.fitness_images
+            if given and evolution.gradient_images > given:
+                raise ValueError(
+                    f"evolution.gradient_images ({evolution.gradient_images}) is larger than {name} ({given})"
+                )
         if self.data.name == "folder" and self.data.root is None:
             raise ValueError("data.root: the folder data set needs the path of its folder")
         return self

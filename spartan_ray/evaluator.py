@@ -14,44 +14,48 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spartan_ray.config import FitnessKind, NoiseKind
+from spartan_ray.config import Evolution, ImageSet
 from spartan_ray.data import Images
-from spartan_ray.fitness import Normaliser, score
+from spartan_ray.fitness import Normaliser, recalibrate, score
 from spartan_ray.model import FlatModel
 from spartan_ray.noise import kernel_for
-from spartan_ray.strategies.base import Members
+from spartan_ray.strategies.base import Members, Scores
 
 
 @dataclass(frozen=True)
 class ParentState:
-    """The parent as it is broadcast, and the evolution images that score its generation."""
+    """The parent as it is broadcast, with what its descendants are made and scored by."""
 
-    key: int  # tells one broadcast from another
     theta_D: NDArray[np.float32]
     buffers: list[NDArray[np.generic]]
-    image_N: NDArray[np.int64]  # indices into the evolution split
+    scale: NDArray[np.float32] | None  # a number a parameter tensor, or an element; None: 1
+    image_sets: dict[ImageSet, NDArray[np.int64]]  # indices into the evolution split
 
 
 class Evaluator:
-    """Builds descendants in place in its own module, always from the pristine parent."""
+    """Builds descendants in place in its own module, always from the pristine parent.
+
+    `reference` are the images that recalibrate BatchNorm for each descendant."""
 
     def __init__(
         self,
+        config: Evolution,
         module: nn.Module,
         images: Images,
+        reference: Images,
         normalise: Normaliser,
-        noise: NoiseKind,
-        fitness: FitnessKind,
         device: torch.device,
     ) -> None:
+        self.config = config
         self.model = FlatModel(module, device)
         self.split = images.to(device)
-        self.images = self.split
+        self.reference_NCHW = normalise(reference.pixels_NHWC.to(device))
         self.normalise = normalise
-        self.fitness: FitnessKind = fitness
         self.device = device
-        self.kernel = kernel_for(noise, device)
+        self.kernel = kernel_for(config.noise, device)
         self.theta_D = self.model.theta_D
+        self.scale_D: torch.Tensor | None = None
+        self.image_sets: dict[ImageSet, Images] = {}
 
     def load(self, parent: ParentState) -> None:
         """Take a new parent. On a CPU its parameters stay where they are, shared with other workers."""
@@ -59,16 +63,25 @@ class Evaluator:
             # Shared memory is read-only, and so is what is done with theta_D.
             warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
             self.theta_D = torch.from_numpy(parent.theta_D).to(self.device)
+            scale = None if parent.scale is None else torch.from_numpy(parent.scale).to(self.device)
+        self.scale_D = scale if scale is None or len(scale) == len(self.theta_D) else self.model.spread(scale)
         self.model.load_buffers([torch.from_numpy(buffer.copy()) for buffer in parent.buffers])
-        self.images = self.split[torch.from_numpy(parent.image_N.copy()).to(self.device)]
+        self.image_sets = {
+            name: self.split[torch.from_numpy(image_N.copy()).to(self.device)]
+            for name, image_N in parent.image_sets.items()
+        }
 
-    def evaluate(self, members: Members) -> NDArray[np.float64]:
-        """The fitness of each member, higher is better."""
-        fitness_K = np.empty(len(members))
-        for k, (seed, sign) in enumerate(zip(members.seed_K, members.sign_K, strict=True)):
-            self.kernel.descend(self.theta_D, members.scale, int(seed), int(sign), self.model.theta_D)
-            fitness_K[k] = score(self.model.module, self.images, self.normalise).fitness(self.fitness)
-        return fitness_K
+    def evaluate(self, members: Members, images: ImageSet, bar: float) -> Scores:
+        """Score each member; one that can no longer exceed the bar is left."""
+        rows = []
+        for seed, offset, gain in zip(members.seed_K, members.offset_K, members.gain_K, strict=True):
+            self.kernel.descend(self.theta_D, self.scale_D, int(seed), offset, gain, self.model.theta_D)
+            if self.config.batchnorm == "recalibrate":
+                recalibrate(self.model.module, self.reference_NCHW)
+            part = self.image_sets[images]
+            rows.append(score(self.model.module, part, self.normalise, self.config.batchnorm, self.config.fitness, bar))
+        loss_K, accuracy_K, images_K = zip(*rows, strict=True)
+        return Scores(np.array(loss_K), np.array(accuracy_K), np.array(images_K))
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int

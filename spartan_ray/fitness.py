@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spartan_ray.config import FitnessKind
+from spartan_ray.config import BatchNormKind, FitnessKind
 from spartan_ray.data import Images
-
-# Images a forward pass. The bits of a score depend on it, so it is a constant of the device type;
-# 256 is the fastest on the CPU cores that were measured.
-BATCH_IMAGES = {"cpu": 256}
-BATCH_IMAGES_ACCELERATOR = 2048
 
 
 class Score(NamedTuple):
-    """How a network does on a split."""
+    """How a network does on images."""
 
     loss: float  # mean cross-entropy, nats
     accuracy: float  # share of images classified correctly
-
-    def fitness(self, kind: FitnessKind) -> float:
-        """Higher is better."""
-        return -self.loss if kind == "loss" else self.accuracy
+    images: int  # that it was scored on
 
 
 class Normaliser:
@@ -41,17 +37,75 @@ class Normaliser:
         return (pixels_NHWC * self.scale_C).sub_(self.shift_C).permute(0, 3, 1, 2)
 
 
-@torch.inference_mode()
-def score(module: nn.Module, images: Images, normalise: Normaliser) -> Score:
-    """Score the module in evaluation mode, as it is. Waits for the device once, at the end."""
-    device = images.labels_N.device
-    batch = BATCH_IMAGES.get(device.type, BATCH_IMAGES_ACCELERATOR)
+@contextlib.contextmanager
+def statistics_of(module: nn.Module, kind: BatchNormKind) -> Iterator[None]:
+    """The module in evaluation mode; within it, with kind batch, BatchNorm normalises by the statistics of
+    the batch and keeps nothing of them, else by its own."""
     module.eval()
+    layers = _batchnorms(module) if kind == "batch" else []
+    for layer in layers:
+        layer.training, layer.track_running_stats = True, False
+    yield
+    for layer in layers:
+        layer.training, layer.track_running_stats = False, True
+
+
+def _batchnorms(module: nn.Module) -> list[nn.BatchNorm2d]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+@torch.inference_mode()
+def recalibrate(module: nn.Module, images_NCHW: torch.Tensor) -> None:
+    """Make BatchNorm's running statistics those of the images, whatever they were."""
+    module.eval()
+    layers = _batchnorms(module)
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum, layer.training = 1.0, True
+    module(images_NCHW)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum, layer.training = momentum, False
+
+
+@torch.inference_mode()
+def score(
+    module: nn.Module,
+    images: Images,
+    normalise: Normaliser,
+    batchnorm: BatchNormKind = "running",
+    kind: FitnessKind = "loss",
+    bar: float = -math.inf,
+) -> Score:
+    """Score the module in evaluation mode, as it is; `batchnorm` batch takes each batch's statistics.
+
+    It stops once its fitness of that kind can no longer exceed the bar, with the means up to there, which
+    do not exceed it either. Without a bar it waits for the device once, at the end."""
+    device, count = images.labels_N.device, len(images)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    for start in range(0, len(images), batch):
-        part = images[slice(start, start + batch)]
-        logits_NC = module(normalise(part.pixels_NHWC))
-        loss += F.cross_entropy(logits_NC, part.labels_N, reduction="sum")
-        correct += (logits_NC.argmax(1) == part.labels_N).sum()
-    return Score(loss.item() / len(images), correct.item() / len(images))
+    scored = 0
+    with statistics_of(module, batchnorm):
+        for batch in batches(images):
+            logits_NC = module(normalise(batch.pixels_NHWC))
+            loss += F.cross_entropy(logits_NC, batch.labels_N, reduction="sum")
+            correct += (logits_NC.argmax(1) == batch.labels_N).sum()
+            scored += len(batch)
+            if bar > -math.inf:
+                # No image has a negative loss, and none counts twice. The same division as at the end, so
+                # that rounding rejects nobody who would have won.
+                best = -loss.item() / count if kind == "loss" else (correct.item() + count - scored) / count
+                if not best > bar:
+                    break
+    return Score(loss.item() / scored, correct.item() / scored, scored)
+
+
+def batches(images: Images) -> Iterator[Images]:
+    """The images in passes of equal size (to one), so that no small remainder has statistics of its own.
+
+    The bits of a score depend on the size, so it is a constant of the device type; 256 is the fastest on
+    the CPU cores that were measured."""
+    largest = 256 if images.labels_N.device.type == "cpu" else 2048
+    passes = -(-len(images) // largest)
+    for start, stop in pairwise(len(images) * number // passes for number in range(passes + 1)):
+        yield images[slice(start, stop)]

@@ -1,4 +1,5 @@
-"""The per-generation record of (member, seed, sign, fitness, weight): enough to replay a generation."""
+"""The per-generation record of (member, seed, offset, gain, fitness, images, weight), enough to replay a
+generation."""
 
 from __future__ import annotations
 
@@ -7,20 +8,25 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spartan_ray.strategies.base import Members, Move
+from spartan_ray.strategies import Outcome
 
 
-def write_journal(folder: Path, generation: int, members: Members, fitness_K: NDArray[np.float64], move: Move) -> None:
-    """Write `folder`/000005.npz for generation 5; `scale` is the scale of the noise."""
+def write_journal(folder: Path, generation: int, outcome: Outcome) -> None:
+    """Write `folder`/000005.npz for generation 5. A weight counts what is in the parent: of an update it is
+    times `rate` (the learning rate) and `length`."""
     folder.mkdir(exist_ok=True)
+    members = outcome.members
     np.savez(
         folder / f"{generation:06d}.npz",
         member=np.arange(len(members)),
         seed=members.seed_K,
-        sign=members.sign_K,
-        fitness=fitness_K,
-        weight=move.weight_K,
-        scale=np.float64(members.scale),
+        offset=members.offset_K,
+        gain=members.gain_K,
+        fitness=outcome.fitness_K,
+        images=outcome.images_K,
+        weight=outcome.weight_K,
+        rate=np.float64(outcome.rate),
+        length=np.float64(outcome.length),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.error import URLError
 
@@ -139,24 +140,54 @@ class FlatModel:
 
     theta_D holds the parameters in `named_parameters()` order, 4-D weights channels-last (O, H, W, I),
     which is how both the noise contract counts them and convolutions run fastest. Writing theta_D is
-    writing the module. buffers are BatchNorm's statistics, in `named_buffers()` order.
+    writing the module. buffers are BatchNorm's statistics, in `named_buffers()` order. Shapes: T tensors.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module.to(device)
-        parameters = list(module.parameters())
-        self.theta_D = torch.empty(sum(p.numel() for p in parameters), device=device)
-        start = 0
-        for parameter in parameters:
-            part = self.theta_D[start : start + parameter.numel()]
-            start += parameter.numel()
-            if parameter.dim() == 4:
-                out_channels, in_channels, height, width = parameter.shape
-                view = part.view(out_channels, height, width, in_channels).permute(0, 3, 1, 2)
-            else:
-                view = part.view(parameter.shape)
+        self.shapes = [parameter.shape for parameter in module.parameters()]
+        self.theta_D = torch.empty(sum(shape.numel() for shape in self.shapes), device=device)
+        for parameter, view in zip(module.parameters(), self.views(self.theta_D), strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
+
+    def views(self, vector_D: torch.Tensor) -> list[torch.Tensor]:
+        """A vector of theta_D's layout as a tensor a parameter, which share its memory."""
+        views = []
+        for part, shape in zip(vector_D.split([shape.numel() for shape in self.shapes]), self.shapes, strict=True):
+            if len(shape) == 4:
+                out_channels, in_channels, height, width = shape
+                views.append(part.view(out_channels, height, width, in_channels).permute(0, 3, 1, 2))
+            else:
+                views.append(part.view(shape))
+        return views
+
+    def gradient(self) -> torch.Tensor:
+        """The parameters' gradients in theta_D's layout."""
+        gradient_D = torch.empty_like(self.theta_D)
+        for view, parameter in zip(self.views(gradient_D), self.module.parameters(), strict=True):
+            view.copy_(torch.zeros_like(view) if parameter.grad is None else parameter.grad)
+        return gradient_D
+
+    def spread(self, value_T: torch.Tensor) -> torch.Tensor:
+        """A number a parameter tensor as a number an element of theta_D."""
+        sizes_T = torch.tensor([shape.numel() for shape in self.shapes], device=value_T.device)
+        return value_T.repeat_interleave(sizes_T)
+
+    def mutated(self, which: str) -> torch.Tensor:
+        """1 for the parameter tensors that evolution moves, 0 for the others.
+
+        `which` is all, no-batchnorm, or a pattern of parameter names as in a shell.
+        Raises InputError when it matches none."""
+        names = [name for name, _ in self.module.named_parameters()]
+        if which == "no-batchnorm":
+            layers = [name for name, module in self.module.named_modules() if isinstance(module, nn.BatchNorm2d)]
+            chosen = [name.rpartition(".")[0] not in layers for name in names]
+        else:
+            chosen = [which == "all" or fnmatchcase(name, which) for name in names]
+        if not any(chosen):
+            raise InputError(f"evolution.mutate {which!r}: matches no parameter (such as {names[0]} or {names[-1]})")
+        return torch.tensor(chosen, dtype=torch.float32, device=self.theta_D.device)
 
     @property
     def buffers(self) -> list[torch.Tensor]:

@@ -97,9 +97,17 @@ class Kernel(Protocol):
     """The two fused operations on noise; both take any slice, `start` is its first element."""
 
     def descend(
-        self, theta_S: torch.Tensor, scale: float, seed: int, sign: int, out_S: torch.Tensor, start: int = 0
+        self,
+        theta_S: torch.Tensor,
+        scale_S: torch.Tensor | None,
+        seed: int,
+        offset: float,
+        gain: float,
+        out_S: torch.Tensor,
+        start: int = 0,
     ) -> None:
-        """out = theta + (sign * scale) * noise, in float32."""
+        """out = theta + scale * (offset + gain * noise) in float32, one rounding an operation; no scale
+        is a scale of 1."""
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int

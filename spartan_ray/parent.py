@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from spartan_ray.config import BatchNormKind
 from spartan_ray.config import Parent as ParentConfig
 from spartan_ray.data import Images, permutation, random_key
-from spartan_ray.fitness import Normaliser
+from spartan_ray.fitness import Normaliser, batches, statistics_of
 from spartan_ray.model import FlatModel
+from spartan_ray.noise import kernel_for
 
 # Purposes of the keys of `permutation` and of torch's generators, beside the seed.
 ORDER_OF_EPOCH = 1 << 32
 AUGMENTATION_OF_EPOCH = 1 << 34
+NOISE_OF_STEP = 1 << 40
 CROP_MARGIN = 4
+# Exponent of the annealing of gradient noise, the paper's.
+NOISE_DECAY = 0.55
+# SGD images whose gradient rescales the optimizer's moments.
+MOMENT_IMAGES = 512
+# State tensors of torch's optimizers that go with a power of the gradient.
+MOMENT_POWERS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2}
 
 
 def make_optimizer(config: ParentConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -24,6 +35,26 @@ def make_optimizer(config: ParentConfig, parameters: list[torch.nn.Parameter]) -
         return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
+
+
+def noise_deviation(eta: float, step: int) -> float:
+    """Standard deviation of the noise added to the gradient of a step, counted from 0: its variance is
+    eta / (1 + step)^0.55 (Neelakantan et al., arXiv 1511.06807)."""
+    return math.sqrt(eta / (1 + step) ** NOISE_DECAY)
+
+
+def mean_gradient(
+    model: FlatModel, images: Images, normalise: Normaliser, batchnorm: BatchNormKind = "running"
+) -> torch.Tensor:
+    """The gradient, D, of the mean cross-entropy of the images. BatchNorm's own statistics stay as they are
+    and are what it uses, but for `batchnorm` batch."""
+    module = model.module
+    module.zero_grad(set_to_none=True)
+    with statistics_of(module, batchnorm):
+        for batch in batches(images):
+            loss = F.cross_entropy(module(normalise(batch.pixels_NHWC)), batch.labels_N, reduction="sum")
+            (loss / len(images)).backward()
+    return model.gradient()
 
 
 class Trainer:
@@ -39,6 +70,8 @@ class Trainer:
         self.seed = seed
         self.augment = augment
         self.optimizer = make_optimizer(config, list(model.module.parameters()))
+        self.steps = 0
+        self.noise_kernel = kernel_for("gaussian", model.theta_D.device)
 
     def train_epoch(self, epoch: int, on_batch: Callable[[int], None]) -> int:
         """One pass over the images in a new order; calls on_batch(images of the batch) after each step.
@@ -59,10 +92,45 @@ class Trainer:
             loss = F.cross_entropy(logits_NC.float(), batch.labels_N)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            self._add_noise()
             self.optimizer.step()
+            self.steps += 1
             trained += len(index_N)
             on_batch(len(index_N))
         return trained
+
+    def _add_noise(self) -> None:
+        """Annealed gaussian noise on the gradients, a function of (seed, step) alone."""
+        if self.config.gradient_noise == "none":
+            return
+        seed_1 = np.array([random_key(self.seed, NOISE_OF_STEP + self.steps)], np.uint64)
+        weight_1 = np.array([noise_deviation(self.config.gradient_noise, self.steps)], np.float32)
+        noise_D = self.noise_kernel.accumulate(seed_1, weight_1, 0, self.model.theta_D.numel())
+        for parameter, noise in zip(self.model.module.parameters(), self.model.views(noise_D), strict=True):
+            assert parameter.grad is not None
+            parameter.grad += noise
+
+    def gradient_norms(self) -> torch.Tensor:
+        """The norm of each parameter tensor's gradient, T, on the same SGD images every time and with
+        BatchNorm as in training: what `rescale_moments` compares."""
+        images = self.images[slice(0, MOMENT_IMAGES)]
+        gradient_D = mean_gradient(self.model, images, self.normalise, "batch")
+        return torch.stack([view.double().norm() for view in self.model.views(gradient_D)])
+
+    def rescale_moments(self, before_T: torch.Tensor) -> None:
+        """Fit the moments to a parent that evolution moved: the first moment of a tensor by the ratio of
+        its gradient's norm after to before, the second by the ratio's square. Without it Adam divides the
+        new parent's larger gradients by the root of the old one's smaller squares."""
+        after_T = self.gradient_norms()
+        ratio_T = torch.where((before_T > 0) & (after_T > 0), after_T / before_T, torch.ones_like(after_T))
+        for parameter, ratio in zip(self.model.module.parameters(), ratio_T.tolist(), strict=True):
+            state = self.optimizer.state[parameter]
+            for name in MOMENT_POWERS.keys() & state.keys():
+                state[name] *= ratio ** MOMENT_POWERS[name]
+
+    def reset_moments(self) -> None:
+        """Forget the moments: the optimizer starts anew."""
+        self.optimizer.state.clear()
 
 
 def shift_and_flip(pixels_NHWC: torch.Tensor, random: torch.Generator) -> torch.Tensor:

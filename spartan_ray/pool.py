@@ -8,6 +8,7 @@ outcome is the same to the bit.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import socket
@@ -24,13 +25,13 @@ from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from spartan_ray.config import Cluster, Evolution, InputError, Parent
+from spartan_ray.config import Cluster, Evolution, ImageSet, InputError, Parent
 from spartan_ray.data import Images
 from spartan_ray.evaluator import Evaluator, ParentState
 from spartan_ray.fitness import Normaliser
 from spartan_ray.model import build_model
 from spartan_ray.noise import fingerprint, fingerprint_agrees
-from spartan_ray.strategies.base import Members
+from spartan_ray.strategies.base import Members, Scores, joined
 
 # Tasks on a worker: one that runs and one that is ready when it ends.
 QUEUED_PER_WORKER = 2
@@ -55,6 +56,7 @@ class WorkerSpec:
     parent: Parent
     evolution: Evolution
     images: Images  # the evolution split
+    reference: Images  # SGD images that recalibrate BatchNorm
     classes: int
     mean_C: tuple[float, ...]
     std_C: tuple[float, ...]
@@ -97,11 +99,11 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self.device = claim_device(spec.threads)
         self.evaluator = Evaluator(
+            spec.evolution,
             build_model(spec.parent, spec.classes),
             spec.images,
+            spec.reference,
             Normaliser(spec.mean_C, spec.std_C, self.device),
-            spec.evolution.noise,
-            spec.evolution.fitness,
             self.device,
         )
         self.parent_key: int | None = None
@@ -111,15 +113,17 @@ class Worker:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return WorkerInfo(socket.gethostname(), os.getpid(), name, torch.get_num_threads(), sample)
 
-    def evaluate(self, parent: ParentState, members: Members) -> tuple[NDArray[np.float64], float, float]:
-        """The members' fitnesses, and the seconds it took to load the parent and to score them."""
+    def evaluate(
+        self, key: int, parent: ParentState, members: Members, images: ImageSet, bar: float
+    ) -> tuple[Scores, float, float]:
+        """The members' scores, and the seconds it took to load the parent and to score them."""
         start = time.perf_counter()
-        if parent.key != self.parent_key:
+        if key != self.parent_key:
             self.evaluator.load(parent)
-            self.parent_key = parent.key
+            self.parent_key = key
         loaded = time.perf_counter()
-        fitness_K = self.evaluator.evaluate(members)
-        return fitness_K, loaded - start, time.perf_counter() - loaded
+        scores = self.evaluator.evaluate(members, images, bar)
+        return scores, loaded - start, time.perf_counter() - loaded
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
@@ -190,11 +194,11 @@ class _InFlight:
 
 
 class Pool:
-    """The workers of a run. `note` takes one-line messages for the user, `advance` the members that
-    are done as they come in; it may raise to end the run, after which the pool is to be closed."""
+    """The workers of a run. `note` takes one-line messages for the user, `advance` the members
+    and images that are done as they come in; it may raise to end the run, after which the pool is to be closed."""
 
     def __init__(
-        self, spec: WorkerSpec, cluster: Cluster, note: Callable[[str], None], advance: Callable[[int], None]
+        self, spec: WorkerSpec, cluster: Cluster, note: Callable[[str], None], advance: Callable[[int, int], None]
     ) -> None:
         assert isinstance(cluster.workers, int), "resolved before"
         self.spec = ray.put(spec)
@@ -205,6 +209,9 @@ class Pool:
         self.actor = ray.remote(Worker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
         self.slots: list[_Slot] = []
         self.in_flight: dict[Any, _InFlight] = {}
+        self.parent_keys = itertools.count()
+        self.parent: tuple[int, Any]  # the last broadcast and its key
+        self.broadcast_seconds = 0.0
         self.retries = 0
         self.deaths_in_a_row = 0
         self.failed_starts = 0
@@ -226,23 +233,28 @@ class Pool:
                 self.note(f"{len(self.infos)} of {self.size} workers have started: is Ray busy with other work?")
                 said = True
 
-    def evaluate(self, parent: ParentState, members: Members) -> tuple[NDArray[np.float64], float]:
-        """The fitness of every member, and the seconds that the slowest broadcast took."""
+    def broadcast(self, parent: ParentState) -> None:
+        """Make this the parent of the members that are evaluated from here on."""
         started = time.perf_counter()
-        parent_ref = ray.put(parent)
-        put_seconds, load_seconds = time.perf_counter() - started, 0.0
-        fitness_K = np.full(len(members), np.nan)
+        self.parent = (next(self.parent_keys), ray.put(parent))
+        self.broadcast_seconds += time.perf_counter() - started
+
+    def evaluate(self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
+        """The scores of every member; one that can no longer exceed the bar is left."""
+        key, parent = self.parent
+        parts: dict[int, Scores] = {}
+        slowest_load = 0.0
 
         def submit(worker: ActorHandle[Any], start: int, stop: int) -> Any:
-            part = Members(members.seed_K[start:stop], members.sign_K[start:stop], members.scale)
-            return worker.evaluate.remote(parent_ref, part)
+            return worker.evaluate.remote(key, parent, members[start:stop], images, bar)
 
         for (start, stop), result in self._cover(len(members), self._chunk_size, submit):
-            fitness_K[start:stop], seconds_to_load, seconds = result
-            load_seconds = max(load_seconds, seconds_to_load)
+            parts[start], seconds_to_load, seconds = result
+            slowest_load = max(slowest_load, seconds_to_load)
             self.seconds_per_member = seconds / (stop - start)
-            self.advance(stop - start)
-        return fitness_K, put_seconds + load_seconds
+            self.advance(stop - start, int(parts[start].images_K.sum()))
+        self.broadcast_seconds += slowest_load
+        return joined(*(parts[start] for start in sorted(parts)))
 
     def weighted_sum(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], size_D: int
@@ -291,7 +303,7 @@ class Pool:
         if not self.slots:
             raise PoolError("no workers are left")
         ready, _ = ray.wait(list(self.in_flight), num_returns=1, timeout=POLL_SECONDS)
-        self.advance(0)
+        self.advance(0, 0)
         done, lost = [], []
         for ref in ready:
             task = self.in_flight.pop(ref)

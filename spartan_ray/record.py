@@ -37,9 +37,7 @@ class RunFolder:
     def append(self, row: Row) -> Row:
         """Append a line to metrics.jsonl; returns it as written: what is not finite becomes null, as
         JSON has no word for it."""
-        row = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
+        row = {key: _finite(value) for key, value in row.items()}
         with open(self.path / "metrics.jsonl", "a") as lines:
             lines.write(json.dumps(row, allow_nan=False) + "\n")
         for key, value in row.items():
@@ -49,6 +47,12 @@ class RunFolder:
 
     def close(self) -> None:
         self.tensorboard.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_run_folder(out: Path, name: str) -> Path:

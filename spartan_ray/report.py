@@ -5,10 +5,17 @@ metrics.jsonl, one line an epoch:
   train_loss (on a fixed sample of the SGD split, in evaluation mode),
   {evolution,validation,test}_{loss,accuracy}
 and for an evolve phase:
-  population, fitness_images, fitness_{min,mean,max,std,nonfinite} over the members,
-  parent_fitness_{before,after} on the same images, accepted, note,
-  step_ratio (norm of the update over the norm of one mutation),
-  scoring_seconds, update_seconds, broadcast_seconds, retries, workers
+  population, fitness_images,
+  fitness_{min,mean,max,std,nonfinite} over the members (a member that was rejected early counts with the
+  images that it was scored on),
+  parent_fitness_{before,after} on the same images, accepted, accepted_members (more than one in a chain),
+  chosen_member (the last that became the parent), note (why the parent stayed),
+  confirm_fitness_{before,after} on images that did not choose,
+  search_{ratios,fitness} (lengths of the update, as step ratios, and the fitness of each),
+  step_ratio (norm of the phase's move over the norm of one mutation),
+  images_scored, images_saved (by early rejection), images_discarded (scored for members of a wave that
+  were drawn again; depends on the wave),
+  {scoring,gradient,update,broadcast}_seconds, retries, workers
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ from typing import Any
 
 import pandas as pd
 
-from spartan_ray.config import Config, InputError, load_config
+from spartan_ray.config import Config, Evolution, InputError, load_config
 
 PICTURES = {
     "train_loss": "train loss",
@@ -91,29 +98,54 @@ SHORT = ["run", "epochs", "evolve phases", "train loss", "validation accuracy", 
 
 
 def evolve_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """One row an evolve phase."""
+    """One row an evolve phase; columns that say nothing of any phase are left out."""
     rows = []
     for name, frame in frames.items():
-        for _, phase in frame[frame["kind"] == "evolve"].iterrows():
+        for phase in frame[frame["kind"] == "evolve"].to_dict("records"):
+            confirm = (phase.get("confirm_fitness_before"), phase.get("confirm_fitness_after"))
             rows.append(
                 {
                     "run": name,
                     "epoch": int(phase["epoch"]),
                     "members": int(phase["population"]),
                     "images": int(phase["fitness_images"]),
-                    "parent before": number(phase["parent_fitness_before"]),
                     "members' mean": number(phase["fitness_mean"]),
                     "best member": number(phase["fitness_max"]),
+                    "parent before": number(phase["parent_fitness_before"]),
                     "parent after": number(phase["parent_fitness_after"]),
-                    "moved": "yes" if phase["accepted"] else f"no: {phase['note']}",
+                    "confirm before": "" if pd.isna(confirm[0]) else number(confirm[0]),
+                    "confirm after": "" if pd.isna(confirm[1]) else number(confirm[1]),
+                    "accepted": _accepted(phase),
                     "step ratio": number(phase["step_ratio"], 2),
+                    "images saved": _share(phase, "images_saved"),
+                    "images discarded": _share(phase, "images_discarded"),
                     "scoring s": number(phase["scoring_seconds"], 1),
+                    "gradient s": number(phase["gradient_seconds"], 1) if phase.get("gradient_seconds") else "",
                     "update s": number(phase["update_seconds"], 2),
                     "images/s": number(phase["images_per_second"], 0),
                     "retries": int(phase["retries"]),
                 }
             )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table[[column for column in table if (table[column] != "").any()]]
+
+
+def _accepted(phase: dict[Any, Any]) -> str:
+    """yes, with the members that became the parent, or no with the reason."""
+    if not phase["accepted"]:
+        return f"no: {phase['note']}"
+    if pd.isna(phase.get("chosen_member")):
+        return "yes"
+    member, count = int(phase["chosen_member"]), int(phase["accepted_members"])
+    return f"yes: member {member}" if count == 1 else f"yes: {count} members, the last {member}"
+
+
+def _share(phase: dict[Any, Any], name: str) -> str:
+    """Images as a share of those that were scored and saved, if any."""
+    images = phase.get(name)
+    if not images or pd.isna(images):
+        return ""
+    return f"{images / (phase['images_scored'] + phase['images_saved'] + phase['images_discarded']):.0%}"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -126,7 +158,7 @@ def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
     """Write the pictures, report.md and report.html (self-contained); returns their paths."""
     import jinja2
 
-    from spartan_ray.plots import draw_measure
+    from spartan_ray.plots import draw_measure, draw_search
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,10 +168,15 @@ def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
     pictures = {measure: folder / f"{measure}.png" for measure in PICTURES}
     for measure, path in pictures.items():
         draw_measure(frames, measure, PICTURES[measure], path)
+    captions = dict(PICTURES)
+    if any("search_ratios" in frame and frame["search_ratios"].notna().any() for frame in frames.values()):
+        pictures["step_search"] = folder / "step_search.png"
+        captions["step_search"] = "gain in fitness along the update"
+        draw_search(frames, captions["step_search"], pictures["step_search"])
     final, phases = final_table(frames), evolve_table(frames)
 
     text = f"# {', '.join(frames)}\n\n{markdown(final)}\n"
-    text += "\n".join(f"![{PICTURES[measure]}]({path.name})" for measure, path in pictures.items())
+    text += "\n".join(f"![{captions[measure]}]({path.name})" for measure, path in pictures.items())
     if len(phases):
         text += f"\n\n## Evolve phases\n\n{markdown(phases)}"
     report = folder / "report.md"
@@ -152,7 +189,7 @@ def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
             names=list(frames),
             setups=[(name, _setup(run)) for name, run in zip(frames, runs, strict=True)],
             pictures=[
-                (PICTURES[measure], base64.b64encode(path.read_bytes()).decode()) for measure, path in pictures.items()
+                (captions[measure], base64.b64encode(path.read_bytes()).decode()) for measure, path in pictures.items()
             ],
             final=final.to_html(index=False, border=0),
             phases=phases.to_html(index=False, border=0) if len(phases) else "",
@@ -181,9 +218,9 @@ def _setup(run: RunRecord) -> str:
     if data.sgd_on_evolution:
         text += ", SGD on the evolution split too"
     if evolution.strategy != "none":
-        text += (
-            f"; {evolution.strategy} every {evolution.every} epochs: {evolution.population} members by "
-            f"{evolution.fitness}, sigma {evolution.sigma:g}, lr {evolution.lr:g}"
-        )
+        text += f"; {evolution.strategy} every {evolution.every} epochs: {evolution.population} members"
+        chosen = evolution.resolved().model_dump(exclude={"strategy", "every", "population", "wave"})
+        plain = Evolution().model_dump() | {"fitness": None, "lr": None, "accept": None}
+        text += "".join(f", {name} {value}" for name, value in chosen.items() if value != plain[name])
     versions = run.environment.get("versions", {})
     return f"{text}; {run.environment.get('processor')}, torch {versions.get('torch')}"

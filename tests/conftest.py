@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import torch
 from hypothesis import settings
 from PIL import Image
 
@@ -18,6 +19,8 @@ from spartan_ray.config import Config, Data, Evolution, Parent, Run
 # Timings are not asserted: the first call of a kernel compiles it. In CI the examples are the same each time.
 settings.register_profile("spartan", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("spartan")
+# The cores are shared with the workers of Ray, and threads that wait for each other make small work slow.
+torch.set_num_threads(1)
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 

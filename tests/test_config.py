@@ -53,7 +53,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         ),
         (
             ["--evolution.fitness-images", "20", "--data.evolution-images", "10"],
-            "evolution.fitness_images (20) is larger than data.evolution_images (10)",
+            "evolution.fitness_images (20) do not fit data.evolution_images (10)",
         ),
         (["--cluster.gpus-per-worker", "1.5"], "cluster.gpus_per_worker (1.5) must be a whole number above 1"),
         (["--data.name", "folder"], "data.root: the folder data set needs"),

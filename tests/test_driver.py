@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from spartan_ray.config import Config, InputError, load_config
 from spartan_ray.data import load_splits
-from spartan_ray.driver import fitness_images, start_driver
+from spartan_ray.driver import start_driver
+from spartan_ray.evolve import image_sets
 from spartan_ray.fitness import Normaliser, score
 from spartan_ray.journal import read_journal
 from spartan_ray.model import FlatModel, initial_model
@@ -56,7 +57,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 TIMINGS = {"seconds", "evaluation_seconds", "images_per_second", "scoring_seconds", "update_seconds",
-           "broadcast_seconds", "retries", "workers"}  # fmt: skip
+           "gradient_seconds", "broadcast_seconds", "retries", "workers", "images_discarded"}  # fmt: skip
 
 
 def outcome(folder: Path) -> list[dict[str, Any]]:
@@ -82,7 +83,8 @@ def test_a_run_leaves_a_complete_folder(local_ray: None, small_config: Config) -
     }
     evolve = {"population", "fitness_images", "fitness_min", "fitness_mean", "fitness_max", "fitness_std", "accepted",
               "parent_fitness_before", "parent_fitness_after", "step_ratio", "scoring_seconds", "update_seconds",
-              "broadcast_seconds", "retries", "workers"}  # fmt: skip
+              "broadcast_seconds", "retries", "workers", "images_scored", "chosen_member", "confirm_fitness_before",
+              "confirm_fitness_after"}  # fmt: skip
     assert all(everywhere <= row.keys() for row in rows)
     assert evolve <= rows[1].keys()
     assert read_run(folder).metrics.shape[0] == 4
@@ -110,21 +112,21 @@ def test_the_update_is_replayed_from_the_journal(local_ray: None, small_config: 
     model = FlatModel(initial_model(config.parent, 10, 0)[0], torch.device("cpu"))
     before_D = model.theta_D.numpy().astype(np.float64)
     update_D = sum(
-        weight * sign * noise("uniform", int(seed), 0, len(before_D)).astype(np.float64)
-        for seed, sign, weight in zip(journal["seed"], journal["sign"], journal["weight"], strict=True)
+        weight * gain * noise("uniform", int(seed), 0, len(before_D)).astype(np.float64)
+        for seed, gain, weight in zip(journal["seed"], journal["gain"], journal["weight"], strict=True)
     )
-    expected_D = before_D + float(journal["scale"]) * update_D
+    expected_D = before_D + float(journal["rate"]) * float(journal["length"]) * update_D
     model.module.load_state_dict(load_file(folder / "final.safetensors"))
     np.testing.assert_allclose(model.theta_D.numpy(), expected_D, atol=1e-6)
     (row,) = metrics(folder)
     # The record's fitness after the phase is that of the new parent on the generation's images.
     splits = load_splits(config.data, 0)
-    image_N = fitness_images(143, 64, 0, 1)
+    image_N = image_sets({"fitness": 64}, 143, 0, 1)["fitness"]
     images = splits.evolution[torch.from_numpy(image_N)]
     normalise = Normaliser(splits.mean_C, splits.std_C, torch.device("cpu"))
     assert row["parent_fitness_after"] == -score(model.module, images, normalise).loss
     assert row["parent_fitness_after"] != row["parent_fitness_before"]
-    one = float(journal["scale"]) * np.linalg.norm(noise("uniform", int(journal["seed"][0]), 0, len(before_D)))
+    one = float(journal["gain"][0]) * np.linalg.norm(noise("uniform", int(journal["seed"][0]), 0, len(before_D)))
     ratio = np.linalg.norm(expected_D - before_D) / one
     assert abs(row["step_ratio"] / ratio - 1) < 0.02
     shaped = journal["fitness"] - journal["fitness"].mean()
@@ -177,13 +179,6 @@ def test_every_image_of_a_run_is_scored_alike_and_the_parent_with_it(local_ray: 
         assert row["accepted"] is False
         assert row["note"] == "no update: all members have equal fitness"
         assert row["fitness_min"] == row["fitness_max"] == row["parent_fitness_before"] == row["parent_fitness_after"]
-
-
-def test_fitness_images_are_drawn_anew_for_each_generation() -> None:
-    first, again, second = (fitness_images(500, 100, 3, generation) for generation in (5, 5, 10))
-    assert first.tolist() == again.tolist() != second.tolist()
-    assert len(set(first)) == 100
-    assert fitness_images(500, None, 3, 5).tolist() == list(range(500))
 
 
 def test_a_parent_that_diverged_is_recorded_to_the_end(local_ray: None, small_config: Config) -> None:
@@ -255,7 +250,7 @@ def test_too_many_fitness_images_are_refused_before_a_folder_is_made(local_ray: 
     with pytest.raises(RayTaskError) as caught:
         ray.get(driver.run.remote())
     assert isinstance(caught.value.cause, InputError)
-    assert "evolution.fitness_images (100000) is larger than the evolution split (143)" in str(caught.value.cause)
+    assert "evolution.fitness_images (100000) do not fit data.evolution_images (143)" in str(caught.value.cause)
     assert not Path(small_config.run.out).exists()
     ray.kill(driver)
 
@@ -284,6 +279,15 @@ def test_run_folders_are_never_shared(tmp_path: Path) -> None:
 
 def test_json_has_no_word_for_nan(small_config: Config) -> None:
     record = RunFolder(small_config, {})
-    row = record.append({"epoch": 1, "train_loss": float("nan"), "fitness_min": float("-inf"), "test_loss": 1.5})
+    row = record.append(
+        {
+            "epoch": 1,
+            "train_loss": float("nan"),
+            "fitness_min": float("-inf"),
+            "test_loss": 1.5,
+            "search_fitness": [0.5, float("nan")],
+        }
+    )
     record.close()
-    assert [row] == metrics(record.path) == [{"epoch": 1, "train_loss": None, "fitness_min": None, "test_loss": 1.5}]
+    expected = {"epoch": 1, "train_loss": None, "fitness_min": None, "test_loss": 1.5, "search_fitness": [0.5, None]}
+    assert [row] == metrics(record.path) == [expected]

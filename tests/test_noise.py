@@ -29,6 +29,7 @@ CPU = torch.device("cpu")
 KERNELS = {(kind, name): make(kind) for kind in KINDS for name, make in
            (("cpu", CpuKernel), ("portable", lambda kind: PortableKernel(kind, CPU)))}  # fmt: skip
 seeds = st.integers(0, 2**64 - 1)
+factors = st.just(0.0) | st.floats(-10, 10, width=32)
 
 
 @pytest.mark.parametrize(
@@ -76,12 +77,12 @@ def test_slices_equal_the_whole(seed: int, cuts: list[int], which: tuple[NoiseKi
     parts = [kernel.accumulate(seed_K, weight_K, *ends).numpy() for ends in itertools.pairwise(cuts)]
     assert whole.tobytes() == np.concatenate(parts).tobytes()
 
-    theta = torch.linspace(-1, 1, cuts[-1] - cuts[0])
+    theta, scale = (torch.linspace(-1, end, cuts[-1] - cuts[0]) for end in (1, 2))
     out, pieces = torch.empty_like(theta), torch.empty_like(theta)
-    kernel.descend(theta, 0.01, seed, -1, out, cuts[0])
+    kernel.descend(theta, scale, seed, 0.5, -0.01, out, cuts[0])
     for start, stop in itertools.pairwise(cuts):
         part = slice(start - cuts[0], stop - cuts[0])
-        kernel.descend(theta[part], 0.01, seed, -1, pieces[part], start)
+        kernel.descend(theta[part], scale[part], seed, 0.5, -0.01, pieces[part], start)
     assert out.numpy().tobytes() == pieces.numpy().tobytes()
 
 
@@ -93,27 +94,28 @@ def test_a_portable_kernel_of_many_tiles_computes_the_definition(
     monkeypatch.setattr(portable, "TILE", 1000)
     kernel, theta = PortableKernel(kind, CPU), torch.zeros(5000)
     out = torch.full_like(theta, torch.nan)
-    kernel.descend(theta, 1.0, 99, 1, out, 3)
+    kernel.descend(theta, None, 99, 0.0, 1.0, out, 3)
     np.testing.assert_allclose(out.numpy(), whole, rtol=0, atol=1e-6)
     sum_S = kernel.accumulate(np.array([99], np.uint64), np.ones(1, np.float32), 3, 5003)
     np.testing.assert_allclose(sum_S.numpy(), whole, rtol=0, atol=1e-6)
 
 
-@given(seeds, st.sampled_from([1, -1, 0]), st.floats(1e-6, 10), st.sampled_from(sorted(KERNELS)))
+@given(seeds, factors, factors, st.booleans(), st.sampled_from(sorted(KERNELS)))
 def test_descend_adds_scaled_noise_to_the_parent(
-    seed: int, sign: int, scale: float, which: tuple[NoiseKind, str]
+    seed: int, offset: float, gain: float, scaled: bool, which: tuple[NoiseKind, str]
 ) -> None:
-    kind = which[0]
+    """theta + scale * (offset + gain * noise), each operation rounded to float32."""
     theta = torch.linspace(-2, 2, 5001)
+    scale = torch.linspace(3, -1, 5001) if scaled else None
     out = torch.full_like(theta, torch.nan)
-    KERNELS[which].descend(theta, scale, seed, sign, out)
-    factor = np.float32(scale) * np.float32(sign)
-    expected = theta.numpy() + factor * noise(kind, seed, 0, 5001)
-    if kind == "gaussian":
-        np.testing.assert_allclose(out.numpy(), expected, rtol=0, atol=2e-6 * (1 + scale))
+    KERNELS[which].descend(theta, scale, seed, offset, gain, out)
+    perturbation = np.float32(offset) + np.float32(gain) * noise(which[0], seed, 0, 5001)
+    expected = theta.numpy() + (perturbation if scale is None else scale.numpy() * perturbation)
+    if which[0] == "gaussian":
+        np.testing.assert_allclose(out.numpy(), expected, rtol=0, atol=1e-5 * (1 + abs(gain)))
     else:
         assert out.numpy().tobytes() == expected.tobytes()
-    if sign == 0:
+    if offset == gain == 0:
         assert torch.equal(out, theta)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -18,10 +19,19 @@ from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import noise
 from spartan_ray.pool import Pool, PoolError, WorkerInfo, WorkerSpec, resolve_cluster
 from spartan_ray.strategies import Members
+from spartan_ray.strategies.base import Scores
 
 CPU = torch.device("cpu")
 PARENT = Parent(model="convnet")
-MEMBERS = Members(np.arange(40, dtype=np.uint64) // 3, np.tile(np.array([1, -1, 0, 1], np.int8), 10), 0.05)
+MEMBERS = Members(
+    np.arange(40, dtype=np.uint64) // 3,
+    np.tile(np.array([0, 0, 0.5, 0], np.float32), 10),
+    np.tile(np.array([0.05, -0.05, 0, 0.05], np.float32), 10),
+)
+
+
+def same(scores: Scores, expected: Scores) -> bool:
+    return all(a.tobytes() == b.tobytes() for a, b in zip(vars(scores).values(), vars(expected).values(), strict=True))
 
 
 class Running:
@@ -30,7 +40,7 @@ class Running:
     def __init__(self, **cluster: object) -> None:
         splits = load_splits(Data(name="digits"), 0)
         images = splits.evolution[slice(0, 64)]
-        spec = WorkerSpec(PARENT, Evolution(), images, 10, splits.mean_C, splits.std_C, threads=1)
+        spec = WorkerSpec(PARENT, Evolution(), images, images, 10, splits.mean_C, splits.std_C, threads=1)
         self.notes: list[str] = []
         self.done = 0
         self.kill_after: int | None = None
@@ -38,20 +48,25 @@ class Running:
         self.pool = Pool(spec, resolved, self.notes.append, self.advance)
         self.pool.wait_until_joined()
         model = FlatModel(initial_model(PARENT, 10, 3)[0], CPU)
-        self.state = ParentState(5, model.theta_D.numpy(), [b.numpy() for b in model.buffers], np.arange(0, 64, 2))
+        image_N = np.arange(0, 64, 2)
+        scale_D = np.linspace(-1, 2, model.theta_D.numel()).astype(np.float32)
+        buffers = [b.numpy() for b in model.buffers]
+        self.state = ParentState(model.theta_D.numpy(), buffers, scale_D, {"fitness": image_N, "search": image_N[:9]})
         evaluator = Evaluator(
+            Evolution(),
             initial_model(PARENT, 10, 3)[0],
             images,
+            images,
             Normaliser(splits.mean_C, splits.std_C, CPU),
-            "uniform",
-            "loss",
             CPU,
         )
         evaluator.load(self.state)
-        self.expected_K = evaluator.evaluate(MEMBERS)
+        self.expected = evaluator.evaluate(MEMBERS, "fitness", -math.inf)
+        self.expected_search = evaluator.evaluate(MEMBERS[3:9], "search", -math.inf)
+        self.pool.broadcast(self.state)
 
-    def advance(self, count: int) -> None:
-        self.done += count
+    def advance(self, members: int, images: int) -> None:
+        self.done += members
         if self.kill_after is not None and self.done >= self.kill_after:
             self.kill_after = None
             os.kill(self.pool.infos[0].pid, signal.SIGKILL)
@@ -65,10 +80,11 @@ def running(local_ray: None) -> Iterator[Running]:
 
 
 def test_fitness_and_update_are_the_evaluator_s_own(running: Running) -> None:
-    fitness_K, seconds = running.pool.evaluate(running.state, MEMBERS)
-    assert fitness_K.tobytes() == running.expected_K.tobytes()
+    scores = running.pool.evaluate(MEMBERS)
+    assert same(scores, running.expected)
     assert running.done == len(MEMBERS)
-    assert seconds > 0
+    assert same(running.pool.evaluate(MEMBERS[3:9], "search"), running.expected_search)
+    assert running.pool.broadcast_seconds > 0
     seed_K, weight_K = np.array([3, 9], np.uint64), np.array([0.5, -2], np.float32)
     size = running.state.theta_D.size
     expected = np.float32(0.5) * noise("uniform", 3, 0, size) + np.float32(-2) * noise("uniform", 9, 0, size)
@@ -78,17 +94,17 @@ def test_fitness_and_update_are_the_evaluator_s_own(running: Running) -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_chunks_of_any_size_give_the_same_answer(local_ray: None, chunk: int) -> None:
     one = Running(workers=1, chunk=chunk)
-    fitness_K, _ = one.pool.evaluate(one.state, MEMBERS)
+    scores = one.pool.evaluate(MEMBERS)
     one.pool.close()
-    assert fitness_K.tobytes() == one.expected_K.tobytes()
+    assert same(scores, one.expected)
 
 
 def test_a_killed_worker_s_chunks_are_done_again_and_it_is_replaced(running: Running) -> None:
     before = {info.pid for info in running.pool.infos}
     running.pool.chunk = 4
     running.kill_after = 8
-    fitness_K, _ = running.pool.evaluate(running.state, MEMBERS)
-    assert fitness_K.tobytes() == running.expected_K.tobytes()
+    scores = running.pool.evaluate(MEMBERS)
+    assert same(scores, running.expected)
     assert running.done == len(MEMBERS)
     assert running.pool.retries >= 1
     assert any("was lost and is replaced" in note for note in running.notes)
@@ -101,8 +117,8 @@ def test_a_killed_worker_s_chunks_are_done_again_and_it_is_replaced(running: Run
 def test_a_worker_killed_between_generations_is_replaced(running: Running) -> None:
     for info in running.pool.infos:
         os.kill(info.pid, signal.SIGKILL)
-    fitness_K, _ = running.pool.evaluate(running.state, MEMBERS)
-    assert fitness_K.tobytes() == running.expected_K.tobytes()
+    scores = running.pool.evaluate(MEMBERS)
+    assert same(scores, running.expected)
     assert (
         running.pool.weighted_sum(np.array([1], np.uint64), np.ones(1, np.float32), 9).tobytes()
         == noise("uniform", 1, 0, 9).tobytes()
@@ -115,17 +131,19 @@ def test_a_worker_whose_noise_differs_is_refused_by_name(running: Running) -> No
     wrong = WorkerInfo("elsewhere", 77, "cpu", 1, slot.info.fingerprint + np.float32(1e-3))
     running.pool._welcome(slot, wrong)
     assert running.notes == ["refused worker 77 on elsewhere (cpu): its noise fingerprint differs"]
-    fitness_K, _ = running.pool.evaluate(running.state, MEMBERS)
-    assert fitness_K.tobytes() == running.expected_K.tobytes()
+    scores = running.pool.evaluate(MEMBERS)
+    assert same(scores, running.expected)
     running.pool._welcome(running.pool.slots[0], wrong)
     with pytest.raises(PoolError, match="no workers are left"):
-        running.pool.evaluate(running.state, MEMBERS)
+        running.pool.evaluate(MEMBERS)
 
 
 def test_workers_that_cannot_start_end_the_run_with_the_reason(local_ray: None) -> None:
     splits = load_splits(Data(name="digits"), 0)
-    spec = WorkerSpec(PARENT, Evolution(), splits.evolution, -1, splits.mean_C, splits.std_C, threads=1)
-    pool = Pool(spec, resolve_cluster(Cluster(workers=1), [{"CPU": 2}]), lambda note: None, lambda count: None)
+    spec = WorkerSpec(PARENT, Evolution(), splits.evolution, splits.sgd, -1, splits.mean_C, splits.std_C, threads=1)
+    pool = Pool(
+        spec, resolve_cluster(Cluster(workers=1), [{"CPU": 2}]), lambda note: None, lambda members, images: None
+    )
     with pytest.raises(PoolError, match="the workers die one after another") as caught:
         pool.wait_until_joined()
     assert "negative dimension" in str(caught.value)

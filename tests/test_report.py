@@ -42,7 +42,31 @@ def test_final_table_takes_the_test_accuracy_where_validation_is_best(tmp_path: 
     assert row["evolve phases"] == "1 of 2 accepted"
     assert row["seconds"] == "4"
     phases = evolve_table({"x": run.metrics}).to_dict("records")
-    assert [phase["moved"] for phase in phases] == ["yes", "no: all equal"]
+    assert [phase["accepted"] for phase in phases] == ["yes", "no: all equal"]
+    assert not {"confirm before", "images saved", "images discarded", "gradient s"} & phases[0].keys()
+
+
+def test_the_report_tells_who_was_accepted_and_what_confirmed_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "x", [0.5, 0.9, 0.7], {1: True, 2: True, 3: False})
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row, member, count, confirm in zip(
+        rows, (7, 9, None), (1, 3, 0), ((-1.5, -1.25), (None, None), (-2.0, -2.5)), strict=True
+    ):
+        row |= {"chosen_member": member, "accepted_members": count, "images_scored": 300, "images_saved": 100}
+        row |= {"confirm_fitness_before": confirm[0], "confirm_fitness_after": confirm[1], "images_discarded": 0}
+    rows[0] |= {"search_ratios": [0.0, 0.5, 2.0], "search_fitness": [-1.0, -0.5, None]}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read_run(folder)
+    phases = evolve_table({"x": run.metrics}).to_dict("records")
+    assert [phase["accepted"] for phase in phases] == ["yes: member 7", "yes: 3 members, the last 9", "no: all equal"]
+    assert [(phase["confirm before"], phase["confirm after"]) for phase in phases] == [
+        ("-1.5000", "-1.2500"), ("", ""), ("-2.0000", "-2.5000"),
+    ]  # fmt: skip
+    assert [phase["images saved"] for phase in phases] == ["25%"] * 3
+    assert "images discarded" not in phases[0]
+    paths = write_report([run], tmp_path / "report")
+    assert "step_search.png" in [path.name for path in paths]
+    assert "gain in fitness along the update" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_report_is_three_pictures_a_text_and_a_page_that_needs_nothing(tmp_path: Path) -> None:

@@ -101,15 +101,20 @@ def _fill_noise(kind, word_T, noise_T, first_block, seed):  # type: ignore[no-un
 
 
 @njit(cache=True, nogil=True)
-def _descend(kind, theta_S, factor, seed, start, out_S):  # type: ignore[no-untyped-def]
+def _descend(kind, theta_S, scale_S, offset, gain, seed, start, out_S):  # type: ignore[no-untyped-def]
+    """With an empty scale_S the scale is 1."""
     word_T, noise_T = np.empty(TILE, np.uint32), np.empty(TILE, np.float32)
     done = 0
     while done < theta_S.size:
         skip = (start + done) % 4
         count = min(TILE - skip, theta_S.size - done)
         _fill_noise(kind, word_T, noise_T, (start + done) // 4, seed)
-        for i in range(count):
-            out_S[done + i] = theta_S[done + i] + factor * noise_T[skip + i]
+        if scale_S.size:
+            for i in range(count):
+                out_S[done + i] = theta_S[done + i] + scale_S[done + i] * (offset + gain * noise_T[skip + i])
+        else:
+            for i in range(count):
+                out_S[done + i] = theta_S[done + i] + (offset + gain * noise_T[skip + i])
         done += count
 
 
@@ -135,10 +140,18 @@ class CpuKernel:
         self.code = KIND_CODES[kind]
 
     def descend(
-        self, theta_S: torch.Tensor, scale: float, seed: int, sign: int, out_S: torch.Tensor, start: int = 0
+        self,
+        theta_S: torch.Tensor,
+        scale_S: torch.Tensor | None,
+        seed: int,
+        offset: float,
+        gain: float,
+        out_S: torch.Tensor,
+        start: int = 0,
     ) -> None:
-        factor = np.float32(scale) * np.float32(sign)
-        _descend(self.code, theta_S.numpy(), factor, np.uint64(seed), start, out_S.numpy())
+        scale = np.empty(0, np.float32) if scale_S is None else scale_S.numpy()
+        offset_32, gain_32 = np.float32(offset), np.float32(gain)
+        _descend(self.code, theta_S.numpy(), scale, offset_32, gain_32, np.uint64(seed), start, out_S.numpy())
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int

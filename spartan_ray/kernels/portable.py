@@ -64,13 +64,23 @@ class PortableKernel:
         return noise_N4.reshape(-1)[offset : offset + stop - start]
 
     def descend(
-        self, theta_S: torch.Tensor, scale: float, seed: int, sign: int, out_S: torch.Tensor, start: int = 0
+        self,
+        theta_S: torch.Tensor,
+        scale_S: torch.Tensor | None,
+        seed: int,
+        offset: float,
+        gain: float,
+        out_S: torch.Tensor,
+        start: int = 0,
     ) -> None:
-        factor = float(np.float32(scale) * np.float32(sign))
+        # The factors rounded to float32 as every kernel has them, and one operation at a time: a fused
+        # multiply-add would round once less.
+        offset, gain = float(np.float32(offset)), float(np.float32(gain))
         for done in range(0, theta_S.numel(), TILE):
             part = slice(done, min(done + TILE, theta_S.numel()))
-            # Two operations and not one with alpha: a fused multiply-add would round once.
-            perturbation = self._noise(seed, start + part.start, start + part.stop).mul_(factor)
+            perturbation = self._noise(seed, start + part.start, start + part.stop).mul_(gain).add_(offset)
+            if scale_S is not None:
+                perturbation.mul_(scale_S[part])
             torch.add(theta_S[part], perturbation, out=out_S[part])
 
     def accumulate(

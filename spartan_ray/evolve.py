@@ -1,0 +1,249 @@
+"""An evolve phase: answers what the strategy asks with the parent and the pool.
+
+Shapes: D parameters, T parameter tensors, K members, N images.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spartan_ray.config import Evolution, ImageSet, InputError
+from spartan_ray.data import Images, Splits, permutation
+from spartan_ray.evaluator import ParentState
+from spartan_ray.fitness import Normaliser, recalibrate
+from spartan_ray.model import FlatModel
+from spartan_ray.noise import RMS, kernel_for
+from spartan_ray.parent import mean_gradient
+from spartan_ray.pool import Pool
+from spartan_ray.record import Row
+from spartan_ray.strategies import Aim, Gradient, Members, Outcome, Score, Scores, Strategy, Take, merge_seeds
+from spartan_ray.strategies.base import Request
+
+# Keys of `permutation` for the images of a generation.
+IMAGES_OF_GENERATION = 1 << 33
+GRADIENT_IMAGES_OF_GENERATION = 1 << 35
+# SGD images that recalibrate BatchNorm: the same ones in the whole run.
+REFERENCE_IMAGES = 512
+
+
+def reference_images(splits: Splits) -> Images:
+    """The SGD images whose statistics BatchNorm is given by recalibration."""
+    return splits.sgd[slice(0, REFERENCE_IMAGES)]
+
+
+class Evolver:
+    """Moves the parent, in place, as the strategy asks."""
+
+    def __init__(
+        self,
+        config: Evolution,
+        run_seed: int,
+        strategy: Strategy,
+        model: FlatModel,
+        splits: Splits,
+        normalise: Normaliser,
+        pool: Pool,
+    ) -> None:
+        self.config = config
+        self.run_seed = run_seed
+        self.strategy = strategy
+        self.model = model
+        self.splits = splits
+        self.normalise = normalise
+        self.pool = pool
+        self.kernel = kernel_for(config.noise, model.theta_D.device)
+        self.mutated_T = model.mutated(config.mutate)
+        self.counts = image_counts(config, len(splits.evolution), len(splits.sgd))
+        # The optimizer moves a vector of zeros, so that what it makes of the estimate can be had alone.
+        self.update_D = torch.zeros_like(model.theta_D)
+        self.optimizer = make_optimizer(config, self.update_D)
+
+    def evolve(self, generation: int) -> tuple[Outcome, Row]:
+        """One phase: its account, and what the record says of it."""
+        theta_D = self.model.theta_D.clone()
+        retries, broadcast_seconds = self.pool.retries, self.pool.broadcast_seconds
+        self.images_scored, self.mutation_norm = 0, 0.0
+        self.seconds = dict.fromkeys(("scoring", "update", "gradient"), 0.0)
+        self.image_sets = image_sets(self.counts, len(self.splits.evolution), self.run_seed, generation)
+        self.gradient_images = self._gradient_images(generation)
+        self.scale, self.scale_is_gradient, self.stale = self._tensor_scale(), False, True
+
+        phase, answer = self.strategy.phase(self.run_seed, generation), None
+        try:
+            while True:
+                answer = self._answer(phase.send(answer))
+        except StopIteration as end:
+            outcome: Outcome = end.value
+
+        moved = float((self.model.theta_D - theta_D).double().norm())
+        images, scored = len(self.image_sets["fitness"]), self.images_scored
+        row = {
+            "images_per_second": scored / self.seconds["scoring"],
+            "population": len(outcome.members),
+            "fitness_images": images,
+            **fitness_statistics(outcome.fitness_K),
+            "parent_fitness_before": outcome.before,
+            "parent_fitness_after": outcome.after,
+            "accepted": outcome.accepted > 0,
+            "accepted_members": outcome.accepted,
+            "chosen_member": outcome.chosen,
+            "note": outcome.note,
+            "confirm_fitness_before": outcome.confirm[0] if outcome.confirm else None,
+            "confirm_fitness_after": outcome.confirm[1] if outcome.confirm else None,
+            "search_ratios": outcome.search[0] if outcome.search else None,
+            "search_fitness": outcome.search[1] if outcome.search else None,
+            "step_ratio": moved / self.mutation_norm if self.mutation_norm else 0.0,
+            "images_scored": scored - outcome.discarded_images,
+            "images_saved": len(outcome.members) * images - int(outcome.images_K.sum()),
+            "images_discarded": outcome.discarded_images,
+            **{f"{name}_seconds": seconds for name, seconds in self.seconds.items()},
+            "broadcast_seconds": self.pool.broadcast_seconds - broadcast_seconds,
+            "retries": self.pool.retries - retries,
+            "workers": len(self.pool.infos),
+        }
+        return outcome, row
+
+    def _answer(self, request: Request) -> Scores | None:
+        match request:
+            case Score(members, images, bar):
+                return self._score(members, images, bar)
+            case Gradient():
+                self.scale_is_gradient = self.stale = True
+            case Aim():
+                with self._timed("update"):
+                    self.scale = self._aim(request)
+                self.stale = True
+            case Take(member):
+                with self._timed("update"):
+                    self._take(member)
+                self.stale = True
+        return None
+
+    def _score(self, members: Members, images: ImageSet, bar: float) -> Scores:
+        if self.stale:
+            if self.scale_is_gradient:
+                with self._timed("gradient"):
+                    gradient_D = mean_gradient(self.model, self.gradient_images, self.normalise, self.config.batchnorm)
+                    self.scale = gradient_D * self.model.spread(self.mutated_T)
+            self._broadcast()
+        self.mutation_norm = self.mutation_norm or self._mutation_norm(members)
+        with self._timed("scoring"):
+            scores = self.pool.evaluate(members, images, bar if self.config.early_rejection else -math.inf)
+        self.images_scored += int(scores.images_K.sum())
+        return scores
+
+    def _broadcast(self) -> None:
+        scale = None if self.scale is None else self.scale.cpu().numpy()
+        buffers = [buffer.cpu().numpy() for buffer in self.model.buffers]
+        self.pool.broadcast(ParentState(self.model.theta_D.cpu().numpy(), buffers, scale, self.image_sets))
+        self.stale = False
+
+    def _aim(self, aim: Aim) -> torch.Tensor:
+        """The update: as long as the learning rate makes it, or as the ratio that is wanted."""
+        theta_D = self.model.theta_D
+        seed_K, weight_K = merge_seeds(aim.members, aim.weight_K)
+        estimate_D = torch.from_numpy(self.pool.weighted_sum(seed_K, weight_K, theta_D.numel())).to(theta_D.device)
+        if self.scale is not None:
+            estimate_D *= self.model.spread(self.scale)
+        if self.config.weight_decay:
+            estimate_D -= self.config.weight_decay * theta_D * self.model.spread(self.mutated_T)
+        self.optimizer.param_groups[0]["lr"] = aim.rate
+        self.update_D.zero_()
+        self.update_D.grad = estimate_D.neg_()
+        self.optimizer.step()
+        if aim.ratio is None:
+            return self.update_D
+        return self.update_D * (aim.ratio * self.mutation_norm / float(self.update_D.double().norm()))
+
+    def _take(self, member: Members) -> None:
+        theta_D = self.model.theta_D
+        scale = self.scale if self.scale is None or len(self.scale) == len(theta_D) else self.model.spread(self.scale)
+        self.kernel.descend(
+            theta_D, scale, int(member.seed_K[0]), float(member.offset_K[0]), float(member.gain_K[0]), theta_D
+        )
+        if self.config.batchnorm != "running":
+            recalibrate(self.model.module, self.normalise(reference_images(self.splits).pixels_NHWC))
+
+    def _tensor_scale(self) -> torch.Tensor | None:
+        """1, or a number a tensor where tensors differ: its RMS, 0 for those that evolution leaves."""
+        if self.config.sigma_scale == "relative":
+            rms = [view.double().square().mean().sqrt() for view in self.model.views(self.model.theta_D)]
+            return torch.stack(rms).float() * self.mutated_T
+        return None if self.mutated_T.all() else self.mutated_T
+
+    def _mutation_norm(self, members: Members) -> float:
+        """The norm to expect of scale * (offset + gain * noise) for members with noise."""
+        with_noise = np.flatnonzero(members.gain_K)
+        if not len(with_noise):
+            return 0.0
+        offset, gain = float(members.offset_K[with_noise[0]]), float(members.gain_K[with_noise[0]])
+        size = self.model.theta_D.numel()
+        scale_D = torch.ones(size) if self.scale is None else self.scale
+        if len(scale_D) != size:
+            scale_D = self.model.spread(scale_D)
+        return math.hypot(offset, gain * RMS[self.config.noise]) * float(scale_D.double().norm())
+
+    def _gradient_images(self, generation: int) -> Images:
+        """Of the evolution split they are fitness images, so that those that confirm have chosen nothing."""
+        count = self.config.gradient_images
+        if self.config.gradient_split == "evolution":
+            index_N = self.image_sets["fitness"][:count]
+            return self.splits.evolution[torch.from_numpy(index_N)]
+        index_N = permutation(len(self.splits.sgd), self.run_seed, GRADIENT_IMAGES_OF_GENERATION + generation)[:count]
+        return self.splits.sgd[torch.from_numpy(index_N)]
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - started
+
+
+def make_optimizer(config: Evolution, update_D: torch.Tensor) -> torch.optim.Optimizer:
+    """What turns the estimated gradient into the update."""
+    if config.optimizer == "adam":
+        return torch.optim.Adam([update_D])
+    return torch.optim.SGD([update_D], momentum=0.9 if config.optimizer == "momentum" else 0.0)
+
+
+def image_counts(config: Evolution, evolution_images: int, sgd_images: int) -> dict[ImageSet, int]:
+    """How many images each set of a generation has. Raises InputError when they are not there."""
+    try:
+        counts = config.image_counts(evolution_images)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if config.strategy == "random-gradients":
+        name, available = ("the SGD split", sgd_images)
+        if config.gradient_split == "evolution":
+            name, available = ("the fitness images", counts["fitness"])
+        if config.gradient_images > available:
+            raise InputError(
+                f"evolution.gradient_images ({config.gradient_images}) is larger than {name} ({available})"
+            )
+    return counts
+
+
+def image_sets(
+    counts: dict[ImageSet, int], split: int, run_seed: int, generation: int
+) -> dict[ImageSet, NDArray[np.int64]]:
+    """Disjoint sets of indices into an evolution split of so many images, drawn anew for each generation."""
+    drawn_N = permutation(split, run_seed, IMAGES_OF_GENERATION + generation)
+    parts = np.split(drawn_N, np.cumsum(list(counts.values())))
+    return {name: np.sort(part) for name, part in zip(counts, parts, strict=False)}
+
+
+def fitness_statistics(fitness_K: NDArray[np.float64]) -> Row:
+    """What the record says of the members' fitnesses; the finite ones make the statistics."""
+    finite_K = fitness_K[np.isfinite(fitness_K)]
+    statistics = {
+        f"fitness_{name}": float(getattr(finite_K, name)()) if len(finite_K) else math.nan
+        for name in ("min", "mean", "max", "std")
+    }
+    return statistics | {"fitness_nonfinite": len(fitness_K) - len(finite_K)}

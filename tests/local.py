@@ -1,0 +1,98 @@
+"""An evolve phase in this process: the pool's interface around one evaluator, without Ray."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spartan_ray.config import Data, Evolution, ImageSet, Parent
+from spartan_ray.data import load_splits
+from spartan_ray.evaluator import Evaluator, ParentState
+from spartan_ray.evolve import Evolver, reference_images
+from spartan_ray.fitness import Normaliser, Score, score
+from spartan_ray.model import FlatModel, initial_model
+from spartan_ray.parent import Trainer
+from spartan_ray.pool import Pool
+from spartan_ray.record import Row
+from spartan_ray.strategies import Members, Outcome, make_strategy
+from spartan_ray.strategies.base import Scores
+
+CPU = torch.device("cpu")
+PARENT = Parent(model="convnet", threads=1)
+SPLITS = load_splits(Data(name="digits", sgd_images=600, evolution_images=600), 0)
+NORMALISE = Normaliser(SPLITS.mean_C, SPLITS.std_C, CPU)
+
+
+class LocalPool:
+    """Scores in the order of members; keeps what it was asked."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+        self.retries, self.broadcast_seconds, self.infos = 0, 0.0, []  # type: ignore[var-annotated]
+        self.broadcasts: list[ParentState] = []
+        self.asked: list[tuple[int, str]] = []
+
+    def broadcast(self, parent: ParentState) -> None:
+        for array in (parent.theta_D, parent.scale):
+            if array is not None:
+                array.flags.writeable = False  # as Ray's shared memory is
+        self.broadcasts.append(parent)
+        self.evaluator.load(parent)
+
+    def evaluate(self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
+        self.asked.append((len(members), images))
+        return self.evaluator.evaluate(members, images, bar)
+
+    def weighted_sum(self, seed_K: Any, weight_K: Any, size_D: int) -> NDArray[np.float32]:
+        return self.evaluator.accumulate(seed_K, weight_K, 0, size_D)
+
+
+@functools.cache
+def _trained_state(epochs: int) -> dict[str, torch.Tensor]:
+    model = FlatModel(initial_model(PARENT, 10, 0)[0], CPU)
+    config = PARENT.model_copy(update={"lr": 0.05, "batch_size": 32})
+    trainer = Trainer(config, model, SPLITS.sgd, NORMALISE, 0, augment=False)
+    for epoch in range(epochs):
+        trainer.train_epoch(epoch + 1, lambda count: None)
+    return model.state_dict()
+
+
+def trained(epochs: int = 3) -> FlatModel:
+    """A parent that learned for some epochs."""
+    module = initial_model(PARENT, 10, 0)[0]
+    module.load_state_dict(_trained_state(epochs))
+    return FlatModel(module, CPU)
+
+
+class Phase:
+    """Evolve phases of one parent; `evolve` runs the next one."""
+
+    def __init__(self, model: FlatModel | None = None, **evolution: Any) -> None:
+        self.config = Evolution(**{"every": 1, "population": 12, "fitness_images": 100} | evolution).resolved(2)
+        self.model = model or trained()
+        evaluator = Evaluator(
+            self.config, initial_model(PARENT, 10, 9)[0], SPLITS.evolution, reference_images(SPLITS), NORMALISE, CPU
+        )
+        self.pool = LocalPool(evaluator)
+        strategy = make_strategy(self.config, 10)
+        assert strategy
+        self.evolver = Evolver(self.config, 7, strategy, self.model, SPLITS, NORMALISE, cast(Pool, self.pool))
+        self.generation = 0
+
+    def evolve(self) -> tuple[Outcome, Row]:
+        self.generation += 1
+        return self.evolver.evolve(self.generation)
+
+    def score(self, images: ImageSet = "fitness") -> Score:
+        """The parent as it is now on the images of the last phase, by the statistics it has."""
+        index_N = torch.from_numpy(self.evolver.image_sets[images])
+        return score(self.model.module, SPLITS.evolution[index_N], NORMALISE)
+
+    @property
+    def theta_D(self) -> NDArray[np.float32]:
+        return self.model.theta_D.numpy().copy()
