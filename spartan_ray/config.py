@@ -115,8 +115,7 @@ class Parent(Section):
     gradient_noise: Literal["none"] | PositiveFloat = "none"
     """Gaussian noise added to gradients: eta of its variance eta / (1 + step)^0.55, 0.01 to 1 in the paper."""
     moments_after_evolution: Moments = "keep"
-    """The optimizer's moments after a phase that moved the parent: keep, reset (to none), or rescale (to the
-    new parent's gradient)."""
+    """Optimizer's moments after a phase that moved the parent; rescale fits them to the new gradient's norm."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the SGD epochs; bf16 is autocast."""
     threads: PositiveInt | None = None
@@ -151,31 +150,27 @@ class Evolution(Section):
     fitness: FitnessKind = "loss"
     """Fitness of a descendant: minus its mean cross-entropy, or its accuracy."""
     fitness_images: Annotated[int, Field(ge=2)] | None = None
-    """Evolution images that score one generation, drawn anew for each (default: the split, or its share of it
-    beside confirm and search)."""
+    """Evolution images that score a generation, drawn anew for each (default: all that nothing else needs)."""
     accept: Literal["always", "if-better", "best", "chain"] | None = None
-    """What becomes the parent. es: always the update (default), or if-better; random-gradients: the best member
-    if better (default), or chain: each better one at once."""
+    """es: always (default) or if-better; random-gradients: best (default), or chain, each better one at once."""
     confirm: bool = False
-    """Take what was chosen only if it is better on evolution images that did not choose it, too."""
+    """Take what was chosen only if it is also better on evolution images that did not choose it."""
     confirm_images: Annotated[int, Field(ge=2)] | None = None
-    """Images that confirm, and as many that search (default: what fitness_images leaves, shared)."""
+    """Images of `confirm`, and as many others of `step` search (default: what fitness_images leaves)."""
     batchnorm: BatchNormKind = "running"
-    """Statistics that score a descendant: the parent's running ones, those of each scored batch, or recalibrated
-    for it on a fixed batch of SGD images."""
+    """Statistics of a descendant: the parent's, the scored batch's, or its own on 512 fixed SGD images."""
     mutate: Annotated[str, Field(min_length=1)] = "all"
-    """Parameters that evolution moves: all, no-batchnorm (without its affine ones), or a name pattern: layer4.*"""
+    """What evolution moves: all, no-batchnorm (not its affine parameters), or a pattern of names: layer4.*"""
     noise: NoiseKind = "uniform"
     """es: distribution of the noise."""
     sigma: PositiveFloat = 0.01
     """es: scale of the noise, perturbation = sigma * noise."""
     sigma_scale: Literal["absolute", "relative"] = "absolute"
-    """es: relative is times the RMS of each tensor (a tensor of zeros stays)."""
+    """es: relative multiplies sigma by the RMS of each tensor, so that a tensor of zeros stays."""
     sigma_decay: Decay = 1.0
     """es: factor of sigma after each evolve phase."""
     lr: PositiveFloat | None = None
-    """Step. es: lr / (K sigma) * sum of weight * noise (default 0.0005); random-gradients: lr * temperature *
-    gradient * u (default 0.01)."""
+    """es: lr / (K sigma) * sum of weight * noise (default: 0.0005); random-gradients: lr * gradient * u (0.01)."""
     lr_decay: Decay = 1.0
     """Factor of evolution.lr after each evolve phase."""
     shaping: Literal["zscore", "centered-rank"] = "zscore"
@@ -183,29 +178,27 @@ class Evolution(Section):
     mirrored: bool = False
     """es: members 2j and 2j+1 share a seed, with signs +1 and -1."""
     step: Literal["lr", "ratio", "search"] = "lr"
-    """es: length of the update: lr (the article's), ratio (step_ratio times one mutation), or search (the best of
-    about ten on images that did not choose the direction)."""
+    """es: length of the update: by lr, by step_ratio, or search: the best of ten on images that did not choose."""
     step_ratio: PositiveFloat = 0.5
-    """es with step ratio: norm of the update over that of one mutation."""
+    """es with `step` ratio: norm of the update over that of one mutation."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    """es: what makes the update of the estimated gradient (momentum and beta1 0.9, beta2 0.999)."""
+    """es: makes the update of the estimated gradient (momentum and beta1 0.9, beta2 0.999)."""
     weight_decay: NonNegativeFloat = 0.0
     """es: L2 decay, added to the estimated gradient."""
     low: Finite = 0.0
-    """random-gradients: u is uniform from low ..."""
+    """random-gradients: u is uniform from this ..."""
     high: Finite = 1.0
-    """random-gradients: ... to high."""
+    """random-gradients: ... to this."""
     temperature: Temperature = "none"
-    """random-gradients: factor of the step: error (1 - accuracy of the parent), or loss (its loss over a uniform
-    guess's)."""
+    """random-gradients: factor of the step: 1, the parent's error, or its loss over a uniform guess's."""
     gradient_images: PositiveInt = 512
-    """random-gradients: images of the gradient, drawn anew for each phase."""
+    """random-gradients: images that the gradient is of, drawn anew for each generation."""
     gradient_split: Literal["sgd", "evolution"] = "sgd"
-    """random-gradients: split of those images."""
+    """random-gradients: split of those images; of the evolution split they are fitness images."""
     wave: PositiveInt | None = None
-    """random-gradients with accept chain: members scored at once (default: one a worker). Changes no result."""
+    """random-gradients with `accept` chain: members scored at once (default: one a worker); changes no result."""
     early_rejection: bool = True
-    """random-gradients: stop scoring a member that can no longer beat the parent. Changes no result."""
+    """random-gradients: stop scoring a member that cannot beat the parent any more; changes no result."""
 
     @model_validator(mode="after")
     def _together(self) -> Evolution:

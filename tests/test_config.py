@@ -9,6 +9,8 @@ import pytest
 from spartan_ray.cli import parse_config
 from spartan_ray.config import Config, Evolution, InputError, dump_config, load_config, preset_names
 
+RANDOM_GRADIENTS = ["--evolution.strategy", "random-gradients"]
+
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_load_and_survive_a_round_trip(name: str, tmp_path: Path) -> None:
@@ -55,6 +57,101 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
             ["--evolution.fitness-images", "20", "--data.evolution-images", "10"],
             "evolution.fitness_images (20) do not fit data.evolution_images (10)",
         ),
+        (
+            [
+                "--evolution.fitness-images",
+                "600",
+                "--data.evolution-images",
+                "1000",
+                "--evolution.confirm",
+                "--evolution.confirm-images",
+                "500",
+            ],
+            "evolution.fitness_images (600) and evolution.confirm_images (500) to confirm do not fit "
+            "data.evolution_images (1000)",
+        ),
+        (
+            [*RANDOM_GRADIENTS, "--evolution.gradient-images", "20", "--data.sgd-images", "10"],
+            "evolution.gradient_images (20) is larger than data.sgd_images (10)",
+        ),
+        (
+            [
+                *RANDOM_GRADIENTS,
+                "--evolution.gradient-images",
+                "20",
+                "--evolution.gradient-split",
+                "evolution",
+                "--evolution.fitness-images",
+                "10",
+            ],
+            "evolution.gradient_images (20) is larger than evolution.fitness_images (10)",
+        ),
+        (
+            [*RANDOM_GRADIENTS, "--evolution.low", "1"],
+            "evolution.low (1) must be below evolution.high (1)",
+        ),
+        (
+            ["--evolution.confirm-images", "100"],
+            "evolution.confirm_images (100) has no effect without evolution.confirm or evolution.step search",
+        ),
+        (["--evolution.accept", "chain"], "evolution.accept (chain) does not go with evolution.strategy es: always or"),
+        (
+            [*RANDOM_GRADIENTS, "--evolution.accept", "always"],
+            "evolution.accept (always) does not go with evolution.strategy random-gradients: best or chain",
+        ),
+        (["--evolution.wave", "4"], "evolution.wave (4) has no effect with evolution.accept always: it needs chain"),
+        (
+            ["--evolution.step-ratio", "1"],
+            "evolution.step_ratio (1.0) has no effect with evolution.step lr: it needs ratio",
+        ),
+        (
+            ["--evolution.step", "search", "--evolution.lr-decay", "0.9"],
+            "evolution.lr_decay (0.9) has no effect with evolution.step search: it needs lr",
+        ),
+        *[
+            (
+                [*RANDOM_GRADIENTS, f"--evolution.{flag}", *value],
+                f"evolution.{flag.replace('-', '_')} ({shown}) has no effect with evolution.strategy random-gradients: "
+                "it needs es",
+            )
+            for flag, value, shown in (
+                ("sigma", ["0.1"], "0.1"),
+                ("sigma-scale", ["relative"], "relative"),
+                ("sigma-decay", ["0.5"], "0.5"),
+                ("shaping", ["centered-rank"], "centered-rank"),
+                ("mirrored", [], "True"),
+                ("noise", ["gaussian"], "gaussian"),
+                ("step", ["search"], "search"),
+                ("optimizer", ["adam"], "adam"),
+                ("weight-decay", ["0.1"], "0.1"),
+            )
+        ],
+        *[
+            (
+                [f"--evolution.{flag}", *value],
+                f"evolution.{flag.removeprefix('no-').replace('-', '_')} ({shown}) has no effect with "
+                "evolution.strategy es: it needs random-gradients",
+            )
+            for flag, value, shown in (
+                ("low", ["-1"], "-1.0"),
+                ("high", ["2"], "2.0"),
+                ("temperature", ["loss"], "loss"),
+                ("gradient-images", ["64"], "64"),
+                ("gradient-split", ["evolution"], "evolution"),
+                ("no-early-rejection", [], "False"),
+            )
+        ],
+        (["--evolution.sigma-decay", "1.1"], "evolution.sigma_decay: should be less than or equal to 1 (got 1.1)"),
+        (["--evolution.lr-decay", "0"], "evolution.lr_decay: should be greater than 0 (got 0.0)"),
+        (["--evolution.step-ratio", "0"], "evolution.step_ratio: should be greater than 0 (got 0.0)"),
+        (["--evolution.weight-decay", "-1"], "evolution.weight_decay: should be greater than or equal to 0 (got -1.0)"),
+        (["--evolution.wave", "0"], "evolution.wave: should be greater than 0 (got 0)"),
+        (["--evolution.confirm-images", "1"], "evolution.confirm_images: should be greater than or equal to 2 (got 1)"),
+        (["--evolution.high", "inf"], "evolution.high: should be a finite number (got inf)"),
+        (["--evolution.mutate", ""], "evolution.mutate: String should have at least 1 character (got '')"),
+        (["--evolution.batchnorm", "never"], "invalid choice 'never'"),
+        (["--parent.gradient-noise", "-1"], "parent.gradient_noise: should be"),
+        (["--parent.moments-after-evolution", "halve"], "invalid choice 'halve'"),
         (["--cluster.gpus-per-worker", "1.5"], "cluster.gpus_per_worker (1.5) must be a whole number above 1"),
         (["--data.name", "folder"], "data.root: the folder data set needs"),
         (["--run.name", "../up"], "run.name: String should match pattern"),
@@ -97,3 +194,26 @@ def test_a_bad_file_is_one_line_that_names_the_field(tmp_path: Path, text: str, 
 def test_the_configuration_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Evolution().sigma = 3
+
+
+def test_options_that_have_no_effect_are_let_through_where_there_is_no_evolution() -> None:
+    flags = ["--evolution.strategy", "none", "--evolution.wave", "4", "--evolution.temperature", "loss"]
+    assert parse_config(["--config", "article-random-gradients", *flags]).evolution.strategy == "none"
+
+
+def test_what_depends_on_the_strategy_and_the_workers_is_resolved() -> None:
+    chosen = Evolution(strategy="random-gradients", accept="chain").resolved(workers=6)
+    assert (chosen.accept, chosen.lr, chosen.wave) == ("chain", 0.01, 6)
+    chosen = Evolution().resolved(workers=6)
+    assert (chosen.accept, chosen.lr, chosen.wave) == ("always", 0.0005, None)
+    assert Evolution(**chosen.model_dump()) == chosen
+    assert Evolution(strategy="random-gradients", lr=0.3).resolved() == Evolution(
+        strategy="random-gradients", lr=0.3, accept="best"
+    )
+
+
+def test_images_that_are_not_given_share_what_the_others_leave() -> None:
+    assert Evolution().image_counts(100) == {"fitness": 100}
+    assert Evolution(confirm=True).image_counts(101) == {"fitness": 50, "confirm": 50}
+    both = Evolution(confirm=True, step="search", fitness_images=40)
+    assert both.image_counts(100) == {"fitness": 40, "search": 30, "confirm": 30}

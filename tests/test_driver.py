@@ -14,6 +14,7 @@ import psutil
 import pytest
 import ray
 import torch
+import torchvision
 from ray.exceptions import RayTaskError
 from safetensors.torch import load_file
 
@@ -155,6 +156,89 @@ def test_the_same_bits_with_one_worker_with_two_and_with_one_killed(local_ray: N
     assert outcome(folders[0]) == outcome(folders[1]) == outcome(folders[2])
     other = run(change(config, run={"seed": 1}))
     assert (other / "final.safetensors").read_bytes() not in finals
+
+
+CHAIN: dict[str, Any] = {
+    "strategy": "random-gradients", "accept": "chain", "population": 20, "lr": 0.1, "low": -1.0, "gradient_images": 64,
+    "temperature": "error", "confirm": True, "fitness_images": 70,
+}  # fmt: skip
+
+
+def test_a_chain_is_the_same_for_every_wave_and_number_of_workers(local_ray: None, small_config: Config) -> None:
+    folders = [
+        run(change(small_config, evolution=CHAIN | {"wave": wave}, cluster={"workers": workers}))
+        for wave, workers in ((1, 1), (4, 2), (16, 1), (1, 2), (4, 1), (16, 2))
+    ]
+    assert len({(folder / "final.safetensors").read_bytes() for folder in folders}) == 1
+    assert len({json.dumps(outcome(folder)) for folder in folders}) == 1
+    phases = [row for row in metrics(folders[0]) if row["kind"] == "evolve"]
+    assert sum(row["accepted_members"] for row in phases) > 2
+    assert all(row["parent_fitness_after"] >= row["parent_fitness_before"] for row in phases)
+    discarded = [sum(row["images_discarded"] for row in metrics(folder)[1::2]) for folder in folders[:3]]
+    assert discarded[0] == 0 < discarded[1] < discarded[2]
+    journals = [read_journal(folder / "journal" / "000002.npz") for folder in folders]
+    assert all(journal[name].tolist() == journals[0][name].tolist() for journal in journals for name in journal)
+
+
+@pytest.mark.parametrize(
+    ("parent", "evolution"),
+    [
+        (
+            {"optimizer": "adam", "moments_after_evolution": "rescale", "gradient_noise": 0.01},
+            {"sigma_scale": "relative"},
+        ),
+        ({"moments_after_evolution": "reset"}, {"step": "search", "confirm": True, "batchnorm": "recalibrate"}),
+        (
+            {},
+            CHAIN
+            | {"batchnorm": "batch", "gradient_split": "evolution", "mutate": "no-batchnorm", "fitness": "accuracy"},
+        ),
+        ({}, {"optimizer": "adam", "step": "ratio", "weight_decay": 0.01, "sigma_decay": 0.9, "mutate": "11.*"}),
+    ],
+)
+def test_options_hold_together_in_a_run_and_its_bits_do_not_depend_on_workers(
+    local_ray: None, small_config: Config, parent: dict[str, Any], evolution: dict[str, Any]
+) -> None:
+    config = change(small_config, parent=parent, evolution={"fitness_images": None} | evolution)
+    folders = [run(change(config, cluster={"workers": workers})) for workers in (1, 2)]
+    assert outcome(folders[0]) == outcome(folders[1])
+    assert (folders[0] / "final.safetensors").read_bytes() == (folders[1] / "final.safetensors").read_bytes()
+    assert outcome(folders[0]) != outcome(run(small_config))
+    runs = [read_run(folder) for folder in folders]
+    assert (folders[0] / "report" / "report.html") in write_report(runs, folders[0] / "report")
+
+
+def test_moments_matter_after_a_phase_that_moved_the_parent(local_ray: None, small_config: Config) -> None:
+    rows = {
+        moments: outcome(run(change(small_config, parent={"optimizer": "adam", "moments_after_evolution": moments})))
+        for moments in ("keep", "reset", "rescale")
+    }
+    assert rows["keep"][:2] == rows["reset"][:2] == rows["rescale"][:2]
+    assert len({row[2]["train_loss"] for row in rows.values()}) == 3
+
+
+def test_a_run_starts_from_torchvision_s_weights_of_a_thousand_classes(
+    local_ray: None, small_config: Config, tmp_path: Path
+) -> None:
+    """A ResNet18 state dict as torchvision publishes it, here with random weights, through the whole loop."""
+    network = torchvision.models.resnet18()
+    assert network.fc.weight.shape == (1000, 512)
+    torch.save(network.state_dict(), tmp_path / "resnet18.pth")
+    notes: list[str] = []
+    config = change(
+        small_config,
+        run={"epochs": 2},
+        data={"sgd_images": 64, "validation_images": 40},
+        parent={"model": "resnet18", "weights": str(tmp_path / "resnet18.pth"), "lr": 1e-12},
+        evolution={"population": 4, "lr": 1e-12, "sigma": 1e-6},
+    )
+    folder = run(config, lambda progress: notes.__setitem__(slice(None), progress.notes))
+    assert any("fc.weight: 1000 classes" in note and "10 here: re-initialised" in note for note in notes)
+    final = load_file(folder / "final.safetensors")
+    assert final["fc.weight"].shape == (10, 512)
+    torch.testing.assert_close(final["layer2.0.conv1.weight"], network.layer2[0].conv1.weight.detach())
+    assert [row["kind"] for row in metrics(folder)] == ["sgd", "evolve"]
+    torchvision.models.resnet18(num_classes=10).load_state_dict(final)
 
 
 def test_a_run_s_own_configuration_repeats_it(local_ray: None, small_config: Config) -> None:
