@@ -150,13 +150,13 @@ class Evolution(Section):
     fitness: FitnessKind = "loss"
     """Fitness of a descendant: minus its mean cross-entropy, or its accuracy."""
     fitness_images: Annotated[int, Field(ge=2)] | None = None
-    """Evolution images that score a generation, drawn anew for each (default: all that nothing else needs)."""
+    """Evolution images of a generation's scores, drawn anew (default: all, or a share beside confirm and search)."""
     accept: Literal["always", "if-better", "best", "chain"] | None = None
     """es: always (default) or if-better; random-gradients: best (default), or chain, each better one at once."""
     confirm: bool = False
     """Take what was chosen only if it is also better on evolution images that did not choose it."""
     confirm_images: Annotated[int, Field(ge=2)] | None = None
-    """Images of `confirm`, and as many others of `step` search (default: what fitness_images leaves)."""
+    """Images of `confirm`, and as many others of `step` search (default: equal shares of what is left)."""
     batchnorm: BatchNormKind = "running"
     """Statistics of a descendant: the parent's, the scored batch's, or its own on 512 fixed SGD images."""
     mutate: Annotated[str, Field(min_length=1)] = "all"
@@ -170,7 +170,7 @@ class Evolution(Section):
     sigma_decay: Decay = 1.0
     """es: factor of sigma after each evolve phase."""
     lr: PositiveFloat | None = None
-    """es: lr / (K sigma) * sum of weight * noise (default: 0.0005); random-gradients: lr * gradient * u (0.01)."""
+    """es, `step` lr: lr / (K sigma) * sum of weight * noise (default: 0.0005); else lr * gradient * u (0.01)."""
     lr_decay: Decay = 1.0
     """Factor of evolution.lr after each evolve phase."""
     shaping: Literal["zscore", "centered-rank"] = "zscore"
@@ -191,14 +191,14 @@ class Evolution(Section):
     """random-gradients: ... to this."""
     temperature: Temperature = "none"
     """random-gradients: factor of the step: 1, the parent's error, or its loss over a uniform guess's."""
-    gradient_images: PositiveInt = 512
-    """random-gradients: images that the gradient is of, drawn anew for each generation."""
+    gradient_images: Annotated[int, Field(ge=2)] | None = None
+    """random-gradients: images of the gradient, drawn anew for each generation (default: 512 at most)."""
     gradient_split: Literal["sgd", "evolution"] = "sgd"
     """random-gradients: split of those images; of the evolution split they are fitness images."""
     wave: PositiveInt | None = None
     """random-gradients with `accept` chain: members scored at once (default: one a worker); changes no result."""
     early_rejection: bool = True
-    """random-gradients: stop scoring a member that cannot beat the parent any more; changes no result."""
+    """random-gradients: ask after each 256 images (GPU: 2,048) if a member can still win; changes no result."""
 
     @model_validator(mode="after")
     def _together(self) -> Evolution:
@@ -299,12 +299,16 @@ class Config(Section):
     @model_validator(mode="after")
     def _splits(self) -> Config:
         evolution, data = self.evolution, self.data
-        if evolution.strategy != "none" and data.evolution_images:
-            evolution.image_counts(data.evolution_images)
+        if evolution.strategy != "none":
+            if data.evolution_images:
+                evolution.image_counts(data.evolution_images)
+            if data.sgd_on_evolution and (evolution.confirm or evolution.step == "search"):
+                needs = "evolution.confirm" if evolution.confirm else "evolution.step search"
+                raise ValueError(f"{needs} needs images that SGD does not see, and data.sgd_on_evolution shows it all")
         if evolution.strategy == "random-gradients":
             name = "data.sgd_images" if evolution.gradient_split == "sgd" else "evolution.fitness_images"
             given = data.sgd_images if evolution.gradient_split == "sgd" else evolution.fitness_images
-            if given and evolution.gradient_images > given:
+            if given and evolution.gradient_images and evolution.gradient_images > given:
                 raise ValueError(
                     f"evolution.gradient_images ({evolution.gradient_images}) is larger than {name} ({given})"
                 )

@@ -110,10 +110,12 @@ class Driver:
         self._advance(self.progress.total - self.progress.done)
         if outcome.note:
             self._note(f"epoch {generation}: {outcome.note}")
-        if row["step_ratio"] > STEP_RATIO_LIMIT and self.config.evolution.strategy == "es":
+        evolution = self.config.evolution
+        if row["step_ratio"] > STEP_RATIO_LIMIT and evolution.strategy == "es" and evolution.step != "search":
+            smaller = "evolution.lr" if evolution.step == "lr" else "evolution.step_ratio"
             self._note(
                 f"epoch {generation}: the step ratio {row['step_ratio']:.2f} is above {STEP_RATIO_LIMIT}: "
-                "a smaller evolution.lr, or evolution.step search, is likely to do better"
+                f"a smaller {smaller}, or evolution.step search, is likely to do better"
             )
         return {"kind": "evolve", "seconds": time.perf_counter() - started} | row
 

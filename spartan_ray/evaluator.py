@@ -49,7 +49,7 @@ class Evaluator:
         self.config = config
         self.model = FlatModel(module, device)
         self.split = images.to(device)
-        self.reference_NCHW = normalise(reference.pixels_NHWC.to(device))
+        self.reference = reference.to(device)
         self.normalise = normalise
         self.device = device
         self.kernel = kernel_for(config.noise, device)
@@ -77,7 +77,7 @@ class Evaluator:
         for seed, offset, gain in zip(members.seed_K, members.offset_K, members.gain_K, strict=True):
             self.kernel.descend(self.theta_D, self.scale_D, int(seed), offset, gain, self.model.theta_D)
             if self.config.batchnorm == "recalibrate":
-                recalibrate(self.model.module, self.reference_NCHW)
+                recalibrate(self.model.module, self.normalise(self.reference.pixels_NHWC))
             part = self.image_sets[images]
             rows.append(score(self.model.module, part, self.normalise, self.config.batchnorm, self.config.fitness, bar))
         loss_K, accuracy_K, images_K = zip(*rows, strict=True)

@@ -9,26 +9,32 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spartan_ray.config import Evolution, ImageSet, InputError
+from spartan_ray.config import BatchNormKind, Evolution, ImageSet, InputError
 from spartan_ray.data import Images, Splits, permutation
 from spartan_ray.evaluator import ParentState
 from spartan_ray.fitness import Normaliser, recalibrate
 from spartan_ray.model import FlatModel
 from spartan_ray.noise import RMS, kernel_for
 from spartan_ray.parent import mean_gradient
-from spartan_ray.pool import Pool
 from spartan_ray.record import Row
-from spartan_ray.strategies import Aim, Gradient, Members, Outcome, Score, Scores, Strategy, Take, merge_seeds
+from spartan_ray.strategies import Aim, Gradient, Members, Outcome, Score, Scores, Strategy, Take
 from spartan_ray.strategies.base import Request
+
+if TYPE_CHECKING:  # a phase needs a pool, but not Ray
+    from spartan_ray.pool import Pool
 
 # Keys of `permutation` for the images of a generation.
 IMAGES_OF_GENERATION = 1 << 33
 GRADIENT_IMAGES_OF_GENERATION = 1 << 35
+# Images of the gradient, if there are so many.
+GRADIENT_IMAGES = 512
 # SGD images that recalibrate BatchNorm: the same ones in the whole run.
 REFERENCE_IMAGES = 512
 
@@ -61,9 +67,15 @@ class Evolver:
         self.kernel = kernel_for(config.noise, model.theta_D.device)
         self.mutated_T = model.mutated(config.mutate)
         self.counts = image_counts(config, len(splits.evolution), len(splits.sgd))
-        # The optimizer moves a vector of zeros, so that what it makes of the estimate can be had alone.
-        self.update_D = torch.zeros_like(model.theta_D)
-        self.optimizer = make_optimizer(config, self.update_D)
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What turns the estimated gradient into the update. It moves a vector of zeros, so that the update
+        can be had alone; its moments are of all estimates, whether their update was taken or not."""
+        update_D = torch.zeros_like(self.model.theta_D)
+        if self.config.optimizer == "adam":
+            return torch.optim.Adam([update_D])
+        return torch.optim.SGD([update_D], momentum=0.9 if self.config.optimizer == "momentum" else 0.0)
 
     def evolve(self, generation: int) -> tuple[Outcome, Row]:
         """One phase: its account, and what the record says of it."""
@@ -110,7 +122,7 @@ class Evolver:
         }
         return outcome, row
 
-    def _answer(self, request: Request) -> Scores | None:
+    def _answer(self, request: Request) -> Scores | float | None:
         match request:
             case Score(members, images, bar):
                 return self._score(members, images, bar)
@@ -118,8 +130,9 @@ class Evolver:
                 self.scale_is_gradient = self.stale = True
             case Aim():
                 with self._timed("update"):
-                    self.scale = self._aim(request)
+                    self.scale, factor = self._aim(request)
                 self.stale = True
+                return factor
             case Take(member):
                 with self._timed("update"):
                     self._take(member)
@@ -130,8 +143,7 @@ class Evolver:
         if self.stale:
             if self.scale_is_gradient:
                 with self._timed("gradient"):
-                    gradient_D = mean_gradient(self.model, self.gradient_images, self.normalise, self.config.batchnorm)
-                    self.scale = gradient_D * self.model.spread(self.mutated_T)
+                    self.scale = self._gradient()
             self._broadcast()
         self.mutation_norm = self.mutation_norm or self._mutation_norm(members)
         with self._timed("scoring"):
@@ -145,22 +157,35 @@ class Evolver:
         self.pool.broadcast(ParentState(self.model.theta_D.cpu().numpy(), buffers, scale, self.image_sets))
         self.stale = False
 
-    def _aim(self, aim: Aim) -> torch.Tensor:
-        """The update: as long as the learning rate makes it, or as the ratio that is wanted."""
+    def _gradient(self) -> torch.Tensor:
+        """The parent's gradient; 0 for what evolution leaves. Where members have statistics of their own, it
+        is the gradient through those of its batches: with fixed ones it would be another function's."""
+        kind: BatchNormKind = "running" if self.config.batchnorm == "running" else "batch"
+        gradient_D = mean_gradient(self.model, self.gradient_images, self.normalise, kind)
+        return gradient_D.mul_(self.model.spread(self.mutated_T))
+
+    def _aim(self, aim: Aim) -> tuple[torch.Tensor, float]:
+        """The update, as long as the learning rate makes it or as the ratio that is wanted, and the factor of
+        the latter."""
         theta_D = self.model.theta_D
-        seed_K, weight_K = merge_seeds(aim.members, aim.weight_K)
-        estimate_D = torch.from_numpy(self.pool.weighted_sum(seed_K, weight_K, theta_D.numel())).to(theta_D.device)
+        sum_D = self.pool.weighted_sum(aim.seed_U, aim.weight_U, theta_D.numel())
+        estimate_D = torch.from_numpy(sum_D).to(theta_D.device)
         if self.scale is not None:
             estimate_D *= self.model.spread(self.scale)
         if self.config.weight_decay:
             estimate_D -= self.config.weight_decay * theta_D * self.model.spread(self.mutated_T)
-        self.optimizer.param_groups[0]["lr"] = aim.rate
-        self.update_D.zero_()
-        self.update_D.grad = estimate_D.neg_()
+        (group,) = self.optimizer.param_groups
+        (update_D,) = group["params"]
+        group["lr"] = aim.rate
+        update_D.zero_()
+        update_D.grad = estimate_D.neg_()
         self.optimizer.step()
+        update_D.grad = None
         if aim.ratio is None:
-            return self.update_D
-        return self.update_D * (aim.ratio * self.mutation_norm / float(self.update_D.double().norm()))
+            return update_D, 1.0
+        norm = float(update_D.double().norm())
+        factor = aim.ratio * self.mutation_norm / norm if norm else 1.0
+        return update_D * factor, factor
 
     def _take(self, member: Members) -> None:
         theta_D = self.model.theta_D
@@ -169,7 +194,10 @@ class Evolver:
             theta_D, scale, int(member.seed_K[0]), float(member.offset_K[0]), float(member.gain_K[0]), theta_D
         )
         if self.config.batchnorm != "running":
-            recalibrate(self.model.module, self.normalise(reference_images(self.splits).pixels_NHWC))
+            self._recalibrate()
+
+    def _recalibrate(self) -> None:
+        recalibrate(self.model.module, self.normalise(reference_images(self.splits).pixels_NHWC))
 
     def _tensor_scale(self) -> torch.Tensor | None:
         """1, or a number a tensor where tensors differ: its RMS, 0 for those that evolution leaves."""
@@ -191,13 +219,13 @@ class Evolver:
         return math.hypot(offset, gain * RMS[self.config.noise]) * float(scale_D.double().norm())
 
     def _gradient_images(self, generation: int) -> Images:
-        """Of the evolution split they are fitness images, so that those that confirm have chosen nothing."""
-        count = self.config.gradient_images
+        """Drawn anew. Of the evolution split they are fitness images, since those that confirm must have
+        chosen nothing."""
+        split, index_N = self.splits.sgd, np.arange(len(self.splits.sgd))
         if self.config.gradient_split == "evolution":
-            index_N = self.image_sets["fitness"][:count]
-            return self.splits.evolution[torch.from_numpy(index_N)]
-        index_N = permutation(len(self.splits.sgd), self.run_seed, GRADIENT_IMAGES_OF_GENERATION + generation)[:count]
-        return self.splits.sgd[torch.from_numpy(index_N)]
+            split, index_N = self.splits.evolution, self.image_sets["fitness"]
+        drawn_N = permutation(len(index_N), self.run_seed, GRADIENT_IMAGES_OF_GENERATION + generation)
+        return split[torch.from_numpy(index_N[drawn_N[: self.config.gradient_images or GRADIENT_IMAGES]])]
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -206,27 +234,18 @@ class Evolver:
         self.seconds[part] += time.perf_counter() - started
 
 
-def make_optimizer(config: Evolution, update_D: torch.Tensor) -> torch.optim.Optimizer:
-    """What turns the estimated gradient into the update."""
-    if config.optimizer == "adam":
-        return torch.optim.Adam([update_D])
-    return torch.optim.SGD([update_D], momentum=0.9 if config.optimizer == "momentum" else 0.0)
-
-
 def image_counts(config: Evolution, evolution_images: int, sgd_images: int) -> dict[ImageSet, int]:
     """How many images each set of a generation has. Raises InputError when they are not there."""
     try:
         counts = config.image_counts(evolution_images)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if config.strategy == "random-gradients":
-        name, available = ("the SGD split", sgd_images)
-        if config.gradient_split == "evolution":
-            name, available = ("the fitness images", counts["fitness"])
-        if config.gradient_images > available:
-            raise InputError(
-                f"evolution.gradient_images ({config.gradient_images}) is larger than {name} ({available})"
-            )
+    in_fitness = config.gradient_split == "evolution"
+    name, available = ("fitness images", counts["fitness"]) if in_fitness else ("SGD split", sgd_images)
+    if config.gradient_images and config.gradient_images > available:
+        raise InputError(
+            f"evolution.gradient_images ({config.gradient_images}) is larger than the {name} ({available})"
+        )
     return counts
 
 

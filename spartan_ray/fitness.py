@@ -16,7 +16,7 @@ from spartan_ray.config import BatchNormKind, FitnessKind
 from spartan_ray.data import Images
 
 
-class Score(NamedTuple):
+class Result(NamedTuple):
     """How a network does on images."""
 
     loss: float  # mean cross-entropy, nats
@@ -76,7 +76,7 @@ def score(
     batchnorm: BatchNormKind = "running",
     kind: FitnessKind = "loss",
     bar: float = -math.inf,
-) -> Score:
+) -> Result:
     """Score the module in evaluation mode, as it is; `batchnorm` batch takes each batch's statistics.
 
     It stops once its fitness of that kind can no longer exceed the bar, with the means up to there, which
@@ -97,7 +97,7 @@ def score(
                 best = -loss.item() / count if kind == "loss" else (correct.item() + count - scored) / count
                 if not best > bar:
                     break
-    return Score(loss.item() / scored, correct.item() / scored, scored)
+    return Result(loss.item() / scored, correct.item() / scored, scored)
 
 
 def batches(images: Images) -> Iterator[Images]:

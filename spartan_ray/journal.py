@@ -1,5 +1,5 @@
-"""The per-generation record of (member, seed, offset, gain, fitness, images, weight), enough to replay a
-generation."""
+"""The per-generation record of (member, seed, offset, gain, fitness, images, weight), from which a
+generation is replayed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from spartan_ray.strategies import Outcome
 
 
 def write_journal(folder: Path, generation: int, outcome: Outcome) -> None:
-    """Write `folder`/000005.npz for generation 5. A weight counts what is in the parent: of an update it is
-    times `rate` (the learning rate) and `length`."""
+    """Write `folder`/000005.npz for generation 5.
+
+    A chosen member has the weight 1. Of an es update the estimated gradient is the sum of
+    weight * gain * noise(seed); the optimizer makes the update of it at `rate`, which is rate times the
+    estimate for plain sgd, and the parent moves by factor * length * update. With momentum, adam or weight
+    decay the update depends on the generations before and on the parent too."""
     folder.mkdir(exist_ok=True)
     members = outcome.members
     np.savez(
@@ -26,6 +30,7 @@ def write_journal(folder: Path, generation: int, outcome: Outcome) -> None:
         images=outcome.images_K,
         weight=outcome.weight_K,
         rate=np.float64(outcome.rate),
+        factor=np.float64(outcome.factor),
         length=np.float64(outcome.length),
     )
 

@@ -54,7 +54,9 @@ def mean_gradient(
         for batch in batches(images):
             loss = F.cross_entropy(module(normalise(batch.pixels_NHWC)), batch.labels_N, reduction="sum")
             (loss / len(images)).backward()
-    return model.gradient()
+    gradient_D = model.gradient()
+    module.zero_grad(set_to_none=True)
+    return gradient_D
 
 
 class Trainer:

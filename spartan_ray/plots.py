@@ -43,10 +43,12 @@ def draw_measure(frames: Mapping[str, pd.DataFrame], measure: str, label: str, p
 def draw_search(frames: Mapping[str, pd.DataFrame], label: str, path: Path) -> None:
     """Draw what step search saw: the fitness over the parent's for each length that it tried, a line a phase."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    most = 0.0
     for number, (name, frame) in enumerate(frames.items()):
         searched = frame[frame["search_ratios"].notna()] if "search_ratios" in frame else frame[:0]
         for count, phase in enumerate(searched.to_dict("records")):
             fitness = pd.Series(phase["search_fitness"], dtype=float)  # null, a fitness that was not finite, is a gap
+            most = max(most, (fitness - fitness[0]).max())
             axes.plot(
                 phase["search_ratios"],
                 fitness - fitness[0],
@@ -57,7 +59,8 @@ def draw_search(frames: Mapping[str, pd.DataFrame], label: str, path: Path) -> N
             )
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=1 / 32)
-    axes.set_ylim(bottom=max(axes.get_ylim()[0], -axes.get_ylim()[1]))
+    if most > 0:  # what is much too long would hide the rest
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], -most))
     axes.set(xlabel="step ratio: length of the update in mutations", ylabel=label)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -39,6 +39,9 @@ PICTURES = {
 }
 
 
+SEARCH_CAPTION = "gain in fitness along the update"
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """A run folder, read."""
@@ -168,17 +171,18 @@ def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
     pictures = {measure: folder / f"{measure}.png" for measure in PICTURES}
     for measure, path in pictures.items():
         draw_measure(frames, measure, PICTURES[measure], path)
-    captions = dict(PICTURES)
-    if any("search_ratios" in frame and frame["search_ratios"].notna().any() for frame in frames.values()):
-        pictures["step_search"] = folder / "step_search.png"
-        captions["step_search"] = "gain in fitness along the update"
-        draw_search(frames, captions["step_search"], pictures["step_search"])
+    search = folder / "step_search.png"
+    searched = any("search_ratios" in frame and frame["search_ratios"].notna().any() for frame in frames.values())
+    if searched:
+        draw_search(frames, SEARCH_CAPTION, search)
     final, phases = final_table(frames), evolve_table(frames)
 
     text = f"# {', '.join(frames)}\n\n{markdown(final)}\n"
-    text += "\n".join(f"![{captions[measure]}]({path.name})" for measure, path in pictures.items())
+    text += "\n".join(f"![{PICTURES[measure]}]({path.name})" for measure, path in pictures.items())
     if len(phases):
         text += f"\n\n## Evolve phases\n\n{markdown(phases)}"
+    if searched:
+        text += f"\n![{SEARCH_CAPTION}]({search.name})"
     report = folder / "report.md"
     report.write_text(text + "\n")
 
@@ -189,13 +193,15 @@ def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
             names=list(frames),
             setups=[(name, _setup(run)) for name, run in zip(frames, runs, strict=True)],
             pictures=[
-                (captions[measure], base64.b64encode(path.read_bytes()).decode()) for measure, path in pictures.items()
+                (PICTURES[measure], base64.b64encode(path.read_bytes()).decode()) for measure, path in pictures.items()
             ],
             final=final.to_html(index=False, border=0),
             phases=phases.to_html(index=False, border=0) if len(phases) else "",
+            search=base64.b64encode(search.read_bytes()).decode() if searched else "",
+            search_caption=SEARCH_CAPTION,
         )
     )
-    return [*pictures.values(), report, page]
+    return [*pictures.values(), *([search] if searched else []), report, page]
 
 
 def unique_frames(runs: list[RunRecord]) -> dict[str, pd.DataFrame]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -14,10 +15,9 @@ from spartan_ray.config import Data, Evolution, ImageSet, Parent
 from spartan_ray.data import load_splits
 from spartan_ray.evaluator import Evaluator, ParentState
 from spartan_ray.evolve import Evolver, reference_images
-from spartan_ray.fitness import Normaliser, Score, score
+from spartan_ray.fitness import Normaliser, Result, score
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.parent import Trainer
-from spartan_ray.pool import Pool
 from spartan_ray.record import Row
 from spartan_ray.strategies import Members, Outcome, make_strategy
 from spartan_ray.strategies.base import Scores
@@ -38,9 +38,13 @@ class LocalPool:
         self.asked: list[tuple[int, str]] = []
 
     def broadcast(self, parent: ParentState) -> None:
+        """A copy that cannot be written to, as in Ray's shared memory."""
+        scale = None if parent.scale is None else parent.scale.copy()
+        buffers = [buffer.copy() for buffer in parent.buffers]
+        parent = replace(parent, theta_D=parent.theta_D.copy(), scale=scale, buffers=buffers)
         for array in (parent.theta_D, parent.scale):
             if array is not None:
-                array.flags.writeable = False  # as Ray's shared memory is
+                array.flags.writeable = False
         self.broadcasts.append(parent)
         self.evaluator.load(parent)
 
@@ -81,14 +85,14 @@ class Phase:
         self.pool = LocalPool(evaluator)
         strategy = make_strategy(self.config, 10)
         assert strategy
-        self.evolver = Evolver(self.config, 7, strategy, self.model, SPLITS, NORMALISE, cast(Pool, self.pool))
+        self.evolver = Evolver(self.config, 7, strategy, self.model, SPLITS, NORMALISE, cast(Any, self.pool))
         self.generation = 0
 
     def evolve(self) -> tuple[Outcome, Row]:
         self.generation += 1
         return self.evolver.evolve(self.generation)
 
-    def score(self, images: ImageSet = "fitness") -> Score:
+    def score(self, images: ImageSet = "fitness") -> Result:
         """The parent as it is now on the images of the last phase, by the statistics it has."""
         index_N = torch.from_numpy(self.evolver.image_sets[images])
         return score(self.model.module, SPLITS.evolution[index_N], NORMALISE)

@@ -94,6 +94,14 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
             ["--evolution.confirm-images", "100"],
             "evolution.confirm_images (100) has no effect without evolution.confirm or evolution.step search",
         ),
+        (
+            ["--data.sgd-on-evolution", "--evolution.confirm"],
+            "evolution.confirm needs images that SGD does not see, and data.sgd_on_evolution shows it all",
+        ),
+        (
+            [*RANDOM_GRADIENTS, "--evolution.gradient-images", "1"],
+            "evolution.gradient_images: should be greater than or equal to 2 (got 1)",
+        ),
         (["--evolution.accept", "chain"], "evolution.accept (chain) does not go with evolution.strategy es: always or"),
         (
             [*RANDOM_GRADIENTS, "--evolution.accept", "always"],
@@ -217,3 +225,16 @@ def test_images_that_are_not_given_share_what_the_others_leave() -> None:
     assert Evolution(confirm=True).image_counts(101) == {"fitness": 50, "confirm": 50}
     both = Evolution(confirm=True, step="search", fitness_images=40)
     assert both.image_counts(100) == {"fitness": 40, "search": 30, "confirm": 30}
+
+
+def test_the_readme_and_the_help_have_every_option_of_evolution(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    text = capsys.readouterr().out
+    for name, field in Evolution.model_fields.items():
+        flag = name.replace("_", "-")
+        assert f"`{flag}`" in readme
+        assert f"--evolution.{flag}" in text
+        assert field.description
+        assert "\n" not in field.description

@@ -102,6 +102,7 @@ def test_step_ratio_holds_the_norm_of_the_update(population: int) -> None:
     phase = Phase(population=population, fitness_images=20, step="ratio", step_ratio=0.3)
     theta_D = phase.theta_D.astype(np.float64)
     outcome, row = phase.evolve()
+    assert row["accepted"]
     mutation = 0.01 * np.linalg.norm(noise("uniform", int(outcome.members.seed_K[0]), 0, len(theta_D)))
     assert abs(np.linalg.norm(phase.theta_D - theta_D) / (0.3 * mutation) - 1) < 0.01
     assert abs(row["step_ratio"] / 0.3 - 1) < 0.001
@@ -126,6 +127,50 @@ def on(index_N: NDArray[np.int64]) -> tuple[Any, Any]:
     return SPLITS.evolution[torch.from_numpy(index_N)], NORMALISE
 
 
+@pytest.mark.parametrize(("sigma", "fitness"), [(1e-4, "loss"), (1e-3, "accuracy"), (0.01, "accuracy"), (0.3, "loss")])
+def test_a_search_of_any_sigma_and_fitness_ends(sigma: float, fitness: str) -> None:
+    """Steps, ties, and a best length that is far from one mutation."""
+    phase = Phase(step="search", fitness=fitness, sigma=sigma, confirm_images=60)
+    for _ in range(4):
+        _, row = phase.evolve()
+        if row["note"] == "no update: all members have equal fitness":
+            continue
+        assert max(row["search_fitness"]) == row["search_fitness"][row["search_ratios"].index(0)] or row["accepted"]
+        assert all(members for members, _ in phase.pool.asked)
+
+
+@pytest.mark.parametrize("step", ["lr", "ratio", "search"])
+def test_the_journal_s_numbers_give_the_update(step: str) -> None:
+    phase = Phase(step=step, lr=0.01, sigma=0.05)
+    for _ in range(2):
+        theta_D = phase.theta_D.astype(np.float64)
+        outcome, _ = phase.evolve()
+        estimate_D = sum(
+            weight * gain * noise("uniform", int(seed), 0, len(theta_D)).astype(np.float64)
+            for weight, gain, seed in zip(outcome.weight_K, outcome.members.gain_K, outcome.members.seed_K, strict=True)
+        )
+        move_D = outcome.factor * outcome.length * outcome.rate * estimate_D
+        assert np.linalg.norm(phase.theta_D - theta_D - move_D) < 1e-4 * np.linalg.norm(move_D)
+
+
+def test_es_that_is_not_confirmed_leaves_the_parent() -> None:
+    """The update is better on the 20 images that made it and, for this parent, worse on 580 others."""
+    phase = Phase(
+        trained(6), confirm=True, fitness_images=20, sigma=0.05, step="ratio", step_ratio=0.3, accept="if-better"
+    )
+    theta_D = phase.theta_D
+    refused = 0
+    for _ in range(6):
+        _, row = phase.evolve()
+        if row["confirm_fitness_after"] is not None:
+            assert row["accepted"] == (row["confirm_fitness_after"] > row["confirm_fitness_before"])
+            refused += not row["accepted"]
+        if not row["accepted"]:
+            np.testing.assert_array_equal(phase.theta_D, theta_D)
+        theta_D = phase.theta_D
+    assert refused
+
+
 def test_es_if_better_keeps_a_parent_that_the_update_would_harm() -> None:
     phase = Phase(accept="if-better", lr=5.0)
     before = phase.theta_D
@@ -143,6 +188,7 @@ def test_es_if_better_keeps_a_parent_that_the_update_would_harm() -> None:
 def test_the_best_random_gradient_becomes_the_parent_to_the_bit(fitness: str) -> None:
     phase = Phase(strategy="random-gradients", fitness=fitness, lr=0.05, low=-1.0, gradient_images=64)
     model, theta_D = phase.model, phase.theta_D
+    phase.generation = 4
     outcome, row = phase.evolve()
     best = int(np.argmax(outcome.fitness_K))
     assert row["accepted"]
@@ -270,16 +316,34 @@ def test_a_winner_is_taken_only_if_images_that_did_not_choose_it_confirm_it(
 
 
 def test_a_chain_confirms_each_link_and_stays_the_same_for_every_wave() -> None:
+    """Links are refused as well as taken, against a plain reading of what was asked."""
     ends = []
     for wave in (1, 5):
         phase = Phase(
-            strategy="random-gradients", accept="chain", wave=wave, fitness="accuracy", lr=0.03, low=-1.0,
-            fitness_images=60, confirm=True, gradient_images=64, population=20,
+            strategy="random-gradients", accept="chain", wave=wave, fitness="accuracy", lr=0.1, low=-1.0,
+            fitness_images=60, confirm=True, confirm_images=60, gradient_images=64, population=30,
         )  # fmt: skip
+        evaluate, pairs = phase.pool.evaluate, list[list[float]]()
+
+        def watched(members: Any, images: Any = "fitness", bar: float = -math.inf) -> Any:
+            scores = evaluate(members, images, bar)  # noqa: B023
+            if images == "confirm":
+                pairs.append(scores.accuracy_K.tolist())  # noqa: B023
+            return scores
+
+        phase.pool.evaluate = watched  # type: ignore[method-assign]
         outcome, row = phase.evolve()
         ends.append((phase.theta_D.tobytes(), outcome.weight_K.tolist(), outcome.confirm, row["images_scored"]))
+        start, first = pairs[0]
+        best, taken = start, 0
+        for candidate in [first, *(pair[0] for pair in pairs[1:])]:
+            if candidate > best:
+                best, taken = candidate, taken + 1
+        assert outcome.accepted == taken > 1
+        assert len(pairs) > taken
+        assert outcome.confirm == (start, best)
+        assert phase.score("confirm").accuracy == best
     assert ends[0] == ends[1]
-    assert outcome.accepted > 1
 
 
 def test_es_with_confirm_and_search_uses_three_disjoint_sets() -> None:
@@ -402,13 +466,59 @@ def test_relative_sigma_is_times_the_rms_of_each_tensor() -> None:
     assert abs(row["step_ratio"] * mutation / np.linalg.norm(expected_D) - 1) < 0.05
 
 
+def test_the_step_ratio_of_a_random_gradient_from_zero_to_one_is_one_and_of_a_chain_its_whole_way() -> None:
+    options: dict[str, Any] = {"strategy": "random-gradients", "lr": 0.01, "gradient_images": 64}
+    _, row = Phase(**options).evolve()
+    assert row["accepted"]
+    assert abs(row["step_ratio"] - 1) < 0.02
+    phase = Phase(**options, accept="chain")
+    theta_D = phase.theta_D.astype(np.float64)
+    outcome, row = phase.evolve()
+    assert outcome.accepted > 5
+    mutation_D = 0.01 * gradient_at(theta_D, trained(), 1, 64) * (noise("uniform", 5, 0, len(theta_D)) + 1) / 2
+    assert abs(row["step_ratio"] * np.linalg.norm(mutation_D) / np.linalg.norm(phase.theta_D - theta_D) - 1) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["running", "batch", "recalibrate"])
+def test_the_gradient_is_of_the_function_that_is_scored(kind: str) -> None:
+    """A short step against it lowers the loss, as the members of this mode measure it, as the gradient says."""
+    phase = Phase(
+        strategy="random-gradients", batchnorm=kind, gradient_split="evolution", fitness_images=200, lr=1e-4, high=1.0,
+        low=0.999,
+    )  # fmt: skip
+    buffers = [buffer.clone() for buffer in phase.model.buffers]
+    outcome, row = phase.evolve()
+    gradient_D = phase.pool.broadcasts[0].scale
+    assert gradient_D is not None
+    expected = 1e-4 * 0.9995 * float(np.square(gradient_D.astype(np.float64)).sum())
+    assert row["accepted"]
+    # The statistics of the fitness images stand for those of the reference images.
+    assert abs((outcome.after - outcome.before) / expected - 1) < (0.3 if kind == "recalibrate" else 0.05)
+    for own, sent in zip(buffers, phase.pool.broadcasts[0].buffers, strict=True):
+        np.testing.assert_array_equal(own.numpy(), sent)
+
+
+@pytest.mark.parametrize("split", ["sgd", "evolution"])
+def test_gradient_images_are_drawn_anew_for_each_generation(split: str) -> None:
+    phase = Phase(strategy="random-gradients", gradient_split=split, gradient_images=50)
+    drawn = []
+    for _ in range(2):
+        phase.evolve()
+        drawn.append({bytes(pixels.numpy()) for pixels in phase.evolver.gradient_images.pixels_NHWC})
+    assert len(drawn[0] & drawn[1]) < 40
+    if split == "evolution":
+        fitness, _ = on(phase.evolver.image_sets["fitness"])
+        assert drawn[1] <= {bytes(pixels.numpy()) for pixels in fitness.pixels_NHWC}
+
+
 def test_gradient_images_of_the_evolution_split_have_all_chosen() -> None:
     phase = Phase(
         strategy="random-gradients", gradient_split="evolution", confirm=True, fitness_images=80, gradient_images=80
     )
     phase.evolve()
-    pixels = SPLITS.evolution.pixels_NHWC[torch.from_numpy(phase.evolver.image_sets["fitness"])]
-    assert torch.equal(phase.evolver.gradient_images.pixels_NHWC, pixels)
+    fitness, _ = on(phase.evolver.image_sets["fitness"])
+    chosen = [sorted(map(bytes, images.pixels_NHWC.numpy())) for images in (fitness, phase.evolver.gradient_images)]
+    assert chosen[0] == chosen[1]
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import spartan_ray
@@ -46,3 +48,9 @@ def test_imports_run_downward() -> None:
 def test_only_pool_driver_and_cli_know_ray() -> None:
     know = {name for name, modules in imports().items() if any(m == "ray" or m.startswith("ray.") for m in modules)}
     assert know == KNOW_RAY
+
+
+def test_all_but_three_modules_can_be_imported_without_ray() -> None:
+    names = [name for name in ORDER if name not in KNOW_RAY | {"__main__"}]
+    program = "import sys; sys.modules['ray'] = None\n" + "\n".join(f"import spartan_ray.{name}" for name in names)
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -81,9 +81,9 @@ def test_merging_seeds_keeps_the_sum(pairs: int) -> None:
     np.testing.assert_allclose(merged, expected, atol=1e-6)
 
 
-@given(st.floats(0.02, 4.0), st.floats(0.1, 10), st.floats(-3, 3))
+@given(st.floats(0.02, 400.0), st.floats(0.1, 10), st.floats(-3, 3))
 def test_a_search_finds_the_best_length_of_a_parabola(best: float, curvature: float, peak: float) -> None:
-    """Ratios from 0.02 to 4: within 0.1 % of what there is to gain, in ten lengths at most."""
+    """Ratios from 0.02 to 400: within 0.1 % of what there is to gain, in ten lengths where 2 is not best."""
 
     def fitness(length: float) -> float:
         return peak - curvature * (length - best) ** 2
@@ -91,10 +91,10 @@ def test_a_search_finds_the_best_length_of_a_parabola(best: float, curvature: fl
     length, tried = search(fitness)
     gain = fitness(best) - fitness(0)
     assert fitness(best) - fitness(length) <= 1e-3 * gain
-    assert len(tried) <= 10
+    assert len(tried) <= (10 if best < 1.2 else 15)
 
 
-@given(st.lists(st.floats(-5, 5) | st.just(np.nan), min_size=20, max_size=20))
+@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, np.nan]) | st.floats(-5, 5), min_size=20, max_size=20))
 def test_a_search_never_takes_what_is_worse_than_the_parent(values: list[float]) -> None:
     order: dict[float, float] = {}
     length, tried = search(lambda length: order.setdefault(length, values[len(order)]))
@@ -114,6 +114,8 @@ def search(fitness: Callable[[float], float]) -> tuple[float, dict[float, float]
     request, tried = next(phase), dict[float, float]()
     try:
         while True:
+            if isinstance(request, Score):
+                assert len(request.members)
             if isinstance(request, Score) and request.images == "search":
                 lengths = [float(length) for length in request.members.offset_K]
                 tried |= {length: fitness(length) for length in lengths}
@@ -121,7 +123,7 @@ def search(fitness: Callable[[float], float]) -> tuple[float, dict[float, float]
             elif isinstance(request, Score):
                 request = phase.send(scores([float(k) for k in range(len(request.members))]))
             else:
-                request = phase.send(None)
+                request = phase.send(1.0 if isinstance(request, Aim) else None)
     except StopIteration as end:
         outcome = end.value
     assert outcome.search
@@ -154,3 +156,24 @@ def test_schedules_decay_by_the_phase() -> None:
         aim = phase.send(scores([1.0, 2, 3, 4, 5]))
         assert isinstance(aim, Aim)
         assert abs(aim.rate / rate - 1) < 1e-9
+        # The estimate is 1 / (K sigma) * sum of shaped * noise; the weights here are those of the noise.
+        np.testing.assert_allclose(aim.weight_U, zscore(np.array([-2.0, -3, -4, -5])) / (4 * sigma), rtol=1e-6)
+    descents = make_strategy(Evolution(strategy="random-gradients", every=5, lr=0.3, lr_decay=0.1), 10)
+    assert descents
+    for generation, step in ((5, 0.3), (10, 0.03)):
+        phase = descents.phase(1, generation)
+        next(phase)
+        phase.send(None)
+        request = phase.send(scores([1.0]))
+        assert isinstance(request, Score)
+        np.testing.assert_allclose(request.members.offset_K, -step / 2, rtol=1e-6)
+
+
+def test_weights_that_cancel_are_no_update() -> None:
+    """Mirrored pairs of equal fitness, which differs between the pairs."""
+    phase = make_phase(Evolution(population=4, mirrored=True, step="ratio"))
+    next(phase)
+    with pytest.raises(StopIteration) as end:
+        phase.send(scores([1.0, 2, 2, 3, 3]))
+    assert end.value.value.note == "no update: the weights of the members cancel"
+    assert not end.value.value.accepted

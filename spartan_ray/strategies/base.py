@@ -94,12 +94,12 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Aim:
-    """Make the update the scale: what the optimizer makes, at a learning rate, of the estimate
-    scale * sum_k weight_k * gain_k * noise_k of the gradient. Where a ratio is wanted the update is shortened
-    or prolonged until its norm is that many times the norm of one mutation."""
+    """Make the update the scale: what the optimizer makes, at a learning rate, of the estimated gradient
+    scale * sum_u weight_u * noise(seed_u). Where a ratio is wanted, the update is multiplied by the factor
+    that makes its norm so many times the norm of one mutation; answered with the factor."""
 
-    members: Members
-    weight_K: NDArray[np.float64]
+    seed_U: NDArray[np.uint64]
+    weight_U: NDArray[np.float32]
     rate: float
     ratio: float | None = None
 
@@ -126,7 +126,8 @@ class Outcome:
     before: float  # the parent's fitness
     after: float  # the next parent's, on the same images
     rate: float = 1.0  # learning rate of the update
-    length: float = 1.0  # along the update
+    factor: float = 1.0  # what `Aim` was answered
+    length: float = 1.0  # along the update after that
     note: str | None = None
     chosen: int | None = None  # the member that became the parent, the last of them in a chain
     confirm: tuple[float, float] | None = None  # fitness before and after on the confirm images
@@ -159,12 +160,15 @@ class Strategy(Protocol):
 NOT_CONFIRMED = "not confirmed: no better than the parent on images that did not choose it"
 
 
-def confirm(member: Members, kind: FitnessKind) -> Generator[Request, Scores, tuple[float, float]]:
+def confirm(
+    member: Members, kind: FitnessKind, before: float | None = None
+) -> Generator[Request, Scores, tuple[float, float]]:
     """The fitness of the parent and of a member that was chosen, on images that did not choose it: the
-    best of K owes part of its score to luck, and the record shows how much."""
-    scores = yield Score(joined(PARENT, member), images="confirm")
-    before, after = scores.fitness_K(kind).tolist()
-    return before, after
+    best of K owes part of its score to luck, and the record shows how much. `before` is the parent's fitness
+    there, if it is known."""
+    scores = yield Score(joined(PARENT, member) if before is None else member, images="confirm")
+    *known, after = scores.fitness_K(kind).tolist()
+    return (known[0] if before is None else before), after
 
 
 def is_better(before: float, after: float) -> bool:

@@ -25,6 +25,7 @@ from spartan_ray.strategies.base import (
     is_better,
     joined,
     line,
+    merge_seeds,
     noisy,
 )
 
@@ -32,6 +33,8 @@ from spartan_ray.strategies.base import (
 # falls as the population grows: factors of 4 find its neighbourhood, the rounds after that the place.
 SEARCH_LENGTHS = (0.0, 1 / 32, 1 / 8, 1 / 2, 2.0)
 SEARCH_FACTORS = (2.0, 2**0.5)
+# Where the longest is the best, as with a tiny sigma, the search goes on to such lengths.
+LONGEST = 1e4
 
 
 class EvolutionStrategies:
@@ -65,8 +68,11 @@ class EvolutionStrategies:
         )
         if not shaped_K.any():
             return outcome.stay("no update: all members have equal fitness")
+        seed_U, weight_U = merge_seeds(members, outcome.weight_K)
+        if not len(seed_U):
+            return outcome.stay("no update: the weights of the members cancel")
         ratio = {"lr": None, "ratio": config.step_ratio, "search": 1.0}[config.step]
-        yield Aim(members, outcome.weight_K, outcome.rate, ratio)
+        outcome.factor = yield Aim(seed_U, weight_U, outcome.rate, ratio)
         if config.step == "search":
             outcome.length = yield from self._search(outcome)
             if outcome.length == 0:
@@ -96,11 +102,13 @@ class EvolutionStrategies:
         0, the parent, is one of them, and when it is best the search ends."""
         fitness_of: dict[float, float] = {}
         yield from self._try(SEARCH_LENGTHS, fitness_of)
+        while best_length(fitness_of) == max(fitness_of) < LONGEST:
+            yield from self._try((4 * max(fitness_of),), fitness_of)
         for factor in SEARCH_FACTORS:
             if best := best_length(fitness_of):
                 yield from self._try((best / factor, best * factor), fitness_of)
-        if best_length(fitness_of):
-            yield from self._try(peak(fitness_of), fitness_of)
+        if vertex := peak(fitness_of):
+            yield from self._try((vertex,), fitness_of)
         outcome.search = (sorted(fitness_of), [fitness_of[length] for length in sorted(fitness_of)])
         return best_length(fitness_of)
 
@@ -114,13 +122,13 @@ def best_length(fitness_of: dict[float, float]) -> float:
     return max(sorted(fitness_of), key=lambda length: -np.inf if np.isnan(fitness_of[length]) else fitness_of[length])
 
 
-def peak(fitness_of: dict[float, float]) -> tuple[float, ...]:
+def peak(fitness_of: dict[float, float]) -> float | None:
     """The vertex of the parabola through the best length and its neighbours, if it has one."""
     lengths = sorted(fitness_of)
     place = lengths.index(best_length(fitness_of))
     near = np.array(lengths[max(0, place - 1) : place + 2])
     fitness = np.array([fitness_of[length] for length in near])
     if len(near) < 3 or not np.isfinite(fitness).all() or fitness[1] <= fitness[[0, 2]].max():
-        return ()
+        return None
     curvature, slope, _ = np.polyfit(near, fitness, 2)
-    return (float(-slope / (2 * curvature)),)
+    return float(-slope / (2 * curvature))

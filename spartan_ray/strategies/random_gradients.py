@@ -94,6 +94,7 @@ class RandomGradients:
         kept: list[tuple[Members, Scores]] = []
         accepted: list[int] = []
         checks: list[tuple[float, float]] = []
+        on_confirm = None  # the parent's fitness on the confirm images
         discarded = start = 0
         while start < config.population:
             wave = members[start : start + config.wave]
@@ -102,9 +103,11 @@ class RandomGradients:
             for place in np.flatnonzero(fitness_W > current).tolist():
                 better = wave[place : place + 1]
                 if config.confirm:
-                    checks.append((yield from confirm(better, config.fitness)))
-                    if not is_better(*checks[-1]):
+                    on_confirm, after = yield from confirm(better, config.fitness, on_confirm)
+                    checks.append((on_confirm, after))
+                    if not is_better(on_confirm, after):
                         continue
+                    on_confirm = after
                 yield Take(better)
                 accepted.append(start + place)
                 current, end = float(fitness_W[place]), place + 1
@@ -125,8 +128,9 @@ class RandomGradients:
             current,
             discarded_images=discarded,
         )
-        if checks:
-            outcome.confirm = next((pair for pair in reversed(checks) if is_better(*pair)), checks[-1])
+        if checks:  # of the whole chain, or of the last candidate where none was taken
+            taken = [after for before, after in checks if is_better(before, after)]
+            outcome.confirm = (checks[0][0], (taken or checks[-1])[-1])
         if not accepted:
             return outcome.stay(NOT_CONFIRMED if checks else NONE_BETTER)
         outcome.chosen = accepted[-1]
