@@ -200,7 +200,7 @@ def _row_line(row: dict[str, Any], epochs: int) -> str:
     )
     if row["kind"] == "evolve":
         line += f"  parent {number(row['parent_fitness_before'])} -> {number(row['parent_fitness_after'])}"
-        line += f"  step ratio {number(row['step_ratio'], 2)}"
+        line += f"  step ratio {number(row['step_ratio'], 2)}" if row["accepted"] else "  rejected"
     return line
 
 

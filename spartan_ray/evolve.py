@@ -88,11 +88,13 @@ class Evolver:
         self.scale, self.scale_is_gradient, self.stale = self._tensor_scale(), False, True
 
         phase, answer = self.strategy.phase(self.run_seed, generation), None
-        try:
-            while True:
-                answer = self._answer(phase.send(answer))
-        except StopIteration as end:
-            outcome: Outcome = end.value
+        while True:
+            try:
+                request = phase.send(answer)
+            except StopIteration as end:
+                outcome: Outcome = end.value
+                break
+            answer = self._answer(request)
 
         moved = float((self.model.theta_D - theta_D).double().norm())
         images, scored = len(self.image_sets["fitness"]), self.images_scored
