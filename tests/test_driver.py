@@ -203,7 +203,6 @@ def test_options_hold_together_in_a_run_and_its_bits_do_not_depend_on_workers(
     folders = [run(change(config, cluster={"workers": workers})) for workers in (1, 2)]
     assert outcome(folders[0]) == outcome(folders[1])
     assert (folders[0] / "final.safetensors").read_bytes() == (folders[1] / "final.safetensors").read_bytes()
-    assert outcome(folders[0]) != outcome(run(small_config))
     runs = [read_run(folder) for folder in folders]
     assert (folders[0] / "report" / "report.html") in write_report(runs, folders[0] / "report")
 
