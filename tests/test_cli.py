@@ -50,7 +50,7 @@ def test_train_and_report(tmp_path: Path) -> None:
             ["train", "--evolution.population", "1"],
             "evolution.population: should be greater than or equal to 2 (got 1)",
         ),
-        (["train", *SMALL, "--evolution.fitness-images", "999"], "evolution.fitness_images (999) is larger than"),
+        (["train", *SMALL, "--evolution.fitness-images", "999"], "evolution.fitness_images (999) do not fit"),
         (["train", "--data.name", "folder", "--data.root", "nowhere"], "/nowhere: no such folder"),
         (["train", *SMALL, "--cluster.gpus-per-worker", "1"], "do not fit the"),
         (["train", *SMALL, "--cluster.address", "127.0.0.1:1"], "cluster.address 127.0.0.1:1: no Ray answers"),
