@@ -96,7 +96,7 @@ def _first_sentence(box: str) -> str:
     """The message of tyro's error box without the box, and the flag that it proposes."""
     lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
     rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
-    message = " ".join(lines[:rule])
+    message = " ".join(lines[:rule]).split(" Got errors", 1)[0]
     proposed = [line.split()[0].rstrip(",") for line in lines[rule:] if line.startswith("--")]
     if message.startswith("Unrecognized") and proposed:
         message += f" (perhaps {proposed[0]}?)"
@@ -182,10 +182,10 @@ def follow(driver: Any, run: Any) -> None:
         while not ended:
             ended = bool(ray.wait([run], timeout=REFRESH_SECONDS)[0])
             state = ray.get(driver.look.remote(rows, notes))
-            for note in state.notes:
-                console.print(note, highlight=False, markup=False, soft_wrap=True)
             for row in state.rows:
                 console.print(_row_line(row, state.epochs), highlight=False, markup=False, soft_wrap=True)
+            for note in state.notes:
+                console.print(note, highlight=False, markup=False, soft_wrap=True)
             rows, notes = rows + len(state.rows), notes + len(state.notes)
             update(state)
 

@@ -112,8 +112,8 @@ class Parent(Section):
     """Weight decay: L2 for sgd and adam, decoupled for adamw."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Images a gradient step."""
-    gradient_noise: Literal["none"] | PositiveFloat = "none"
-    """Gaussian noise added to gradients: eta of its variance eta / (1 + step)^0.55, 0.01 to 1 in the paper."""
+    gradient_noise: PositiveFloat | None = None
+    """Gaussian noise on gradients: eta of its variance eta / (1 + step)^0.55, 0.01 to 1 in the paper (default: off)."""
     moments_after_evolution: Moments = "keep"
     """Optimizer's moments after a phase that moved the parent; rescale fits them to the new gradient's norm."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -170,7 +170,7 @@ class Evolution(Section):
     sigma_decay: Decay = 1.0
     """es: factor of sigma after each evolve phase."""
     lr: PositiveFloat | None = None
-    """es, `step` lr: lr / (K sigma) * sum of weight * noise (default: 0.0005); else lr * gradient * u (0.01)."""
+    """es: lr / (K sigma) * sum of weight * noise (default: 0.0005); random-gradients: lr * gradient * u (0.01)."""
     lr_decay: Decay = 1.0
     """Factor of evolution.lr after each evolve phase."""
     shaping: Literal["zscore", "centered-rank"] = "zscore"
@@ -178,7 +178,7 @@ class Evolution(Section):
     mirrored: bool = False
     """es: members 2j and 2j+1 share a seed, with signs +1 and -1."""
     step: Literal["lr", "ratio", "search"] = "lr"
-    """es: length of the update: by lr, by step_ratio, or search: the best of ten on images that did not choose."""
+    """es: length of the update: by lr; else lr has no effect: by step_ratio, or search, the best of about ten."""
     step_ratio: PositiveFloat = 0.5
     """es with `step` ratio: norm of the update over that of one mutation."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"

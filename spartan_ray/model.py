@@ -107,6 +107,8 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's text proposes to run the file's code
+            reason = "not a state dict as .pt, .pth or .safetensors, or one that needs to run code"
         raise InputError(f"parent.weights {path}: cannot be read as weights: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"parent.weights {path}: holds no state dict (name: tensor)")

@@ -103,7 +103,7 @@ class Trainer:
 
     def _add_noise(self) -> None:
         """Annealed gaussian noise on the gradients, a function of (seed, step) alone."""
-        if self.config.gradient_noise == "none":
+        if self.config.gradient_noise is None:
             return
         seed_1 = np.array([random_key(self.seed, NOISE_OF_STEP + self.steps)], np.uint64)
         weight_1 = np.array([noise_deviation(self.config.gradient_noise, self.steps)], np.float32)

@@ -50,15 +50,15 @@ def draw_search(frames: Mapping[str, pd.DataFrame], label: str, path: Path) -> N
             fitness = pd.Series(phase["search_fitness"], dtype=float)  # null, a fitness that was not finite, is a gap
             most = max(most, (fitness - fitness[0]).max())
             axes.plot(
-                phase["search_ratios"],
-                fitness - fitness[0],
+                phase["search_ratios"][1:],  # the first is 0, the parent
+                (fitness - fitness[0])[1:],
                 color=COLOURS[number % len(COLOURS)],
                 alpha=0.35 + 0.65 * (count + 1) / len(searched),
                 marker=".",
                 label=None if count else f"{name}, later phases darker",
             )
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set_xscale("symlog", linthresh=1 / 32)
+    axes.set_xscale("log")
     if most > 0:  # what is much too long would hide the rest
         axes.set_ylim(bottom=max(axes.get_ylim()[0], -most))
     axes.set(xlabel="step ratio: length of the update in mutations", ylabel=label)

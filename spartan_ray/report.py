@@ -30,7 +30,7 @@ from typing import Any
 
 import pandas as pd
 
-from spartan_ray.config import Config, Evolution, InputError, load_config
+from spartan_ray.config import Config, InputError, Section, load_config
 
 PICTURES = {
     "train_loss": "train loss",
@@ -218,15 +218,21 @@ def unique_frames(runs: list[RunRecord]) -> dict[str, pd.DataFrame]:
 
 def _setup(run: RunRecord) -> str:
     """The run in a line."""
-    data, parent, evolution = run.config.data, run.config.parent, run.config.evolution
-    images = f" of {data.sgd_images} SGD images" if data.sgd_images else ""
-    text = f"{data.name}{images}, {parent.model}, {parent.optimizer} at lr {parent.lr:g}, seed {run.config.run.seed}"
-    if data.sgd_on_evolution:
-        text += ", SGD on the evolution split too"
+    data, parent, evolution = run.config.data, run.config.parent, run.config.evolution.resolved()
+    text = f"{data.name}{_changed(data, exclude={'name', 'root', 'download'})}; seed {run.config.run.seed}; "
+    text += f"{parent.model}, {parent.optimizer} at lr {parent.lr:g}"
+    text += _changed(parent, exclude={"model", "optimizer", "lr", "threads"})
     if evolution.strategy != "none":
         text += f"; {evolution.strategy} every {evolution.every} epochs: {evolution.population} members"
-        chosen = evolution.resolved().model_dump(exclude={"strategy", "every", "population", "wave"})
-        plain = Evolution().model_dump() | {"fitness": None, "lr": None, "accept": None}
-        text += "".join(f", {name} {value}" for name, value in chosen.items() if value != plain[name])
+        text += f" by {evolution.fitness}, accept {evolution.accept}"
+        text += f", lr {evolution.lr:g}" if evolution.step == "lr" else ""
+        text += _changed(evolution, exclude={"strategy", "every", "population", "fitness", "accept", "lr", "wave"})
     versions = run.environment.get("versions", {})
     return f"{text}; {run.environment.get('processor')}, torch {versions.get('torch')}"
+
+
+def _changed(section: Section, exclude: set[str]) -> str:
+    """The fields of a section that do not have their default, but for some."""
+    default = type(section)().model_dump(exclude=exclude)
+    values = section.model_dump(exclude=exclude)
+    return "".join(f", {name} {value}" for name, value in values.items() if value != default[name])

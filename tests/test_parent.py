@@ -131,7 +131,7 @@ def test_gradient_noise_has_the_formula_s_variance(eta: float, step: int) -> Non
     """eta / (1 + t)^0.55 over 24 thousand draws, added to each gradient independently."""
     config = Parent(model="convnet", gradient_noise=eta, momentum=0.0, lr=1.0, batch_size=64)
     drawn = []
-    for noise_of in ("none", eta):
+    for noise_of in (None, eta):
         model = FlatModel(initial_model(config, 10, 0)[0], CPU)
         quiet = config.model_copy(update={"gradient_noise": noise_of})
         trainer = Trainer(quiet, model, SPLITS.sgd[slice(0, 64)], NORMALISE, 0, augment=False)
