@@ -54,16 +54,16 @@ class EvolutionStrategies:
         sigma = decayed(config.sigma, config.sigma_decay, generation, config.every)
         members = self._members(run_seed, generation, sigma)
         scores: Scores = yield Score(joined(PARENT, members))
-        before, *_ = fitness_K = scores.fitness_K(config.fitness)
-        fitness_K = fitness_K[1:]
+        fitness_K = scores.fitness_K(config.fitness)
+        before, fitness_K = float(fitness_K[0]), fitness_K[1:]
         shaped_K = SHAPING[config.shaping](fitness_K)
         outcome = Outcome(
             members,
             fitness_K,
             scores.images_K[1:],
             weight_K=shaped_K / (len(members) * sigma**2),
-            before=float(before),
-            after=float(before),
+            before=before,
+            after=before,
             rate=decayed(config.lr, config.lr_decay, generation, config.every),
         )
         if not shaped_K.any():

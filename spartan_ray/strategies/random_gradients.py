@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spartan_ray.config import Evolution, Temperature
 from spartan_ray.noise import member_seeds
@@ -52,23 +53,24 @@ class RandomGradients:
         self.classes = classes
 
     def phase(self, run_seed: int, generation: int) -> Phase:
+        seed_K = member_seeds(run_seed, generation, self.config.population)
         yield Gradient()
         parent: Scores = yield Score(PARENT)
-        return (yield from (self._best if self.config.accept == "best" else self._chain)(run_seed, generation, parent))
+        return (yield from (self._best if self.config.accept == "best" else self._chain)(seed_K, generation, parent))
 
-    def _members(self, run_seed: int, generation: int, parent: Scores) -> Members:
+    def _members(self, seed_K: NDArray[np.uint64], generation: int, parent: Scores) -> Members:
         """The members that descend from a parent of these scores: u = middle + half * noise."""
         config = self.config
         assert config.lr, "resolved before"
         step = decayed(config.lr, config.lr_decay, generation, config.every)
         step *= temperature(config.temperature, parent.loss_K[0], parent.accuracy_K[0], self.classes)
         middle, half = (config.high + config.low) / 2, (config.high - config.low) / 2
-        return noisy(member_seeds(run_seed, generation, config.population), -step * middle, -step * half)
+        return noisy(seed_K, -step * middle, -step * half)
 
-    def _best(self, run_seed: int, generation: int, parent: Scores) -> Phase:
+    def _best(self, seed_K: NDArray[np.uint64], generation: int, parent: Scores) -> Phase:
         config = self.config
         before = float(parent.fitness_K(config.fitness)[0])
-        members = self._members(run_seed, generation, parent)
+        members = self._members(seed_K, generation, parent)
         scores: Scores = yield Score(members, bar=before)
         fitness_K = scores.fitness_K(config.fitness)
         outcome = Outcome(members, fitness_K, scores.images_K, np.zeros(len(members)), before, before)
@@ -84,20 +86,19 @@ class RandomGradients:
         outcome.weight_K[best], outcome.chosen, outcome.after = 1, best, float(fitness_K[best])
         return outcome
 
-    def _chain(self, run_seed: int, generation: int, parent: Scores) -> Phase:
+    def _chain(self, seed_K: NDArray[np.uint64], generation: int, parent: Scores) -> Phase:
         """In waves: the members of a wave descend from one parent; those after the first better one are
         discarded and drawn again from it. What is kept is the same for waves of every length."""
         config = self.config
         assert isinstance(config.wave, int), "resolved before"
         before = current = float(parent.fitness_K(config.fitness)[0])
-        members = self._members(run_seed, generation, parent)
         kept: list[tuple[Members, Scores]] = []
         accepted: list[int] = []
         checks: list[tuple[float, float]] = []
         on_confirm = None  # the parent's fitness on the confirm images
         discarded = start = 0
         while start < config.population:
-            wave = members[start : start + config.wave]
+            wave = self._members(seed_K[start : start + config.wave], generation, parent)
             scores: Scores = yield Score(wave, bar=current)
             fitness_W, end = scores.fitness_K(config.fitness), len(wave)
             for place in np.flatnonzero(fitness_W > current).tolist():
@@ -111,7 +112,7 @@ class RandomGradients:
                 yield Take(better)
                 accepted.append(start + place)
                 current, end = float(fitness_W[place]), place + 1
-                members = self._members(run_seed, generation, scores[place : place + 1])
+                parent = scores[place : place + 1]
                 break
             kept.append((wave[:end], scores[:end]))
             discarded += int(scores.images_K[end:].sum())
