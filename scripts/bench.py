@@ -69,15 +69,16 @@ def main() -> None:
 
     from spartan_ray.config import Cluster, Evolution, Parent
     from spartan_ray.data import Images
-    from spartan_ray.evaluator import ParentState
+    from spartan_ray.evaluator import EvaluatorSpec, ParentState
     from spartan_ray.model import FlatModel, initial_model
-    from spartan_ray.pool import Pool, WorkerSpec, resolve_cluster
+    from spartan_ray.pool import Pool
+    from spartan_ray.resources import resolve_cluster
     from spartan_ray.strategies.base import noisy
 
     ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     pixels = torch.randint(0, 256, (arguments.images, 32, 32, 3), dtype=torch.uint8)
     images = Images(pixels, torch.randint(0, 10, (arguments.images,)))
-    spec = WorkerSpec(Parent(), Evolution(), images, images, 10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), threads=1)
+    spec = EvaluatorSpec(Parent(), Evolution(), images, images, 10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), threads=1)
     cluster = resolve_cluster(Cluster(workers=arguments.workers), [node["Resources"] for node in ray.nodes()])
     pool = Pool(spec, cluster, print, lambda members, images: None)
     pool.wait_until_joined()

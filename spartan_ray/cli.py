@@ -7,7 +7,9 @@ import argparse
 import contextlib
 import io
 import logging
+import math
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -20,7 +22,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from spartan_ray.config import Config, InputError, load_config, preset_names
+from spartan_ray.config import Config, InputError, RunError, differences, load_config, preset_names
 
 DESCRIPTION = """Spartan training: SGD alternated with evolution, the population scored on Ray."""
 REFRESH_SECONDS = 0.5
@@ -36,6 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="spartan", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", add_help=False, help="train a network; its flags: spartan train --help")
+    resume = commands.add_parser(
+        "resume",
+        help="go on with a run that was stopped or lost, to the same result",
+        epilog="--cluster.* and --run.keep may follow, as in `spartan train`; nothing else of a run can change.",
+    )
+    resume.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     report = commands.add_parser("report", help="tables and pictures of one run, or of several compared")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     report.add_argument(
@@ -45,15 +53,44 @@ def main() -> None:
         metavar="DIR",
         help="where to write (default: RUN/report; for several runs, ./report)",
     )
+    replay = commands.add_parser(
+        "replay", help="rebuild any descendant that a run scored, or verify the run's updates from its journal"
+    )
+    replay.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    replay.add_argument("--verify", action="store_true", help="make every next parent again and compare its bits")
+    replay.add_argument("--generation", type=int, metavar="G", help="the epoch of the evolve phase")
+    replay.add_argument("--member", type=int, metavar="K", help="the member, counted from 0")
+    replay.add_argument(
+        "-o",
+        dest="file",
+        type=Path,
+        metavar="FILE",
+        help="the descendant's weights (default: descendant-G-K.safetensors)",
+    )
     arguments, rest = parser.parse_known_args()
-    if rest and arguments.command != "train":
+    if rest and arguments.command not in ("train", "resume"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    if arguments.command == "replay" and arguments.verify == (arguments.generation is not None):
+        parser.error("replay: either --verify, or --generation G --member K")
+    if arguments.command == "replay" and (arguments.generation is None) != (arguments.member is None):
+        parser.error("replay: --generation and --member go together")
     try:
-        code = train(rest) if arguments.command == "train" else write_report(arguments.runs, arguments.folder)
+        match arguments.command:
+            case "train":
+                code = run(with_absolute_paths(parse_config(rest)))
+            case "resume":
+                code = resume_run(arguments.run, rest)
+            case "report":
+                code = write_report(arguments.runs, arguments.folder)
+            case _:
+                code = replay_run(arguments)
     except InputError as error:
         print(f"spartan: {error}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:  # before there was a run to stop
+    except RunError as error:
+        print(f"spartan: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:  # before there was a run to stop, or while it stopped
         code = 130
     sys.exit(code)
 
@@ -71,6 +108,11 @@ def parse_config(arguments: list[str]) -> Config:
     description = (
         f"Train a network. --config NAME|FILE is the base, flags override it. Presets: {', '.join(preset_names())}."
     )
+    return _with_flags(default, flags, description)
+
+
+def _with_flags(default: Config, flags: list[str], description: str) -> Config:
+    """A configuration with the fields that flags name replaced."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -103,60 +145,119 @@ def _first_sentence(box: str) -> str:
     return message or " ".join(box.split())
 
 
-def train(arguments: list[str]) -> int:
-    """`spartan train`: run the driver on Ray and show its progress."""
-    config = with_absolute_paths(parse_config(arguments))
+def resume_run(folder: Path, flags: list[str]) -> int:
+    """`spartan resume`: go on from the last checkpoint."""
+    from spartan_ray.checkpoint import latest_checkpoint
+    from spartan_ray.record import lock_folder
+
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder}: not a run folder: it has no config.yaml")
+    config = _with_flags(load_config(str(folder)), flags, "")
+    with lock_folder(folder):  # a run in progress is said before Ray starts
+        checkpoint, _ = latest_checkpoint(folder, print)
+    changed = differences(Config(**checkpoint.loop["config"]), config)
+    if changed:
+        raise InputError(f"{folder}: only cluster and run.keep may change on resume: {'; '.join(changed)}")
+    if checkpoint.epoch == config.run.epochs and (folder / "final.safetensors").exists():
+        print(f"{folder}: finished, all {config.run.epochs} epochs are done")
+        return 0
+    return run(config, folder.absolute())
+
+
+def run(config: Config, folder: Path | None = None) -> int:
+    """Run the driver on Ray, from the checkpoint in a folder if there is one, and show its progress."""
     print("starting Ray", flush=True)
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        _make_token()  # Ray reads the mode when it is imported
     # Ray takes seconds to import; a bad flag is answered before.
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    from spartan_ray.driver import start_driver
-    from spartan_ray.pool import PoolError
+    from spartan_ray.driver import Supervisor
 
-    # It warns of what protects the user: a local Ray takes nobody in without its token.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    _check_reachable(address)
-    try:
-        if address == "local":
-            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
-        else:
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"cluster.address {address}: no Ray answers there: {error}") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    driver = None
+    _start_ray(address)
+    supervisor = None
     try:
-        driver = start_driver(config)
-        run: Any = driver.run.remote()
+        supervisor = Supervisor(config, folder)
         try:
-            follow(driver, run)
-            ray.get(run)
+            follow(supervisor)
         except KeyboardInterrupt:
             print("stopping", flush=True)
-            ray.get(driver.stop.remote())
-            ray.wait([run], timeout=STOP_SECONDS)
-            folder = ray.get(driver.look.remote(0, 0)).folder
-            print(
-                f"stopped: {folder or 'nothing'} holds the record of the epochs that ended, and no weights", flush=True
-            )
+            supervisor.stop()
+            _, progress = supervisor.watch(STOP_SECONDS, 0)
+            if not progress.folder:
+                print("stopped before the run began", flush=True)
+            else:
+                print(f"stopped after epoch {len(progress.rows)}; {_how_to_go_on(progress.folder)}", flush=True)
             return 130
-        summarise(ray.get(driver.look.remote(0, 0)))
+        supervisor.result()
+        _, progress = supervisor.watch(0, 0)
+        summarise(progress)
         return 0
     except RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None
-        print(f"spartan: {error.cause}" if isinstance(error.cause, PoolError) else error, file=sys.stderr)
+        if not isinstance(error.cause, RunError):
+            print(error, file=sys.stderr)
+            return 1
+        assert supervisor
+        print(f"spartan: {error.cause}; {_how_to_go_on(supervisor.folder)}", file=sys.stderr)
         return 1
     except RayError as error:
-        print(f"spartan: the driver was lost: {error}", file=sys.stderr)
+        known = supervisor.folder if supervisor else None
+        print(f"spartan: the driver was lost: {_first_line(error)}; {_how_to_go_on(known)}", file=sys.stderr)
         return 1
     finally:
-        if driver:
-            ray.kill(driver)
+        if supervisor:
+            supervisor.close()
         ray.shutdown()
+
+
+def _how_to_go_on(folder: Path | str | None) -> str:
+    return f"go on with: spartan resume {folder}" if folder else "there is no run folder yet"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _start_ray(address: str) -> None:
+    """Join the Ray at an address, or start one of this machine that takes nobody in without its token."""
+    import ray
+
+    # It warns of what protects the user: the token.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    try:
+        if address == "local":
+            ray.init(address="local", include_dashboard=False, dashboard_host="127.0.0.1", **quiet)
+        else:
+            _check_reachable(address)
+            ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(f"cluster.address {address}: no Ray answers there: {error}") from None
+
+
+def _make_token() -> None:
+    """Turn Ray's token authentication on for a local Ray, unless the user chose, and let nobody else read the
+    token: Ray itself leaves that to the umask."""
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            os.write(file, secrets.token_hex(32).encode())
+            os.close(file)
+        path.chmod(0o600)
+    except OSError as error:
+        raise InputError(f"{path}: Ray's token cannot be kept there: {error.strerror}") from None
 
 
 def _check_reachable(address: str) -> None:
@@ -170,23 +271,20 @@ def _check_reachable(address: str) -> None:
         raise InputError(f"cluster.address {address}: no Ray answers there: {error}") from None
 
 
-def follow(driver: Any, run: Any) -> None:
+def follow(supervisor: Any) -> None:
     """Show the run's progress until it ends: a live bar in a terminal, plain lines elsewhere."""
-    import ray
-
     console = Console()
-    rows = notes = 0
+    rows = 0
     show = _live_bar(console) if console.is_terminal else _plain_lines()
     with show as update:
         ended = False
         while not ended:
-            ended = bool(ray.wait([run], timeout=REFRESH_SECONDS)[0])
-            state = ray.get(driver.look.remote(rows, notes))
-            for row in state.rows:
+            ended, state = supervisor.watch(REFRESH_SECONDS, rows)
+            for row in state.rows[max(0, state.resumed - rows) :]:
                 console.print(_row_line(row, state.epochs), highlight=False, markup=False, soft_wrap=True)
             for note in state.notes:
                 console.print(note, highlight=False, markup=False, soft_wrap=True)
-            rows, notes = rows + len(state.rows), notes + len(state.notes)
+            rows += len(state.rows)
             update(state)
 
 
@@ -278,3 +376,21 @@ def write_report(folders: list[Path], out: Path | None) -> int:
     for path in paths:
         print(path)
     return 0
+
+
+def replay_run(arguments: argparse.Namespace) -> int:
+    """`spartan replay`: a descendant again, or all updates."""
+    from spartan_ray.replay import Replay
+
+    replay = Replay(arguments.run, print)
+    if arguments.verify:
+        agree = [replay.verify(generation) for generation in replay.generations]
+        print(f"{sum(agree)} of {len(agree)} updates agree with the recorded parents")
+        return 0 if all(agree) else 1
+    generation, member = arguments.generation, arguments.member
+    file = arguments.file or Path(f"descendant-{generation}-{member}.safetensors")
+    recorded, scored = replay.descendant(generation, member, file)
+    print(f"{file}: member {member} of generation {generation}; fitness {recorded!r} on record, {scored!r} here")
+    same = recorded == scored or (math.isnan(recorded) and math.isnan(scored))
+    print("equal to the bit" if same else "they differ: other versions or another device than the run's?")
+    return 0 if same else 1

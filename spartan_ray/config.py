@@ -3,12 +3,13 @@ that names the field as the flags do, `section.field`."""
 
 from __future__ import annotations
 
+import reprlib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 NoiseKind = Literal["uniform", "gaussian", "rademacher"]
 FitnessKind = Literal["loss", "accuracy"]
@@ -21,6 +22,10 @@ Moments = Literal["keep", "reset", "rescale"]
 
 class InputError(Exception):
     """What the user gave cannot be used. The message is one line that names the field or the path."""
+
+
+class RunError(Exception):
+    """A run cannot go on; one line that says why. What it had is in its last checkpoint."""
 
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -37,7 +42,8 @@ def _one_line(prefix: str, error: ValidationError) -> str:
         return f"{path}: unknown field"
     if problem["type"] == "value_error":
         return problem["msg"].removeprefix("Value error, ")
-    return f"{path}: {problem['msg'].removeprefix('Input ')} (got {problem['input']!r})"
+    # Shortened: a few lines of YAML can stand for gigabytes.
+    return f"{path}: {problem['msg'].removeprefix('Input ')} (got {reprlib.repr(problem['input'])})"
 
 
 class Section(BaseModel):
@@ -46,7 +52,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     prefix: ClassVar[str]
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -66,6 +72,10 @@ class Run(Section):
     """Seed of splits, initial weights, data order and noise."""
     epochs: PositiveInt = 50
     """Epochs, evolve phases included: one phase counts as an epoch."""
+    keep: PositiveInt = 3
+    """Checkpoints kept; one is written after every epoch."""
+    keep_parents: bool = True
+    """Keep the parent before each evolve phase too (ResNet18: 45 MB each): `spartan replay` needs it."""
 
 
 class Data(Section):
@@ -264,7 +274,7 @@ class Cluster(Section):
     address: str | None = None
     """Ray cluster to join (default: RAY_ADDRESS, which a Ray job sets, else a new local Ray)."""
     workers: PositiveInt | Literal["auto"] = "auto"
-    """Workers; auto: one a GPU, or one a CPU core where there is no GPU."""
+    """Workers; auto: one a GPU, or one a core where there is no GPU, more and fewer as nodes come and go."""
     gpus_per_worker: NonNegativeFloat | None = None
     """GPUs of a worker, fractions allowed (default: 0.9 where there are GPUs, which leaves room for the driver)."""
     cpus_per_worker: PositiveInt = 1
@@ -275,6 +285,14 @@ class Cluster(Section):
     """CPU cores kept for the driver; 0 shares the workers' cores, since the phases alternate."""
     chunk: PositiveInt | Literal["auto"] = "auto"
     """Members sent to a worker at once; auto: about two seconds of work."""
+    worker_timeout: PositiveFloat = 600.0
+    """Seconds to wait for a worker when there is none, before the run stops."""
+    task_timeout: PositiveFloat = 600.0
+    """Seconds without an answer, beyond ten times the usual, until a worker is taken to hang and is replaced."""
+    on_member_error: Literal["worst", "stop"] = "worst"
+    """A member that fails on three workers: it is scored worst, or the run stops."""
+    driver_restarts: NonNegativeInt = 3
+    """Times that a driver that was lost is started again from the last checkpoint."""
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> Cluster:
@@ -336,7 +354,7 @@ def load_config(name_or_file: str) -> Config:
             raise InputError(f"--config {name_or_file}: no such preset ({presets}) or readable file: {error}") from None
     try:
         sections = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date that there is not
         raise InputError(f"--config {name_or_file}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(sections, dict):
         raise InputError(f"--config {name_or_file}: expected sections, got {type(sections).__name__}")
@@ -344,9 +362,9 @@ def load_config(name_or_file: str) -> Config:
     defaults = Config()
     for section, fields in sections.items():
         if section not in Config.model_fields:
-            raise InputError(f"{section}: unknown section (one of {', '.join(Config.model_fields)})")
+            raise InputError(f"{str(section)[:80]}: unknown section (one of {', '.join(Config.model_fields)})")
         if not isinstance(fields, dict) or not all(isinstance(field, str) for field in fields):
-            raise InputError(f"{section}: expected field: value lines, got {fields!r}")
+            raise InputError(f"{section}: expected field: value lines, got {reprlib.repr(fields)}")
         values[section] = type(getattr(defaults, section))(**fields)
     return Config(**values)
 
@@ -354,3 +372,16 @@ def load_config(name_or_file: str) -> Config:
 def dump_config(config: Config) -> str:
     """YAML that `load_config` reads back to the same configuration."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def differences(before: Config, now: Config) -> list[str]:
+    """The fields that change what a run computes and differ: all but `cluster` and `run.keep`."""
+    found = []
+    for section in ("run", "data", "parent", "evolution"):
+        values, others = (getattr(config, section).model_dump(exclude={"keep"}) for config in (before, now))
+        found += [
+            f"{section}.{name} was {value} and is {others[name]}"
+            for name, value in values.items()
+            if value != others[name]
+        ]
+    return found

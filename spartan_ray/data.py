@@ -54,6 +54,14 @@ class Splits:
     mean_C: tuple[float, ...]
     std_C: tuple[float, ...]
 
+    def digest(self) -> str:
+        """SHA-256 of all images and labels in their order."""
+        digest = hashlib.sha256()
+        for images in (self.sgd, self.evolution, self.validation, self.test):
+            digest.update(images.pixels_NHWC.numpy().data)
+            digest.update(images.labels_N.numpy().data)
+        return digest.hexdigest()
+
     def to(self, device: torch.device) -> Splits:
         parts = {name: getattr(self, name).to(device) for name in ("sgd", "evolution", "validation", "test")}
         return replace(self, **parts)

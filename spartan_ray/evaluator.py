@@ -6,6 +6,7 @@ N images of a generation.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -14,12 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spartan_ray.config import Evolution, ImageSet
-from spartan_ray.data import Images
+from spartan_ray.config import Config, Evolution, ImageSet, Parent
+from spartan_ray.data import Images, Splits
 from spartan_ray.fitness import Normaliser, recalibrate, score
-from spartan_ray.model import FlatModel
+from spartan_ray.model import FlatModel, build_model
 from spartan_ray.noise import kernel_for
 from spartan_ray.strategies.base import Members, Scores
+
+# SGD images that recalibrate BatchNorm: the same ones in the whole run.
+REFERENCE_IMAGES = 512
+
+
+def reference_images(splits: Splits) -> Images:
+    """The SGD images whose statistics BatchNorm is given by recalibration."""
+    return splits.sgd[slice(0, REFERENCE_IMAGES)]
 
 
 @dataclass(frozen=True)
@@ -88,3 +97,55 @@ class Evaluator:
     ) -> NDArray[np.float32]:
         """Elements [start, stop) of sum_k weight_k * noise_k."""
         return self.kernel.accumulate(seed_K, weight_K, start, stop).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class EvaluatorSpec:
+    """What an evaluator of a run is made from; sent to each worker once."""
+
+    parent: Parent
+    evolution: Evolution
+    images: Images  # the evolution split
+    reference: Images  # SGD images that recalibrate BatchNorm
+    classes: int
+    mean_C: tuple[float, ...]
+    std_C: tuple[float, ...]
+    threads: int
+
+    @classmethod
+    def of(cls, config: Config, splits: Splits) -> EvaluatorSpec:
+        return cls(
+            config.parent,
+            config.evolution,
+            splits.evolution,
+            reference_images(splits),
+            len(splits.classes),
+            splits.mean_C,
+            splits.std_C,
+            config.cluster.cpus_per_worker,
+        )
+
+    def make(self, device: torch.device) -> Evaluator:
+        module = build_model(self.parent, self.classes)
+        normalise = Normaliser(self.mean_C, self.std_C, device)
+        return Evaluator(self.evolution, module, self.images, self.reference, normalise, device)
+
+
+class LocalPool:
+    """A pool's work done in this process by one evaluator, in the order of the members."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+        self.counts: dict[str, float] = {"retries": 0}
+        self.infos: list[None] = []
+
+    def broadcast(self, parent: ParentState) -> None:
+        self.evaluator.load(parent)
+
+    def evaluate(self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
+        return self.evaluator.evaluate(members, images, bar)
+
+    def weighted_sum(
+        self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], size_D: int
+    ) -> NDArray[np.float32]:
+        return self.evaluator.accumulate(seed_K, weight_K, 0, size_D)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from spartan_ray.config import BatchNormKind, Evolution, ImageSet, InputError
 from spartan_ray.data import Images, Splits, permutation
-from spartan_ray.evaluator import ParentState
+from spartan_ray.evaluator import LocalPool, ParentState, reference_images
 from spartan_ray.fitness import Normaliser, recalibrate
 from spartan_ray.model import FlatModel
 from spartan_ray.noise import RMS, kernel_for
@@ -35,13 +35,6 @@ IMAGES_OF_GENERATION = 1 << 33
 GRADIENT_IMAGES_OF_GENERATION = 1 << 35
 # Images of the gradient, if there are so many.
 GRADIENT_IMAGES = 512
-# SGD images that recalibrate BatchNorm: the same ones in the whole run.
-REFERENCE_IMAGES = 512
-
-
-def reference_images(splits: Splits) -> Images:
-    """The SGD images whose statistics BatchNorm is given by recalibration."""
-    return splits.sgd[slice(0, REFERENCE_IMAGES)]
 
 
 class Evolver:
@@ -55,7 +48,7 @@ class Evolver:
         model: FlatModel,
         splits: Splits,
         normalise: Normaliser,
-        pool: Pool,
+        pool: Pool | LocalPool,
     ) -> None:
         self.config = config
         self.run_seed = run_seed
@@ -77,16 +70,19 @@ class Evolver:
             return torch.optim.Adam([update_D])
         return torch.optim.SGD([update_D], momentum=0.9 if self.config.optimizer == "momentum" else 0.0)
 
-    def evolve(self, generation: int) -> tuple[Outcome, Row]:
-        """One phase: its account, and what the record says of it."""
-        theta_D = self.model.theta_D.clone()
-        retries, broadcast_seconds = self.pool.retries, self.pool.broadcast_seconds
+    def begin(self, generation: int) -> None:
+        """Draw what the generation is scored on."""
         self.images_scored, self.mutation_norm = 0, 0.0
         self.seconds = dict.fromkeys(("scoring", "update", "gradient"), 0.0)
         self.image_sets = image_sets(self.counts, len(self.splits.evolution), self.run_seed, generation)
         self.gradient_images = self._gradient_images(generation)
         self.scale, self.scale_is_gradient, self.stale = self._tensor_scale(), False, True
 
+    def evolve(self, generation: int) -> tuple[Outcome, Row]:
+        """One phase: its account, and what the record says of it."""
+        theta_D = self.model.theta_D.clone()
+        counts = dict(self.pool.counts)
+        self.begin(generation)
         phase, answer = self.strategy.phase(self.run_seed, generation), None
         while True:
             try:
@@ -94,7 +90,7 @@ class Evolver:
             except StopIteration as end:
                 outcome: Outcome = end.value
                 break
-            answer = self._answer(request)
+            answer = self.answer(request)
 
         moved = float((self.model.theta_D - theta_D).double().norm())
         images, scored = len(self.image_sets["fitness"]), self.images_scored
@@ -118,13 +114,13 @@ class Evolver:
             "images_saved": len(outcome.members) * images - int(outcome.images_K.sum()),
             "images_discarded": outcome.discarded_images,
             **{f"{name}_seconds": seconds for name, seconds in self.seconds.items()},
-            "broadcast_seconds": self.pool.broadcast_seconds - broadcast_seconds,
-            "retries": self.pool.retries - retries,
+            **{name: count - counts[name] for name, count in self.pool.counts.items()},
             "workers": len(self.pool.infos),
         }
         return outcome, row
 
-    def _answer(self, request: Request) -> Scores | float | None:
+    def answer(self, request: Request) -> Scores | float | None:
+        """Do what the strategy asks."""
         match request:
             case Score(members, images, bar):
                 return self._score(members, images, bar)
@@ -143,21 +139,22 @@ class Evolver:
 
     def _score(self, members: Members, images: ImageSet, bar: float) -> Scores:
         if self.stale:
-            if self.scale_is_gradient:
-                with self._timed("gradient"):
-                    self.scale = self._gradient()
-            self._broadcast()
+            self.pool.broadcast(self.parent_state())
+            self.stale = False
         self.mutation_norm = self.mutation_norm or self._mutation_norm(members)
         with self._timed("scoring"):
             scores = self.pool.evaluate(members, images, bar if self.config.early_rejection else -math.inf)
         self.images_scored += int(scores.images_K.sum())
         return scores
 
-    def _broadcast(self) -> None:
+    def parent_state(self) -> ParentState:
+        """What members are made and scored from now; a scale that is the gradient is taken anew."""
+        if self.scale_is_gradient:
+            with self._timed("gradient"):
+                self.scale = self._gradient()
         scale = None if self.scale is None else self.scale.cpu().numpy()
         buffers = [buffer.cpu().numpy() for buffer in self.model.buffers]
-        self.pool.broadcast(ParentState(self.model.theta_D.cpu().numpy(), buffers, scale, self.image_sets))
-        self.stale = False
+        return ParentState(self.model.theta_D.cpu().numpy(), buffers, scale, self.image_sets)
 
     def _gradient(self) -> torch.Tensor:
         """The parent's gradient; 0 for what evolution leaves. Where members have statistics of their own, it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -198,6 +199,13 @@ class FlatModel:
     def load_buffers(self, buffers: list[torch.Tensor]) -> None:
         for own, given in zip(self.buffers, buffers, strict=True):
             own.copy_(given)
+
+    def digest(self) -> str:
+        """SHA-256 of parameters and buffers."""
+        digest = hashlib.sha256(self.theta_D.cpu().numpy().data)
+        for buffer in self.buffers:
+            digest.update(buffer.cpu().numpy().data)
+        return digest.hexdigest()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights as torchvision lays them out, on the CPU."""

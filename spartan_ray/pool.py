@@ -1,13 +1,14 @@
-"""The Ray workers: dispatch, retry, replacement. Shapes: D parameters, K members.
+"""The Ray workers: dispatch, retry, stragglers, replacement. Shapes: D parameters, K members.
 
 Both things that workers do cover a range with tasks: members 0..K-1 with chunks to score, elements
-0..D-1 with slices of the update. `_cover` is the one engine for both. A worker that dies costs what
-was queued on it, which others do again; since a task's result depends on nothing but its range, the
-outcome is the same to the bit.
+0..D-1 with slices of the update. `_cover` is the one engine for both. A worker that dies, hangs or fails
+costs what was queued on it, which others do again, and what is late is done twice; since a task's result
+depends on nothing but its range, the outcome is the same to the bit.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import math
 import os
@@ -15,7 +16,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,44 +24,37 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 
-from spartan_ray.config import Cluster, Evolution, ImageSet, InputError, Parent
-from spartan_ray.data import Images
-from spartan_ray.evaluator import Evaluator, ParentState
-from spartan_ray.fitness import Normaliser
-from spartan_ray.model import build_model
+from spartan_ray.config import Cluster, ImageSet, RunError
+from spartan_ray.evaluator import EvaluatorSpec, ParentState
 from spartan_ray.noise import fingerprint, fingerprint_agrees
+from spartan_ray.resources import workers_that_fit
 from spartan_ray.strategies.base import Members, Scores, joined
 
 # Tasks on a worker: one that runs and one that is ready when it ends.
 QUEUED_PER_WORKER = 2
 # Length of an automatic chunk: long against Ray's overhead of a task, short against a generation.
 CHUNK_SECONDS = 2.0
-# Workers that may die in a row, for each worker of the pool, before the run is given up.
-DEATHS_PER_WORKER = 3
+# What fails alone on so many workers is given up.
+TRIES = 3
+# Failures in a row, for each worker of the pool, after which the fault is not a worker's.
+FAILURES_PER_WORKER = 3
+# A worker that fails is replaced at once, after another failure in a row after so many seconds, doubled each time.
+BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 1.0, 30.0
+# A task is late after so many seconds more than so many times its usual: idle workers then do it too.
+LATE_SECONDS, LATE_FACTOR = 2.0, 3.0
+# A worker hangs after cluster.task_timeout more than so many times the usual.
+HANG_FACTOR = 10.0
 # After so long a start the user is told what is waited for.
 SLOW_START_SECONDS = 30.0
-# How long to wait for a result before looking whether the run is to stop.
+# How long to wait for a result before looking around, and how often to look for nodes that came or went.
 POLL_SECONDS = 0.5
+NODES_SECONDS = 5.0
 
 
-class PoolError(Exception):
+class PoolError(RunError):
     """The workers cannot do the work; the message says why."""
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What a worker needs to build its evaluator; sent once."""
-
-    parent: Parent
-    evolution: Evolution
-    images: Images  # the evolution split
-    reference: Images  # SGD images that recalibrate BatchNorm
-    classes: int
-    mean_C: tuple[float, ...]
-    std_C: tuple[float, ...]
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +66,7 @@ class WorkerInfo:
     device: str
     threads: int
     fingerprint: NDArray[np.float32]
+    versions: dict[str, str]
 
     def record(self) -> dict[str, str | int]:
         """What goes into environment.json."""
@@ -79,6 +74,11 @@ class WorkerInfo:
 
     def __str__(self) -> str:
         return f"worker {self.pid} on {self.host} ({self.device})"
+
+
+def versions() -> dict[str, str]:
+    """What the bits of a score may depend on beside the package itself, which a run brings to its workers."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "numpy", "numba")}
 
 
 def claim_device(threads: int) -> torch.device:
@@ -96,22 +96,18 @@ def claim_device(threads: int) -> torch.device:
 class Worker:
     """The actor around one evaluator."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: EvaluatorSpec) -> None:
         self.device = claim_device(spec.threads)
-        self.evaluator = Evaluator(
-            spec.evolution,
-            build_model(spec.parent, spec.classes),
-            spec.images,
-            spec.reference,
-            Normaliser(spec.mean_C, spec.std_C, self.device),
-            self.device,
-        )
+        self.evaluator = spec.make(self.device)
         self.parent_key: int | None = None
 
     def join(self) -> WorkerInfo:
         sample = fingerprint(self.evaluator.kernel)
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return WorkerInfo(socket.gethostname(), os.getpid(), name, torch.get_num_threads(), sample)
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+        return WorkerInfo(socket.gethostname(), os.getpid(), name, torch.get_num_threads(), sample, versions())
 
     def evaluate(
         self, key: int, parent: ParentState, members: Members, images: ImageSet, bar: float
@@ -131,66 +127,77 @@ class Worker:
         return self.evaluator.accumulate(seed_K, weight_K, start, stop)
 
 
-def resolve_cluster(cluster: Cluster, nodes: list[dict[str, float]]) -> Cluster:
-    """The cluster section with every automatic value decided from what each node of the Ray has; the
-    first node is preferred for the driver.
-
-    Raises InputError when the workers that are asked for do not fit."""
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    gpus_per_worker, driver_gpus = cluster.gpus_per_worker, cluster.driver_gpus
-    if gpus_per_worker is None:
-        gpus_per_worker = 0.9 if gpus else 0.0
-    if driver_gpus is None:
-        driver_gpus = 0.1 if gpus else 0.0
-    free = [_workers_on(node, cluster.cpus_per_worker, gpus_per_worker, 0, 0) for node in nodes]
-    # The driver goes to the first node that has room for it.
-    for number, node in enumerate(nodes):
-        if node.get("CPU", 0) >= cluster.driver_cpus and node.get("GPU", 0) >= driver_gpus:
-            free[number] = _workers_on(node, cluster.cpus_per_worker, gpus_per_worker, cluster.driver_cpus, driver_gpus)
-            break
-    else:
-        free = [0]
-    workers = max(sum(free), 1) if cluster.workers == "auto" else cluster.workers
-    if workers > sum(free):
-        cpus = sum(int(node.get("CPU", 0)) for node in nodes)
-        raise InputError(
-            f"cluster.workers ({cluster.workers}) of {cluster.cpus_per_worker} CPUs (cluster.cpus_per_worker) and "
-            f"{gpus_per_worker:g} GPUs (cluster.gpus_per_worker) beside a driver of {cluster.driver_cpus} CPUs and "
-            f"{driver_gpus:g} GPUs do not fit the {len(nodes)} nodes with {cpus} CPUs and {gpus} GPUs of this Ray"
-        )
-    return cluster.model_copy(
-        update={"workers": workers, "gpus_per_worker": gpus_per_worker, "driver_gpus": driver_gpus}
-    )
+def nodes_here_first() -> list[dict[str, Any]]:
+    """The nodes of the Ray that are up, this one first."""
+    here = ray.get_runtime_context().get_node_id()
+    return sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here)
 
 
-def _workers_on(node: dict[str, float], cpus_each: int, gpus_each: float, driver_cpus: int, driver_gpus: float) -> int:
-    """How many workers fit a node beside a driver of that size (0 and 0: none)."""
-    fit = int(node.get("CPU", 0) - driver_cpus) // cpus_each
-    if not gpus_each:
-        return fit
-    gpus, tolerance = int(node.get("GPU", 0)), 1e-9
-    if gpus_each > 1:
-        return min(fit, int((gpus - driver_gpus + tolerance) // gpus_each))
-    # A fraction of a GPU never spans two of them. The driver's share is of whole GPUs and one more.
-    per_gpu = int((1 + tolerance) // gpus_each)
-    untouched = gpus - math.ceil(driver_gpus)
-    beside = int((math.ceil(driver_gpus) - driver_gpus + tolerance) // gpus_each)
-    return min(fit, untouched * per_gpu + beside)
+def pool_size(cluster: Cluster) -> int:
+    """How many workers a run is to have now. With `workers` auto that follows the nodes that are up."""
+    if cluster.workers != "auto":
+        return cluster.workers
+    assert cluster.gpus_per_worker is not None, "resolved before"
+    return max(1, workers_that_fit(cluster, [node["Resources"] for node in nodes_here_first()]))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
-    """A place in the pool and the worker that fills it."""
+    """A worker of the pool."""
 
     worker: ActorHandle[Any]
     info: WorkerInfo | None = None  # None until it joined
-    queued: int = 0
+    tasks: list[_Task] = field(default_factory=list)  # in the order in which it does them
+    since: float = 0.0  # when it last answered, or began to have something to answer
+
+
+@dataclass(eq=False)
+class _Span:
+    """A part of a range, done as a whole."""
+
+    start: int
+    stop: int
+    copies: int = 0  # workers that have it now
+    failures: int = 0  # workers that failed at it
+    doubtful: tuple[_Slot, Any] | None = None  # a result that is not finite, and whose it is
+    done: bool = False
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(eq=False)
+class _Range:
+    """A range that is being covered."""
+
+    submit: Callable[[ActorHandle[Any], int, int], Any]
+    next_size: Callable[[int], int]
+    waiting: deque[_Span]
+    left: int  # elements that are not done
+    seconds: float = 0.0  # that so many elements took
+    elements: int = 0
+
+    def expected(self, spans: list[_Span]) -> float:
+        """Seconds that spans should take, 0 if nothing is known."""
+        return self.seconds * sum(map(len, spans)) / max(self.elements, 1)
+
+
+@dataclass(eq=False)
+class _Task:
+    slot: _Slot
+    ref: Any
+    range: _Range | None  # None: the worker is joining
+    span: _Span
 
 
 @dataclass
-class _InFlight:
-    slot: _Slot
-    span: tuple[int, int] | None  # None: the worker is joining
+class _End:
+    """A task that ended: with a result, or with an error, which it caused if it was running."""
+
+    task: _Task
+    result: Any = None
+    error: Exception | None = None
+    running: bool = False
 
 
 class Pool:
@@ -198,49 +205,52 @@ class Pool:
     and images that are done as they come in; it may raise to end the run, after which the pool is to be closed."""
 
     def __init__(
-        self, spec: WorkerSpec, cluster: Cluster, note: Callable[[str], None], advance: Callable[[int, int], None]
+        self, spec: EvaluatorSpec, cluster: Cluster, note: Callable[[str], None], advance: Callable[[int, int], None]
     ) -> None:
-        assert isinstance(cluster.workers, int), "resolved before"
         self.spec = ray.put(spec)
         self.noise = spec.evolution.noise
-        self.size = cluster.workers
-        self.chunk = cluster.chunk
+        self.cluster = cluster
+        self.size = pool_size(cluster)
         self.note, self.advance = note, advance
-        self.actor = ray.remote(Worker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
+        self.actor: Any = ray.remote(Worker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
         self.slots: list[_Slot] = []
-        self.in_flight: dict[Any, _InFlight] = {}
+        self.tasks: dict[Any, _Task] = {}  # in flight, by their references
+        self.starts: list[float] = []  # when workers are to be started
+        self.refused = 0
         self.parent_keys = itertools.count()
         self.parent: tuple[int, Any]  # the last broadcast and its key
-        self.broadcast_seconds = 0.0
-        self.retries = 0
-        self.deaths_in_a_row = 0
-        self.failed_starts = 0
+        self.counts: dict[str, float] = {"broadcast_seconds": 0.0, "retries": 0, "late_results": 0, "members_failed": 0}
+        self.failures_in_a_row = 0
+        self.last_reason = ""
         self.seconds_per_member: float | None = None
-        for _ in range(self.size):
-            self._start_worker()
+        now = time.monotonic()
+        self.nodes_seen = self.manned = now  # when the nodes were last looked at, and a worker was last there
+        self.said_unmanned = False
+        self.starts = [now] * self.size
 
     @property
     def infos(self) -> list[WorkerInfo]:
         """The workers that have joined."""
-        return [slot.info for slot in self.slots if slot.info]
+        return [slot.info for slot in list(self.slots) if slot.info]
 
     def wait_until_joined(self) -> None:
-        """Return when every worker has joined or was refused."""
-        started, said = time.monotonic(), False
-        while any(slot.info is None for slot in self.slots):
+        """Return when every worker has joined or was refused, or after a while with those that have."""
+        deadline = time.monotonic() + SLOW_START_SECONDS
+        while self.starts or any(slot.info is None for slot in self.slots):
             self._collect()
-            if not said and time.monotonic() - started > SLOW_START_SECONDS:
-                self.note(f"{len(self.infos)} of {self.size} workers have started: is Ray busy with other work?")
-                said = True
+            if self.infos and time.monotonic() > deadline:
+                self.note(f"{len(self.infos)} of {self.size} workers have started; the others join when they can")
+                return
 
     def broadcast(self, parent: ParentState) -> None:
         """Make this the parent of the members that are evaluated from here on."""
         started = time.perf_counter()
         self.parent = (next(self.parent_keys), ray.put(parent))
-        self.broadcast_seconds += time.perf_counter() - started
+        self.counts["broadcast_seconds"] += time.perf_counter() - started
 
     def evaluate(self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
-        """The scores of every member; one that can no longer exceed the bar is left."""
+        """The scores of every member; one that can no longer exceed the bar is left. A member that no worker
+        can score has the loss and the accuracy NaN, or ends the run as `cluster.on_member_error` says."""
         key, parent = self.parent
         parts: dict[int, Scores] = {}
         slowest_load = 0.0
@@ -248,12 +258,24 @@ class Pool:
         def submit(worker: ActorHandle[Any], start: int, stop: int) -> Any:
             return worker.evaluate.remote(key, parent, members[start:stop], images, bar)
 
-        for (start, stop), result in self._cover(len(members), self._chunk_size, submit):
+        def give_up(start: int, reason: str) -> tuple[Scores, float, float]:
+            said = f"the member of seed {members.seed_K[start]} failed on {TRIES} workers"
+            # What has no noise is the parent or its update: there is no score without it.
+            if self.cluster.on_member_error == "stop" or not members.gain_K[start]:
+                raise PoolError(f"{said}: {reason}")
+            self.note(f"{said} and is scored worst: {reason}")
+            self.counts["members_failed"] += 1
+            return Scores(np.array([math.nan]), np.array([math.nan]), np.array([0])), 0.0, 0.0
+
+        def is_finite(result: tuple[Scores, float, float]) -> bool:
+            return bool(np.isfinite(result[0].loss_K).all())
+
+        for (start, stop), result in self._cover(len(members), self._chunk_size, 1, submit, is_finite, give_up):
             parts[start], seconds_to_load, seconds = result
             slowest_load = max(slowest_load, seconds_to_load)
             self.seconds_per_member = seconds / (stop - start)
             self.advance(stop - start, int(parts[start].images_K.sum()))
-        self.broadcast_seconds += slowest_load
+        self.counts["broadcast_seconds"] += slowest_load
         return joined(*(parts[start] for start in sorted(parts)))
 
     def weighted_sum(
@@ -267,7 +289,13 @@ class Pool:
         def submit(worker: ActorHandle[Any], start: int, stop: int) -> Any:
             return worker.accumulate.remote(seed_ref, weight_ref, start, stop)
 
-        for (start, stop), part in self._cover(size_D, lambda left: slice_size, submit):
+        def give_up(start: int, reason: str) -> NDArray[np.float32]:
+            raise PoolError(f"the update failed on {TRIES} workers: {reason}")
+
+        def is_finite(part: NDArray[np.float32]) -> bool:
+            return bool(np.isfinite(part).all())
+
+        for (start, stop), part in self._cover(size_D, lambda left: slice_size, slice_size, submit, is_finite, give_up):
             sum_D[start:stop] = part
         return sum_D
 
@@ -276,109 +304,248 @@ class Pool:
         for slot in self.slots:
             ray.kill(slot.worker)
         self.slots.clear()
-        self.in_flight.clear()
+        self.tasks.clear()
+        self.starts.clear()
 
     def _chunk_size(self, left: int) -> int:
         """Chunks shrink towards the end, so that the workers finish together."""
-        if self.chunk != "auto":
-            return self.chunk
+        if self.cluster.chunk != "auto":
+            return self.cluster.chunk
         if self.seconds_per_member is None:
             return 1
         share = -(-left // (2 * QUEUED_PER_WORKER * self.size))
         return max(1, min(share, int(CHUNK_SECONDS / max(self.seconds_per_member, 1e-9))))
 
     def _cover(
-        self, total: int, next_size: Callable[[int], int], submit: Callable[[ActorHandle[Any], int, int], Any]
+        self,
+        total: int,
+        next_size: Callable[[int], int],
+        smallest: int,
+        submit: Callable[[ActorHandle[Any], int, int], Any],
+        is_finite: Callable[[Any], bool],
+        give_up: Callable[[int, str], Any],
     ) -> Iterator[tuple[tuple[int, int], Any]]:
-        """Do 0..total-1 in spans of next_size(what is left), in any order; yield each span's result once."""
-        waiting = deque([(0, total)])
-        while waiting or any(task.span for task in self.in_flight.values()):
-            self._top_up(waiting, next_size, submit)
-            done, lost = self._collect()
-            waiting.extendleft(lost)
-            yield from done
+        """Do 0..total-1 in spans of next_size(what is left), in any order; yield each span's result once.
 
-    def _collect(self) -> tuple[list[tuple[tuple[int, int], Any]], list[tuple[int, int]]]:
-        """Wait for something to end, or a moment; the spans done with their results, and those lost."""
-        if not self.slots:
-            raise PoolError("no workers are left")
-        ready, _ = ray.wait(list(self.in_flight), num_returns=1, timeout=POLL_SECONDS)
+        A span that failed is done again in parts of the smallest size; one that fails in that size on TRIES
+        workers has the result that `give_up(start, reason)` returns. A result that is not finite counts when
+        a second worker, if there is one, agrees; else the worker is replaced."""
+        range_ = _Range(submit, next_size, deque([_Span(0, total)]), total)
+        while range_.left:
+            self._dispatch(range_)
+            for end in self._collect():
+                span, slot, result = end.task.span, end.task.slot, end.result
+                span.copies -= 1
+                if end.task.range is not range_ or span.done:
+                    self.counts["late_results"] += end.error is None
+                    continue
+                if end.error:
+                    self.counts["retries"] += 1
+                    span.failures += end.running
+                    if span.copies:
+                        continue  # another worker has it
+                    if span.failures < TRIES or len(span) > smallest:
+                        range_.waiting.extendleft(reversed(_parts(span, smallest) if end.running else [span]))
+                        continue
+                    result = give_up(span.start, _reason(end.error))
+                elif not is_finite(result) and len(self.infos) > 1:
+                    if span.doubtful is None:
+                        span.doubtful = (slot, result)
+                        range_.waiting.append(span)
+                        continue
+                elif span.doubtful:
+                    self._fail(span.doubtful[0], f"it returned NaN where {slot.info} does not")
+                self.failures_in_a_row = 0
+                span.done = True
+                range_.left -= len(span)
+                yield (span.start, span.stop), result
+
+    def _dispatch(self, range_: _Range) -> None:
+        """Queue spans on the workers that have joined, the idle ones first; where nothing is left to queue,
+        idle workers take what is late on others."""
+        joined_slots = [slot for slot in self.slots if slot.info]
+        for queued in range(QUEUED_PER_WORKER):
+            for slot in joined_slots:
+                if len(slot.tasks) <= queued and (span := _next_span(range_, slot, joined_slots)):
+                    self._queue(slot, span, range_)
+        if range_.waiting:
+            return
+        idle = [slot for slot in joined_slots if not slot.tasks]
+        late = (task for slot in joined_slots if idle and self._overdue(slot, range_) for task in slot.tasks)
+        for task in late:
+            if idle and task.range is range_ and task.span.copies == 1 and not task.span.done:
+                doubted = task.span.doubtful and task.span.doubtful[0]
+                if free := next((slot for slot in idle if slot is not doubted), None):
+                    idle.remove(free)
+                    self._queue(free, task.span, range_)
+
+    def _queue(self, slot: _Slot, span: _Span, range_: _Range) -> None:
+        span.copies += 1
+        self._add(_Task(slot, range_.submit(slot.worker, span.start, span.stop), range_, span))
+
+    def _add(self, task: _Task) -> None:
+        if not task.slot.tasks:
+            task.slot.since = time.monotonic()
+        task.slot.tasks.append(task)
+        self.tasks[task.ref] = task
+
+    @staticmethod
+    def _overdue(slot: _Slot, range_: _Range) -> bool:
+        """Whether what a worker has is late. Unknown, and so not late, before anything of the range is done."""
+        usual = range_.expected([task.span for task in slot.tasks])
+        return bool(range_.elements) and time.monotonic() - slot.since > LATE_SECONDS + LATE_FACTOR * usual
+
+    def _collect(self) -> list[_End]:
+        """Wait for something to end, or a moment, and look after the workers; the tasks that ended."""
+        ended = self._tend()
+        if self.tasks:
+            ready, _ = ray.wait(list(self.tasks), num_returns=1, timeout=0 if ended else POLL_SECONDS)
+        else:
+            ready = []
+            time.sleep(0 if ended else POLL_SECONDS)  # for a worker that is to be started
         self.advance(0, 0)
-        done, lost = [], []
         for ref in ready:
-            task = self.in_flight.pop(ref)
-            task.slot.queued -= 1
+            task = self.tasks[ref]
             try:
                 result = ray.get(ref)
-            except RayTaskError:
-                raise  # the work itself failed, and would on any worker
-            except RayError as error:  # died, out of memory, unreachable, its result lost with its node
-                self._replace(task.slot, error)
-                if task.span:
-                    self.retries += 1
-                    lost.append(task.span)
+            except RayError as error:  # died, out of memory, unreachable, its result lost, or raised by the work
+                ended += self._fail(task.slot, _reason(error), error)
                 continue
-            if task.span:
-                self.deaths_in_a_row = 0
-                done.append((task.span, result))
-            else:
-                self._welcome(task.slot, result)
-        return done, lost
+            ended += self._took(task, result)
+        return ended
 
-    def _top_up(
-        self,
-        waiting: deque[tuple[int, int]],
-        next_size: Callable[[int], int],
-        submit: Callable[[ActorHandle[Any], int, int], Any],
-    ) -> None:
-        """Queue spans on the workers that have joined, the idle ones first."""
-        for queued in range(QUEUED_PER_WORKER):
-            for slot in self.slots:
-                if not waiting:
-                    return
-                if slot.info is None or slot.queued > queued:
-                    continue
-                start, stop = waiting.popleft()
-                middle = min(stop, start + next_size(sum(b - a for a, b in waiting) + stop - start))
-                if middle < stop:
-                    waiting.appendleft((middle, stop))
-                ref = submit(slot.worker, start, middle)
-                slot.queued += 1
-                self.in_flight[ref] = _InFlight(slot, (start, middle))
+    def _took(self, task: _Task, result: Any) -> list[_End]:
+        """A task's result has come."""
+        now, slot = time.monotonic(), task.slot
+        if task.range:
+            task.range.seconds += now - slot.since
+            task.range.elements += len(task.span)
+        slot.since = now
+        slot.tasks.remove(task)
+        del self.tasks[task.ref]
+        if task.range:
+            return [_End(task, result)]
+        self._welcome(slot, result)
+        return []
 
-    def _start_worker(self) -> None:
-        worker: Any = self.actor.remote(self.spec)
-        slot = _Slot(worker, queued=1)
-        self.slots.append(slot)
-        self.in_flight[slot.worker.join.remote()] = _InFlight(slot, None)
+    def _tend(self) -> list[_End]:
+        """Start the workers that are due, drop those that hang, follow the nodes that come and go. Raises
+        PoolError when there has been no worker for too long."""
+        now = time.monotonic()
+        if self.cluster.workers == "auto" and now - self.nodes_seen > NODES_SECONDS:
+            self.nodes_seen = now
+            self._resize()
+        due = [start for start in self.starts if start <= now]
+        self.starts = [start for start in self.starts if start > now]
+        for _ in due:
+            slot = _Slot(self.actor.remote(self.spec))
+            self.slots.append(slot)
+            self._add(_Task(slot, slot.worker.join.remote(), None, _Span(0, 0)))
+        if not self.slots and not self.starts:
+            raise PoolError(f"no workers are left: {self.last_reason}")
+        if self.infos:
+            self.manned, self.said_unmanned = now, False
+        elif now - self.manned > self.cluster.worker_timeout:
+            reason = f"; the last one: {self.last_reason}" if self.last_reason else ""
+            raise PoolError(f"no worker for {self.cluster.worker_timeout:g} s (cluster.worker_timeout){reason}")
+        elif now - self.manned > SLOW_START_SECONDS and not self.said_unmanned:
+            self.said_unmanned = True
+            self.note(
+                f"no worker is there: waiting for {self.cluster.worker_timeout:g} s (cluster.worker_timeout) for "
+                "room in Ray or a node"
+            )
+        ended = []
+        for slot in list(self.slots):
+            if slot.info and slot.tasks and slot.tasks[0].range:
+                usual = slot.tasks[0].range.expected([slot.tasks[0].span])
+                if now - slot.since > self.cluster.task_timeout + HANG_FACTOR * usual:
+                    ended += self._fail(
+                        slot, f"no answer for {self.cluster.task_timeout:g} s or more (cluster.task_timeout)"
+                    )
+        return ended
+
+    def _resize(self) -> None:
+        """Follow the nodes: start workers where there is new room, give up waiting for room that is gone."""
+        self.size = pool_size(self.cluster)
+        wanted = self.size - self.refused
+        self.starts += [time.monotonic()] * (wanted - len(self.slots) - len(self.starts))
+        for slot in [slot for slot in self.slots if not slot.info][: max(0, len(self.slots) - wanted)]:
+            self._remove(slot)
 
     def _welcome(self, slot: _Slot, info: WorkerInfo) -> None:
-        if fingerprint_agrees(self.noise, info.fingerprint):
-            slot.info = info
-            self.failed_starts = 0
+        """Let a worker in that computes as this process does."""
+        ours = versions()
+        odd = [f"{name} {info.versions[name]}, here {ours[name]}" for name in ours if info.versions[name] != ours[name]]
+        if not fingerprint_agrees(self.noise, info.fingerprint):
+            odd.append("its noise fingerprint differs")
+        if odd:
+            self.last_reason = f"refused {info}: {'; '.join(odd)}"
+            self.note(self.last_reason)
+            self.refused += 1
+            self._remove(slot)
             return
-        self.note(f"refused {info}: its noise fingerprint differs")
-        self.slots.remove(slot)
-        ray.kill(slot.worker)
+        devices = {other.device for other in self.infos}
+        if devices and info.device not in devices:
+            self.note(f"{info} is not like the others ({', '.join(sorted(devices))}): bits depend on who scores what")
+        slot.info = info
 
-    def _replace(self, slot: _Slot, error: Exception) -> None:
-        """Put a new worker in the place of one that failed; its other tasks fail by themselves."""
+    def _fail(self, slot: _Slot, reason: str, error: Exception | None = None) -> list[_End]:
+        """Replace a worker that failed; its tasks, which end with it."""
         if slot not in self.slots:
-            return
+            return []
+        self.last_reason = reason
+        self.failures_in_a_row += 1
+        failed_to_start = isinstance(error, RayActorError) and error.actor_init_failed
+        limit = TRIES if failed_to_start and not self.infos else FAILURES_PER_WORKER * (self.size + 1)
+        if self.failures_in_a_row > limit:
+            raise PoolError(f"the workers fail one after another; the last one: {reason}") from error
+        ended = self._remove(slot, error or TimeoutError(reason))
+        if failed_to_start and self.infos:
+            self.note(f"a worker that failed to start is not replaced: {reason}")
+            self.refused += 1
+            return ended
+        wait = 0.0
+        if self.failures_in_a_row > 1:
+            wait = min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** (self.failures_in_a_row - 2))
+        self.starts.append(time.monotonic() + wait)
+        self.note(f"{slot.info or 'a worker that was starting'} was lost and is replaced: {reason}")
+        return ended
+
+    def _remove(self, slot: _Slot, error: Exception | None = None) -> list[_End]:
+        """Take a worker out of the pool; the tasks that it had."""
         self.slots.remove(slot)
         ray.kill(slot.worker)
-        lines = (str(error).strip() or type(error).__name__).splitlines()
-        if slot.info:
-            self.deaths_in_a_row += 1
-            reason = lines[0]
-        else:
-            self.failed_starts += 1
-            reason = lines[-1]  # of the traceback
-        limit = DEATHS_PER_WORKER * self.size
-        if self.deaths_in_a_row > limit or (self.failed_starts > limit and not self.infos):
-            raise PoolError(f"the workers die one after another; the last one: {reason}") from error
-        if self.failed_starts > limit:
-            self.note(f"a worker that failed to start is not replaced again: {reason}")
-            return
-        self.note(f"{slot.info or 'a worker that was starting'} was lost and is replaced: {reason}")
-        self._start_worker()
+        for task in slot.tasks:
+            del self.tasks[task.ref]
+        return [_End(task, error=error, running=place == 0) for place, task in enumerate(slot.tasks) if task.range]
+
+
+def _next_span(range_: _Range, slot: _Slot, others: list[_Slot]) -> _Span | None:
+    """The next span for a worker: a fresh one is cut to size, one that failed or is doubtful stays as it is.
+    A doubtful one is for another worker than the one that it came from."""
+    for span in range_.waiting:
+        if span.doubtful and span.doubtful[0] is slot and len(others) > 1:
+            continue
+        range_.waiting.remove(span)
+        if span.failures or span.doubtful:
+            return span
+        size = range_.next_size(sum(map(len, range_.waiting)) + len(span))
+        if size < len(span):
+            range_.waiting.appendleft(_Span(span.start + size, span.stop))
+            span = _Span(span.start, span.start + size)
+        return span
+    return None
+
+
+def _parts(span: _Span, smallest: int) -> list[_Span]:
+    """A span that failed, in its smallest parts."""
+    if len(span) <= smallest:
+        return [span]
+    return [_Span(start, min(start + smallest, span.stop)) for start in range(span.start, span.stop, smallest)]
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in a line: of an error in the work its last line, else the first."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    in_the_work = "Traceback" in str(error) or (isinstance(error, RayActorError) and error.actor_init_failed)
+    return lines[-1 if in_the_work else 0].strip()

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
+import socket
 import subprocess
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from spartan_ray.config import Config, InputError, dump_config
+from spartan_ray.checkpoint import write_whole
+from spartan_ray.config import Config, InputError, RunError, dump_config
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "numba", "pandas")
 
@@ -20,33 +27,113 @@ Row = dict[str, Any]
 
 
 class RunFolder:
-    """A new run folder. `devices` is what environment.json says of driver and workers."""
+    """A run folder that this process writes, made by `create` or `reopen`."""
 
-    def __init__(self, config: Config, devices: dict[str, Any]) -> None:
-        self.path = make_run_folder(Path(config.run.out), config.run.name)
-        (self.path / "config.yaml").write_text(dump_config(config))
-        environment = {
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "git_commit": _git_commit(),
-            "processor": _processor(),
-        }
-        (self.path / "environment.json").write_text(json.dumps(environment | devices, indent=2) + "\n")
-        self.tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+    def __init__(self, path: Path, lock: IO[str], first_epoch: int = 1) -> None:
+        self.path = path
+        self.lock = lock
+        self.tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=first_epoch)
+        self.rows: list[Row] = []
+        self.metrics_bytes = 0
+        self.metrics_hash = hashlib.sha256()
+
+    @classmethod
+    def create(cls, config: Config, devices: dict[str, Any]) -> RunFolder:
+        """A new run folder. `devices` is what environment.json says of driver and workers."""
+        path = make_run_folder(Path(config.run.out), config.run.name)
+        folder = cls(path, lock_folder(path))
+        folder._describe(config, environment() | devices)
+        return folder
+
+    @classmethod
+    def reopen(
+        cls, path: Path, lock: IO[str], config: Config, devices: dict[str, Any], epoch: int, metrics: bytes
+    ) -> RunFolder:
+        """The folder of a run that goes on after an epoch, with what metrics.jsonl was then."""
+        folder = cls(path, lock, epoch + 1)
+        folder.metrics_hash.update(metrics)
+        folder.metrics_bytes = len(metrics)
+        folder.rows = [json.loads(line) for line in metrics.splitlines()]
+        write_whole(path / "metrics.jsonl", metrics)
+        try:
+            before = dict(json.loads((path / "environment.json").read_text()))
+        except (OSError, ValueError, TypeError):  # it only informs
+            before = {}
+        resumed = [*before.pop("resumed", []), {"epoch": epoch} | environment() | devices]
+        folder._describe(config, before | {"resumed": resumed})
+        return folder
+
+    def _describe(self, config: Config, environment: dict[str, Any]) -> None:
+        write_whole(self.path / "config.yaml", dump_config(config).encode())
+        write_whole(self.path / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
 
     def append(self, row: Row) -> Row:
         """Append a line to metrics.jsonl; returns it as written: what is not finite becomes null, as
-        JSON has no word for it."""
+        JSON has no word for it. Raises RunError when it cannot be written."""
         row = {key: _finite(value) for key, value in row.items()}
-        with open(self.path / "metrics.jsonl", "a") as lines:
-            lines.write(json.dumps(row, allow_nan=False) + "\n")
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and key != "epoch":
-                self.tensorboard.add_scalar(key, value, row["epoch"])
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        try:
+            with open(self.path / "metrics.jsonl", "ab") as lines:
+                lines.write(line)
+                lines.flush()
+                os.fsync(lines.fileno())
+            for key, value in row.items():
+                if isinstance(value, (int, float)) and key != "epoch":
+                    self.tensorboard.add_scalar(key, value, row["epoch"])
+        except OSError as error:
+            raise RunError(f"{self.path}: the record cannot be written: {error.strerror}") from None
+        self.metrics_hash.update(line)
+        self.metrics_bytes += len(line)
+        self.rows.append(row)
         return row
 
+    def metrics_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of metrics.jsonl."""
+        return {"bytes": self.metrics_bytes, "sha256": self.metrics_hash.hexdigest()}
+
     def close(self) -> None:
-        self.tensorboard.close()
+        with contextlib.suppress(OSError):  # a full disk was said by what failed before
+            self.tensorboard.close()
+        self.lock.close()
+
+
+def lock_folder(path: Path, patience: float = 0.0) -> IO[str]:
+    """Lock a run folder for this process until the file is closed, or the process ends in whatever way.
+
+    Waits so many seconds for a process that is ending. Raises InputError when another one holds it, and for
+    a folder that a link would let us write out of."""
+    try:
+        for entry in path.iterdir():
+            if not entry.resolve().is_relative_to(path.resolve()):
+                raise InputError(f"{entry}: a link out of the run folder")
+        file = os.fdopen(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be locked: {error.strerror}") from None
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                with file:
+                    holder = file.read().strip()
+                raise InputError(f"{path}: another process writes this run: {holder or 'unknown'}") from None
+            time.sleep(0.1)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def environment() -> dict[str, Any]:
+    """What the bits of a run may depend on beside its configuration."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+        "processor": _processor(),
+    }
 
 
 def _finite(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from spartan_ray.config import Data, Evolution, ImageSet, Parent
 from spartan_ray.data import load_splits
-from spartan_ray.evaluator import Evaluator, ParentState
-from spartan_ray.evolve import Evolver, reference_images
+from spartan_ray.evaluator import Evaluator, LocalPool, ParentState, reference_images
+from spartan_ray.evolve import Evolver
 from spartan_ray.fitness import Normaliser, Result, score
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.parent import Trainer
@@ -28,12 +28,11 @@ SPLITS = load_splits(Data(name="digits", sgd_images=600, evolution_images=600), 
 NORMALISE = Normaliser(SPLITS.mean_C, SPLITS.std_C, CPU)
 
 
-class LocalPool:
-    """Scores in the order of members; keeps what it was asked."""
+class WatchedPool(LocalPool):
+    """Keeps what it was asked."""
 
     def __init__(self, evaluator: Evaluator) -> None:
-        self.evaluator = evaluator
-        self.retries, self.broadcast_seconds, self.infos = 0, 0.0, []  # type: ignore[var-annotated]
+        super().__init__(evaluator)
         self.broadcasts: list[ParentState] = []
         self.asked: list[tuple[int, str]] = []
 
@@ -46,14 +45,11 @@ class LocalPool:
             if array is not None:
                 array.flags.writeable = False
         self.broadcasts.append(parent)
-        self.evaluator.load(parent)
+        super().broadcast(parent)
 
     def evaluate(self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
         self.asked.append((len(members), images))
-        return self.evaluator.evaluate(members, images, bar)
-
-    def weighted_sum(self, seed_K: Any, weight_K: Any, size_D: int) -> NDArray[np.float32]:
-        return self.evaluator.accumulate(seed_K, weight_K, 0, size_D)
+        return super().evaluate(members, images, bar)
 
 
 @functools.cache
@@ -82,10 +78,10 @@ class Phase:
         evaluator = Evaluator(
             self.config, initial_model(PARENT, 10, 9)[0], SPLITS.evolution, reference_images(SPLITS), NORMALISE, CPU
         )
-        self.pool = LocalPool(evaluator)
+        self.pool = WatchedPool(evaluator)
         strategy = make_strategy(self.config, 10)
         assert strategy
-        self.evolver = Evolver(self.config, 7, strategy, self.model, SPLITS, NORMALISE, cast(Any, self.pool))
+        self.evolver = Evolver(self.config, 7, strategy, self.model, SPLITS, NORMALISE, self.pool)
         self.generation = 0
 
     def evolve(self) -> tuple[Outcome, Row]:

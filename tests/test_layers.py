@@ -13,7 +13,8 @@ PACKAGE = Path(spartan_ray.__file__).parent
 # A module may import what stands before it.
 ORDER = [
     "config", "noise", "kernels", "data", "model", "fitness", "strategies", "evaluator", "parent",
-    "journal", "checkpoint", "record", "pool", "evolve", "driver", "plots", "report", "cli", "__main__",
+    "checkpoint", "journal", "record", "resources", "pool", "evolve", "replay", "driver", "plots", "report", "cli",
+    "__main__",
 ]  # fmt: skip
 UPWARD = {("noise", "kernels")}  # the choice of a kernel, at the call
 KNOW_RAY = {"pool", "driver", "cli"}

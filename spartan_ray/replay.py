@@ -1,0 +1,167 @@
+"""Rebuild what a run scored from its journal and the checkpoints before its evolve phases."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from spartan_ray.checkpoint import (
+    REPLAY_PARTS,
+    CheckpointError,
+    epochs_kept,
+    load_checkpoint,
+    load_optimizer,
+    save_weights,
+)
+from spartan_ray.config import InputError, load_config
+from spartan_ray.data import load_splits
+from spartan_ray.evaluator import EvaluatorSpec, LocalPool
+from spartan_ray.evolve import Evolver
+from spartan_ray.fitness import Normaliser
+from spartan_ray.journal import Journal, read_journal
+from spartan_ray.model import FlatModel, build_model
+from spartan_ray.strategies import Aim, Members, Take, make_strategy
+from spartan_ray.strategies.base import Gradient, line, merge_seeds
+
+
+class Replay:
+    """The evolve phases of a run folder, in this process and on the kind of device that the run used.
+
+    `note` takes one-line messages. Raises InputError for a folder that is not of a run with evolve phases."""
+
+    def __init__(self, run: Path, note: Callable[[str], None]) -> None:
+        self.run = run
+        self.note = note
+        self.config = load_config(str(run))
+        strategy_name = self.config.evolution.strategy
+        self.generations = sorted(
+            int(path.stem) for path in (run / "journal").glob("[0-9]*.npz") if path.stem.isdecimal()
+        )
+        if not self.generations:
+            raise InputError(f"{run}: no evolve phase is in its journal (evolution.strategy {strategy_name})")
+        self.device = torch.device("cuda" if self._ran_on_gpu() and torch.cuda.is_available() else "cpu")
+        splits = load_splits(self.config.data, self.config.run.seed, note)
+        self.data_digest = splits.digest()
+        self.model = FlatModel(build_model(self.config.parent, len(splits.classes)), self.device)
+        self.description = {
+            "model": self.config.parent.model,
+            "stem": self.config.parent.stem,
+            "classes": splits.classes,
+            "mean": splits.mean_C,
+            "std": splits.std_C,
+        }
+        self.pool = LocalPool(EvaluatorSpec.of(self.config, splits).make(self.device))
+        strategy = make_strategy(self.config.evolution.resolved(), len(splits.classes))
+        assert strategy
+        normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
+        self.evolver = Evolver(
+            self.config.evolution,
+            self.config.run.seed,
+            strategy,
+            self.model,
+            splits.to(self.device),
+            normalise,
+            self.pool,
+        )
+
+    def descendant(self, generation: int, member: int, file: Path) -> tuple[float, float]:
+        """Write the weights of a member to a file; its fitness on record, and as it is scored now."""
+        journal = self._begin(generation)
+        if not 0 <= member < len(journal["member"]):
+            raise InputError(
+                f"--member {member}: generation {generation} has the members 0 to {len(journal['member']) - 1}"
+            )
+        evolution = self.config.evolution
+        fitness_K = journal["fitness"]
+        bar = float(journal["before"])
+        if evolution.accept == "chain":
+            for earlier in np.flatnonzero(journal["weight"][:member]):
+                self._take(journal, int(earlier))
+                bar = float(fitness_K[earlier])
+        if evolution.strategy == "es" or not evolution.early_rejection:
+            bar = -math.inf
+        members = _members(journal)[member : member + 1]
+        with _threads(self.config.parent.threads):
+            self.pool.broadcast(self.evolver.parent_state())
+        with _threads(self.config.cluster.cpus_per_worker):
+            scores = self.pool.evaluate(members, "fitness", bar)
+        save_weights(file, self.pool.evaluator.model.state_dict(), json.dumps(self.description))
+        return float(fitness_K[member]), float(scores.fitness_K(evolution.fitness)[0])
+
+    def verify(self, generation: int) -> bool:
+        """Make the next parent of a generation again from its journal; whether its bits are the recorded ones."""
+        journal = self._begin(generation)
+        moved = np.flatnonzero(journal["weight"])
+        if len(moved) and self.config.evolution.strategy == "es":
+            seed_U, weight_U = merge_seeds(_members(journal), journal["weight"])
+            with _threads(self.config.parent.threads):
+                self.evolver.answer(Aim(seed_U, weight_U, float(journal["rate"])))
+                assert self.evolver.scale is not None, "the update"
+                self.evolver.scale = self.evolver.scale * float(journal["factor"])
+                self.evolver.answer(Take(line(float(journal["length"]))))
+        else:
+            for member in moved:
+                self._take(journal, int(member))
+        agrees = self.model.digest() == str(journal["next_parent"])
+        moves = f"{len(moved)} of {len(journal['member'])} members have weight"
+        self.note(f"generation {generation}: {moves}; {'agrees' if agrees else 'DIFFERS from the recorded parent'}")
+        return agrees
+
+    def _begin(self, generation: int) -> Journal:
+        """Be at the parent before a generation; its journal."""
+        if generation not in self.generations:
+            raise InputError(f"--generation {generation}: {self.run} has {', '.join(map(str, self.generations))}")
+        path, checkpoints = self.run / "journal" / f"{generation:06d}.npz", self.run / "checkpoints"
+        journal = read_journal(path)
+        try:
+            checkpoint = load_checkpoint(checkpoints, generation - 1, REPLAY_PARTS)
+        except CheckpointError as error:
+            if self.config.run.keep_parents:
+                raise InputError(str(error)) from None
+            kept = ", ".join(map(str, epochs_kept(checkpoints)))
+            raise InputError(
+                f"{self.run}: the parent before generation {generation} was not kept (run.keep_parents is false; "
+                f"there are checkpoints of the epochs {kept})"
+            ) from None
+        if checkpoint.loop["data"] != self.data_digest:
+            raise InputError(f"{self.run}: data.root: the images are not those that the run had")
+        self.model.module.load_state_dict(checkpoint.tensors["network"])
+        if self.model.digest() != str(journal["parent"]):
+            raise InputError(f"{path}: the journal of another parent than the checkpoint's")
+        load_optimizer(self.evolver.optimizer, checkpoint.tensors["evolution"])
+        self.evolver.begin(generation)
+        if self.config.evolution.strategy == "random-gradients":
+            self.evolver.answer(Gradient())
+        return journal
+
+    def _take(self, journal: Journal, member: int) -> None:
+        """Make a member the parent, as the run did."""
+        with _threads(self.config.parent.threads):
+            self.evolver.parent_state()  # takes the gradient of the parent as it is now
+            self.evolver.answer(Take(_members(journal)[member : member + 1]))
+
+    def _ran_on_gpu(self) -> bool:
+        """What environment.json says, which only informs."""
+        try:
+            return "cuda" in str(json.loads((self.run / "environment.json").read_text())["driver"]["device"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
+
+
+def _members(journal: Journal) -> Members:
+    return Members(journal["seed"], journal["offset"], journal["gain"])
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """torch with so many threads: its bits depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    yield
+    torch.set_num_threads(before)

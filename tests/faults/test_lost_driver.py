@@ -1,0 +1,178 @@
+"""A driver that is killed, stopped, starved of disk or doubled: the run goes on to the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from ray.exceptions import RayActorError, RayTaskError
+from runs import attend, change, run, same_result
+
+from spartan_ray.checkpoint import epochs_kept, latest_checkpoint, load_checkpoint
+from spartan_ray.config import Config, InputError, RunError, load_config
+from spartan_ray.driver import Progress, Supervisor
+
+pytestmark = pytest.mark.faults
+KILLS = 10
+
+
+def busy(config: Config) -> Config:
+    """A run with state of every kind: moments of both optimizers, gradient noise, ten epochs."""
+    return change(
+        config,
+        run={"epochs": KILLS},
+        parent={"optimizer": "adam", "gradient_noise": 0.01},
+        evolution={"optimizer": "momentum", "population": 60},
+        cluster={"workers": 1, "driver_restarts": KILLS},
+    )
+
+
+def test_the_driver_killed_at_ten_random_points(local_ray: None, small_config: Config) -> None:
+    config = busy(small_config)
+    undisturbed = run(config)
+    chance = random.Random()
+    delays = {epoch: chance.uniform(0, 0.25) for epoch in range(1, KILLS + 1)}
+    seen: dict[int, float] = {}
+    killed: set[int] = set()
+
+    def kill(progress: Progress) -> None:
+        epoch, now = progress.epoch, time.monotonic()
+        due = epoch in delays and now - seen.setdefault(epoch, now) >= delays[epoch]
+        if due and progress.driver_pid not in killed and progress.phase != "done":
+            del delays[epoch]
+            killed.add(progress.driver_pid)
+            os.kill(progress.driver_pid, signal.SIGKILL)
+
+    folder = run(config, kill)
+    assert len(killed) >= KILLS - 1  # the last epoch may end before its delay
+    assert same_result(folder, undisturbed)
+    assert folder.name == "small-2"
+
+
+def test_a_driver_lost_too_often_ends_the_run_which_can_be_resumed(local_ray: None, small_config: Config) -> None:
+    config = change(small_config, cluster={"driver_restarts": 0, "workers": 1})
+    killed: list[str] = []
+
+    def kill(progress: Progress) -> None:
+        if progress.epoch == 3 and not killed:
+            killed.append(str(progress.folder))
+            os.kill(progress.driver_pid, signal.SIGKILL)
+
+    with pytest.raises(RayActorError):
+        run(config, kill)
+    (folder,) = killed
+    assert run(load_config(folder), folder=Path(folder)) == Path(folder)
+    assert same_result(Path(folder), run(config))
+
+
+def test_a_run_is_written_by_one_process_at_a_time(local_ray: None, small_config: Config) -> None:
+    supervisor = Supervisor(change(small_config, run={"epochs": 10_000}, cluster={"workers": 1}))
+    folder = None
+    while not folder:
+        _, progress = supervisor.watch(0.05, 0)
+        folder = progress.folder
+    second = Supervisor(small_config, Path(folder))
+    with pytest.raises(RayTaskError) as caught:
+        second.result()
+    assert isinstance(caught.value.cause, InputError)
+    assert f"another process writes this run: process {progress.driver_pid} on" in str(caught.value.cause)
+    second.close()
+    supervisor.close()
+
+
+def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(local_ray: None, small_config: Config) -> None:
+    """The driver may write no file above a limit, which the weights of the network exceed."""
+    starved: list[int] = []
+    supervisor = Supervisor(change(small_config, cluster={"workers": 1}))
+
+    def starve(progress: Progress) -> None:
+        if progress.epoch == 3 and not starved:
+            starved.append(progress.driver_pid)
+            resource.prlimit(progress.driver_pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    with pytest.raises(RayTaskError) as caught:
+        attend(supervisor, starve)
+    assert isinstance(caught.value.cause, RunError)
+    assert "cannot be written: File too large" in str(caught.value.cause)
+    folder = Path(str(supervisor.folder))
+    assert not list(folder.rglob("*.tmp"))
+    notes: list[str] = []
+    checkpoint, _ = latest_checkpoint(folder, notes.append)
+    assert (checkpoint.epoch, notes) in ((2, []), (3, []))
+    assert run(load_config(str(folder)), folder=folder) == folder
+    assert same_result(folder, run(change(small_config, cluster={"workers": 1})))
+
+
+def spartan(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """The command in a session of its own, that its whole tree can be ended."""
+    keep = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "spartan_ray", *arguments], cwd=cwd, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=keep | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+
+
+def test_sigterm_and_then_sigkill_leave_nothing_half_written(local_ray: None, tmp_path: Path) -> None:
+    """What `ray job stop` sends. All that is there afterwards is whole, and `spartan resume` ends the run with
+    the bits of one that was never stopped."""
+    flags = ["--data.name", "digits", "--parent.model", "convnet", "--evolution.every", "2", "--run.epochs", "30",
+             "--evolution.population", "20", "--cluster.workers", "1", "--parent.threads", "1"]  # fmt: skip
+    with spartan("train", *flags, "--run.name", "stopped", cwd=tmp_path) as process:
+        watchdog = threading.Timer(120, process.kill)
+        watchdog.start()
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("epoch 7/"):
+                break
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=3)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        said = process.stdout.read()
+        watchdog.cancel()
+    assert "stopping" in said
+    folder = tmp_path / "runs" / "stopped"
+    for epoch in epochs_kept(folder / "checkpoints")[-3:]:
+        load_checkpoint(folder / "checkpoints", epoch)
+    notes: list[str] = []
+    checkpoint, metrics = latest_checkpoint(folder, notes.append)
+    assert not notes
+    assert 7 <= checkpoint.epoch == metrics.count(b"\n") < 30
+
+    with spartan("resume", str(folder), cwd=tmp_path) as process:
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert f"going on after epoch {checkpoint.epoch}" in said
+    undisturbed = run(change(load_config(str(folder)), run={"name": "whole"}))
+    assert same_result(folder, undisturbed)
+
+
+def test_resume_refuses_another_configuration_and_knows_a_finished_run(
+    local_ray: None, small_config: Config, tmp_path: Path
+) -> None:
+    folder = run(change(small_config, run={"epochs": 1}, cluster={"workers": 1}))
+
+    def resume(*flags: str) -> tuple[int, str]:
+        with spartan("resume", str(folder), *flags, cwd=tmp_path) as process:
+            said, _ = process.communicate(timeout=120)
+        return process.returncode, said
+
+    assert resume() == (0, f"{folder}: finished, all 1 epochs are done\n")
+    assert resume("--cluster.workers", "2", "--run.keep", "1")[0] == 0
+    code, said = resume("--evolution.sigma", "0.5", "--run.seed", "3")
+    assert code == 2
+    assert "only cluster and run.keep may change on resume: " in said
+    assert "run.seed was 0 and is 3; evolution.sigma was 0.01 and is 0.5" in said
+    shutil.rmtree(folder / "checkpoints")
+    code, said = resume()
+    assert (code, said) == (2, f"spartan: {folder}: no intact checkpoint to go on from\n")

@@ -1,0 +1,129 @@
+"""Workers that are killed, stopped, broken or taken away in the middle of a run: the bits stay."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import attend, change, in_workers, metrics, run, same_result
+
+from spartan_ray.config import Config, Data, Evolution, Parent, Run
+from spartan_ray.driver import Progress, Supervisor
+
+pytestmark = pytest.mark.faults
+GENERATIONS = 10
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Ten evolve phases of 200 members, each of which moves the parent."""
+    return Config(
+        run=Run(name="x", out=str(tmp_path_factory.mktemp("runs")), epochs=GENERATIONS),
+        data=Data(name="digits"),
+        parent=Parent(model="convnet", threads=1),
+        evolution=Evolution(every=1, population=200, fitness_images=64, optimizer="momentum"),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local_ray: None, config: Config) -> Path:
+    folder = run(config)
+    assert all(row["accepted"] and row["retries"] == 0 for row in metrics(folder))
+    return folder
+
+
+def test_a_random_worker_killed_in_each_of_ten_generations(undisturbed: Path, config: Config) -> None:
+    chance = random.Random(0)
+    when = {generation: chance.randint(1, 150) for generation in range(1, GENERATIONS + 1)}
+
+    def kill(progress: Progress) -> None:
+        if progress.phase == "evolve" and progress.worker_pids and progress.done >= when.get(progress.epoch, math.inf):
+            del when[progress.epoch]
+            os.kill(chance.choice(progress.worker_pids), signal.SIGKILL)
+
+    folder = run(change(config, cluster={"chunk": 5}), kill)
+    assert not when
+    assert sum(row["retries"] for row in metrics(folder)) >= GENERATIONS / 2
+    assert same_result(folder, undisturbed)
+
+
+def test_a_worker_that_hangs_is_overtaken_and_replaced(undisturbed: Path, config: Config) -> None:
+    """Stopped in the middle of a generation, it answers no more: another worker does what it had, and in
+    the next generation it is taken to hang."""
+    stopped: list[int] = []
+    notes: list[str] = []
+
+    def stop(progress: Progress) -> None:
+        notes.extend(progress.notes)
+        if progress.phase == "evolve" and progress.epoch == 3 and progress.done > 40 and not stopped:
+            stopped.append(progress.worker_pids[0])
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    folder = run(change(config, cluster={"task_timeout": 4.0, "chunk": 5}), stop)
+    assert any(str(stopped[0]) in note and "no answer for 4 s" in note for note in notes)
+    assert same_result(folder, undisturbed)
+
+
+def test_a_worker_that_returns_nan_is_found_out_and_replaced(undisturbed: Path, config: Config) -> None:
+    notes: list[str] = []
+    broken: list[bool] = []
+    supervisor = Supervisor(config)
+
+    def to_nan(worker: Any) -> None:
+        worker.evaluator.normalise.shift_C += math.nan
+
+    def break_one(progress: Progress) -> None:
+        notes.extend(progress.notes)
+        if progress.epoch == 2 and not broken:
+            broken.append(True)
+            in_workers(supervisor, 1, to_nan)
+
+    folder = attend(supervisor, break_one)
+    assert any("it returned NaN where worker" in note for note in notes)
+    assert same_result(folder, undisturbed)
+
+
+def test_a_worker_that_raises_is_replaced(undisturbed: Path, config: Config) -> None:
+    """As one whose GPU has run out of memory would."""
+    notes: list[str] = []
+    broken: list[bool] = []
+    supervisor = Supervisor(config)
+
+    def out_of_memory(worker: Any) -> None:
+        def fail(*_: Any) -> None:
+            raise MemoryError("out of memory")
+
+        worker.evaluator.evaluate = fail
+
+    def break_one(progress: Progress) -> None:
+        notes.extend(progress.notes)
+        if progress.epoch == 2 and not broken:
+            broken.append(True)
+            in_workers(supervisor, 1, out_of_memory)
+
+    folder = attend(supervisor, break_one)
+    assert any("was lost and is replaced: MemoryError: out of memory" in note for note in notes)
+    assert same_result(folder, undisturbed)
+
+
+def test_a_node_removed_in_mid_generation(undisturbed: Path, config: Config, tmp_path: Path) -> None:
+    """A cluster of two nodes, in a process of its own, since a process can be connected to one Ray."""
+    given = change(config, run={"out": str(tmp_path / "runs")}).model_dump_json()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    ended = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "two_nodes.py"), given],
+        capture_output=True, text=True, timeout=300, check=False, env=environment,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    seen = json.loads(ended.stdout.splitlines()[-1])
+    assert same_result(Path(seen["folder"]), undisturbed)
+    assert seen["removed"] == "evolve"
+    assert seen["workers"] == [1, 2, 1]

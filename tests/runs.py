@@ -1,0 +1,74 @@
+"""Whole runs on Ray, and what they left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from spartan_ray.config import Config
+from spartan_ray.driver import Progress, Supervisor
+
+TIMINGS = {"seconds", "evaluation_seconds", "images_per_second", "scoring_seconds", "update_seconds",
+           "gradient_seconds", "broadcast_seconds", "retries", "late_results", "workers",
+           "images_discarded"}  # fmt: skip
+
+
+def change(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with fields of sections replaced."""
+    return Config(
+        **{
+            name: type(section)(**section.model_dump() | sections.get(name, {}))
+            for name, section in ((name, getattr(config, name)) for name in Config.model_fields)
+        }
+    )
+
+
+def run(config: Config, watch: Callable[[Progress], None] = lambda progress: None, folder: Path | None = None) -> Path:
+    """Run to the end, or go on in a folder, and show `watch` the progress again and again; the run folder."""
+    return attend(Supervisor(config, folder), watch)
+
+
+def attend(supervisor: Supervisor, watch: Callable[[Progress], None]) -> Path:
+    """Follow a run to its end."""
+    try:
+        ended = False
+        while not ended:
+            ended, progress = supervisor.watch(0.02, 0)
+            watch(progress)
+        assert supervisor.result()
+        return Path(str(progress.folder))
+    finally:
+        supervisor.close()
+
+
+def in_workers(supervisor: Supervisor, number: int, change_worker: Callable[[Any], None]) -> None:
+    """Change the first `number` workers of a run from within: `change_worker` gets each actor's object."""
+
+    def in_driver(driver: Any) -> None:
+        for slot in driver.pool.slots[:number]:
+            ray.get(slot.worker.__ray_call__.remote(change_worker))
+
+    ray.get(supervisor.driver.__ray_call__.remote(in_driver))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def outcome(folder: Path) -> list[dict[str, Any]]:
+    """The record without what timing and workers may change."""
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in metrics(folder)]
+
+
+def same_result(folder: Path, other: Path) -> bool:
+    """Whether weights, record and journals of two runs are equal to the bit."""
+    journals = [{path.name: path.read_bytes() for path in (run / "journal").glob("*")} for run in (folder, other)]
+    return (
+        (folder / "final.safetensors").read_bytes() == (other / "final.safetensors").read_bytes()
+        and outcome(folder) == outcome(other)
+        and journals[0] == journals[1]
+    )
