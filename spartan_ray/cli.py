@@ -176,8 +176,8 @@ def run(config: Config, folder: Path | None = None) -> int:
 
     from spartan_ray.driver import Supervisor
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     _start_ray(address)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
     supervisor = None
     try:
         supervisor = Supervisor(config, folder)

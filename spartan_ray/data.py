@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -182,9 +183,10 @@ def _torchvision(config: Data, note: Note) -> Dataset:
     for train in (True, False):
         try:
             part = kind(str(root), train=train, download=config.download)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError) as error:
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError) as error:
             advice = "" if config.download else " (data.download is off)"
-            raise InputError(f"data.root {root}: {config.name} is missing or corrupt{advice}: {error}") from None
+            lines = (str(error).strip() or type(error).__name__).splitlines()
+            raise InputError(f"data.root {root}: {config.name} is missing or corrupt{advice}: {lines[0]}") from None
         pixels = np.asarray(part.data)
         if pixels.ndim == 3:
             margin = (SIDE - pixels.shape[1]) // 2

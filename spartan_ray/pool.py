@@ -24,7 +24,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from spartan_ray.config import Cluster, ImageSet, RunError
 from spartan_ray.evaluator import EvaluatorSpec, ParentState
@@ -48,8 +48,9 @@ LATE_SECONDS, LATE_FACTOR = 2.0, 3.0
 HANG_FACTOR = 10.0
 # After so long a start the user is told what is waited for.
 SLOW_START_SECONDS = 30.0
-# How long to wait for a result before looking around, and how often to look for nodes that came or went.
+# How long to wait for a result, how often to look after the workers, and to look for nodes that came or went.
 POLL_SECONDS = 0.5
+TEND_SECONDS = 0.1
 NODES_SECONDS = 5.0
 
 
@@ -159,7 +160,7 @@ class _Span:
     stop: int
     copies: int = 0  # workers that have it now
     failures: int = 0  # workers that failed at it
-    doubtful: tuple[_Slot, Any] | None = None  # a result that is not finite, and whose it is
+    doubtful: _Slot | None = None  # a worker whose result was not finite
     done: bool = False
 
     def __len__(self) -> int:
@@ -225,6 +226,7 @@ class Pool:
         self.seconds_per_member: float | None = None
         now = time.monotonic()
         self.nodes_seen = self.manned = now  # when the nodes were last looked at, and a worker was last there
+        self.tend_at = now
         self.said_unmanned = False
         self.starts = [now] * self.size
 
@@ -273,7 +275,8 @@ class Pool:
         for (start, stop), result in self._cover(len(members), self._chunk_size, 1, submit, is_finite, give_up):
             parts[start], seconds_to_load, seconds = result
             slowest_load = max(slowest_load, seconds_to_load)
-            self.seconds_per_member = seconds / (stop - start)
+            if seconds:
+                self.seconds_per_member = seconds / (stop - start)
             self.advance(stop - start, int(parts[start].images_K.sum()))
         self.counts["broadcast_seconds"] += slowest_load
         return joined(*(parts[start] for start in sorted(parts)))
@@ -333,7 +336,9 @@ class Pool:
         range_ = _Range(submit, next_size, deque([_Span(0, total)]), total)
         while range_.left:
             self._dispatch(range_)
-            for end in self._collect():
+            ended = deque(self._collect())
+            while ended:
+                end = ended.popleft()
                 span, slot, result = end.task.span, end.task.slot, end.result
                 span.copies -= 1
                 if end.task.range is not range_ or span.done:
@@ -350,11 +355,12 @@ class Pool:
                     result = give_up(span.start, _reason(end.error))
                 elif not is_finite(result) and len(self.infos) > 1:
                     if span.doubtful is None:
-                        span.doubtful = (slot, result)
-                        range_.waiting.append(span)
+                        span.doubtful = slot
+                        if not span.copies:
+                            range_.waiting.append(span)
                         continue
                 elif span.doubtful:
-                    self._fail(span.doubtful[0], f"it returned NaN where {slot.info} does not")
+                    ended += self._fail(span.doubtful, f"it returned NaN where {slot.info} does not")
                 self.failures_in_a_row = 0
                 span.done = True
                 range_.left -= len(span)
@@ -373,11 +379,11 @@ class Pool:
         idle = [slot for slot in joined_slots if not slot.tasks]
         late = (task for slot in joined_slots if idle and self._overdue(slot, range_) for task in slot.tasks)
         for task in late:
-            if idle and task.range is range_ and task.span.copies == 1 and not task.span.done:
-                doubted = task.span.doubtful and task.span.doubtful[0]
-                if free := next((slot for slot in idle if slot is not doubted), None):
-                    idle.remove(free)
-                    self._queue(free, task.span, range_)
+            if task.range is not range_ or task.span.copies > 1 or task.span.done:
+                continue
+            if free := next((slot for slot in idle if slot is not task.span.doubtful), None):
+                idle.remove(free)
+                self._queue(free, task.span, range_)
 
     def _queue(self, slot: _Slot, span: _Span, range_: _Range) -> None:
         span.copies += 1
@@ -432,6 +438,9 @@ class Pool:
         """Start the workers that are due, drop those that hang, follow the nodes that come and go. Raises
         PoolError when there has been no worker for too long."""
         now = time.monotonic()
+        if now < self.tend_at:
+            return []
+        self.tend_at = now + TEND_SECONDS
         if self.cluster.workers == "auto" and now - self.nodes_seen > NODES_SECONDS:
             self.nodes_seen = now
             self._resize()
@@ -468,7 +477,8 @@ class Pool:
         """Follow the nodes: start workers where there is new room, give up waiting for room that is gone."""
         self.size = pool_size(self.cluster)
         wanted = self.size - self.refused
-        self.starts += [time.monotonic()] * (wanted - len(self.slots) - len(self.starts))
+        missing = max(0, wanted - len(self.slots))
+        self.starts = (self.starts + [time.monotonic()] * missing)[:missing]
         for slot in [slot for slot in self.slots if not slot.info][: max(0, len(self.slots) - wanted)]:
             self._remove(slot)
 
@@ -524,7 +534,7 @@ def _next_span(range_: _Range, slot: _Slot, others: list[_Slot]) -> _Span | None
     """The next span for a worker: a fresh one is cut to size, one that failed or is doubtful stays as it is.
     A doubtful one is for another worker than the one that it came from."""
     for span in range_.waiting:
-        if span.doubtful and span.doubtful[0] is slot and len(others) > 1:
+        if span.doubtful is slot and len(others) > 1:
             continue
         range_.waiting.remove(span)
         if span.failures or span.doubtful:
@@ -547,5 +557,5 @@ def _parts(span: _Span, smallest: int) -> list[_Span]:
 def _reason(error: Exception) -> str:
     """What an error says, in a line: of an error in the work its last line, else the first."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
-    in_the_work = "Traceback" in str(error) or (isinstance(error, RayActorError) and error.actor_init_failed)
+    in_the_work = isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
     return lines[-1 if in_the_work else 0].strip()

@@ -1,22 +1,4 @@
-"""Tables and a page from run folders. Reads only what is in them.
-
-metrics.jsonl, one line an epoch:
-  epoch, kind (sgd, evolve), seconds, evaluation_seconds, images_per_second,
-  train_loss (on a fixed sample of the SGD split, in evaluation mode),
-  {evolution,validation,test}_{loss,accuracy}
-and for an evolve phase:
-  population, fitness_images,
-  fitness_{min,mean,max,std,nonfinite} over the members (a member that was rejected early counts with the
-  images that it was scored on),
-  parent_fitness_{before,after} on the same images, accepted, accepted_members (more than one in a chain),
-  chosen_member (the last that became the parent), note (why the parent stayed),
-  confirm_fitness_{before,after} on images that did not choose,
-  search_{ratios,fitness} (lengths of the update, as step ratios, and the fitness of each),
-  step_ratio (norm of the phase's move over the norm of one mutation),
-  images_scored, images_saved (by early rejection), images_discarded (scored for members of a wave that
-  were drawn again; depends on the wave),
-  {scoring,gradient,update,broadcast}_seconds, retries, workers
-"""
+"""Tables and a page from run folders. Reads only what is in them."""
 
 from __future__ import annotations
 
@@ -26,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spartan_ray.config import Config, InputError, Section, load_config
 
@@ -42,6 +25,79 @@ PICTURES = {
 SEARCH_CAPTION = "gain in fitness along the update"
 
 
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+# A number that was not finite is null in JSON.
+Number = Real | None
+
+
+class Epoch(BaseModel):
+    """A line of metrics.jsonl. `train_loss` is on a fixed sample of the SGD split, in evaluation mode; there
+    are also {evolution,validation,test}_{loss,accuracy}."""
+
+    model_config = ConfigDict(strict=True)
+
+    epoch: Annotated[int, Field(ge=1, le=2**53)]
+    kind: Literal["sgd", "evolve"]
+    train_loss: Number
+    validation_accuracy: Real
+    test_accuracy: Real
+    test_loss: Number
+    seconds: Real
+    evaluation_seconds: Real
+    images_per_second: Real
+
+
+class EvolvePhase(Epoch):
+    """A line of an evolve phase. Statistics are over the members; one that was rejected early counts with the
+    images that it was scored on. There are also fitness_{min,std,nonfinite}, broadcast_seconds, workers."""
+
+    population: Count
+    fitness_images: Count
+    fitness_mean: Number
+    fitness_max: Number
+    parent_fitness_before: Number
+    parent_fitness_after: Number
+    """Both on the same images."""
+    accepted: bool
+    accepted_members: Count = 1
+    """More than one in a chain."""
+    chosen_member: Count | None = None
+    """The last that became the parent."""
+    note: str | None
+    """Why the parent stayed."""
+    confirm_fitness_before: Number = None
+    confirm_fitness_after: Number = None
+    """On images that did not choose."""
+    search_ratios: list[Number] | None = None
+    search_fitness: list[Number] | None = None
+    """Lengths of the update, as step ratios, and the fitness of each."""
+    step_ratio: Number
+    """Norm of the phase's move over the norm of one mutation."""
+    images_scored: Count = 0
+    images_saved: Count = 0
+    """By early rejection."""
+    images_discarded: Count = 0
+    """Scored for members of a wave that were drawn again; depends on the wave."""
+    scoring_seconds: Real
+    gradient_seconds: Real = 0.0
+    update_seconds: Real
+    retries: Count
+    """Tasks done again because their worker was lost."""
+    late_results: Count = 0
+    """Answers to what another worker had answered before."""
+    members_failed: Count = 0
+    """Scored worst because they failed on several workers."""
+
+
+class Environment(BaseModel):
+    """What a report uses of environment.json."""
+
+    versions: dict[str, str] = {}
+    processor: str | None = None
+    resumed: list[Any] = []
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """A run folder, read."""
@@ -49,23 +105,33 @@ class RunRecord:
     name: str
     config: Config
     metrics: pd.DataFrame
-    environment: dict[str, Any]
+    environment: Environment
 
 
 def read_run(folder: Path) -> RunRecord:
     """Read a run folder. Raises InputError naming the file that is missing or unreadable."""
-    metrics = folder / "metrics.jsonl"
+    path, rows = folder / "metrics.jsonl", []
     try:
-        frame = pd.DataFrame([json.loads(line) for line in metrics.read_text().splitlines()])
-        environment = json.loads((folder / "environment.json").read_text())
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise InputError(f"{path}: line {number} is no record of an epoch")
+            (EvolvePhase if row.get("kind") == "evolve" else Epoch).model_validate(row)
+            rows.append(row)
+        path = folder / "environment.json"
+        environment = Environment.model_validate_json(path.read_text())
     except OSError as error:
         raise InputError(f"{error.filename}: not readable as a run folder: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{folder}: a record is not JSON: {error}") from None
-    missing = {"epoch", "kind", *PICTURES} - set(frame.columns)
-    if missing:
-        raise InputError(f"{metrics}: no {' or '.join(sorted(missing))} in it (no epoch has ended?)")
-    return RunRecord(folder.resolve().name, load_config(str(folder / "config.yaml")), frame, environment)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        line_number = f" line {len(rows) + 1}:" if path.suffix == ".jsonl" else ""
+        raise InputError(f"{path}:{line_number} {where}: {problem['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: a record is not JSON: {' '.join(str(error).split())}") from None
+    if not rows:
+        raise InputError(f"{folder / 'metrics.jsonl'}: no epoch has ended")
+    return RunRecord(folder.resolve().name, load_config(str(folder)), pd.DataFrame(rows), environment)
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -227,8 +293,7 @@ def _setup(run: RunRecord) -> str:
         text += f" by {evolution.fitness}, accept {evolution.accept}"
         text += f", lr {evolution.lr:g}" if evolution.step == "lr" else ""
         text += _changed(evolution, exclude={"strategy", "every", "population", "fitness", "accept", "lr", "wave"})
-    versions = run.environment.get("versions", {})
-    return f"{text}; {run.environment.get('processor')}, torch {versions.get('torch')}"
+    return f"{text}; {run.environment.processor}, torch {run.environment.versions.get('torch')}"
 
 
 def _changed(section: Section, exclude: set[str]) -> str:

@@ -103,7 +103,7 @@ def test_what_is_no_run_folder_is_named(tmp_path: Path) -> None:
         read_run(tmp_path)
     folder = write_run(tmp_path / "x", [0.5], {})
     (folder / "metrics.jsonl").write_text('{"epoch": 1')
-    with pytest.raises(InputError, match="x: a record is not JSON"):
+    with pytest.raises(InputError, match=r"x/metrics.jsonl: a record is not JSON"):
         read_run(folder)
     (folder / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match="no epoch has ended"):

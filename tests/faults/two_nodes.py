@@ -4,6 +4,8 @@ configuration as JSON; prints what it saw as JSON."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,16 +26,22 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     seen: dict[str, Any] = {"workers": []}
     second: list[Any] = []
+    first: list[int] = []
 
     def watch(progress: Progress) -> None:
-        workers = len(progress.worker_pids)
-        if workers and seen["workers"][-1:] != [workers]:
-            seen["workers"].append(workers)
-        if progress.epoch >= 1 and not second:
+        workers = progress.worker_pids
+        if workers and seen["workers"][-1:] != [len(workers)]:
+            seen["workers"].append(len(workers))
+        evolving = progress.phase == "evolve" and 0 < progress.done < progress.total
+        if evolving and progress.epoch == 2 and not second:
+            # Nothing goes on until the second node has a worker, which takes what the first does not do.
+            first.extend(workers)
+            os.kill(first[0], signal.SIGSTOP)
             second.append(cluster.add_node(num_cpus=1))
-        if workers == 2 and progress.phase == "evolve" and 20 < progress.done < 150 and "removed" not in seen:
+        elif evolving and len(workers) == 2 and "removed" not in seen:
             seen["removed"] = progress.phase
             cluster.remove_node(second[0], allow_graceful=False)
+            os.kill(first[0], signal.SIGCONT)
 
     seen["folder"] = str(attend(Supervisor(config), watch))
     ray.shutdown()
