@@ -169,6 +169,7 @@ def run(config: Config, folder: Path | None = None) -> int:
     print("starting Ray", flush=True)
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
+        _check_paths(config)
         _make_token()  # Ray reads the mode when it is imported
     # Ray takes seconds to import; a bad flag is answered before.
     import ray
@@ -221,6 +222,14 @@ def _how_to_go_on(folder: Path | str | None) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_paths(config: Config) -> None:
+    """Answer a wrong path before Ray starts, where the driver will run on this machine."""
+    if config.data.name == "folder" and not Path(str(config.data.root)).is_dir():
+        raise InputError(f"data.root {config.data.root}: no such folder")
+    if config.parent.weights not in ("none", "imagenet") and not Path(config.parent.weights).is_file():
+        raise InputError(f"parent.weights {config.parent.weights}: no such file")
 
 
 def _start_ray(address: str) -> None:

@@ -20,12 +20,19 @@ ImageSet = Literal["fitness", "search", "confirm"]
 Moments = Literal["keep", "reset", "rescale"]
 
 
-class InputError(Exception):
-    """What the user gave cannot be used. The message is one line that names the field or the path."""
+class OneLineError(Exception):
+    """A message of one line, whatever of the user's input it quotes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join("".join(c if c.isprintable() else " " for c in message).split()))
 
 
-class RunError(Exception):
-    """A run cannot go on; one line that says why. What it had is in its last checkpoint."""
+class InputError(OneLineError):
+    """What the user gave cannot be used. The message names the field or the path."""
+
+
+class RunError(OneLineError):
+    """A run cannot go on, and why. What it had is in its last checkpoint."""
 
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -355,7 +362,7 @@ def load_config(name_or_file: str) -> Config:
     try:
         sections = yaml.safe_load(text) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date that there is not
-        raise InputError(f"--config {name_or_file}: not YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"--config {name_or_file}: not YAML: {error}") from None
     if not isinstance(sections, dict):
         raise InputError(f"--config {name_or_file}: expected sections, got {type(sections).__name__}")
     values: dict[str, Any] = {}
@@ -372,6 +379,13 @@ def load_config(name_or_file: str) -> Config:
 def dump_config(config: Config) -> str:
     """YAML that `load_config` reads back to the same configuration."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises InputError for a link that leads out of a run folder: what is written there would be elsewhere."""
+    for entry in folder.rglob("*"):
+        if entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{entry}: a link out of the run folder")
 
 
 def differences(before: Config, now: Config) -> list[str]:

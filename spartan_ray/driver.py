@@ -238,7 +238,7 @@ class Driver:
         tensors = {
             "network": self.model.state_dict(),
             "optimizer": optimizer_tensors(self.trainer.optimizer),
-            "evolution": optimizer_tensors(self.evolver.optimizer) if self.evolver else {},
+            "evolution": self.evolver.optimizer_state() if self.evolver else {},
         }
         loop = {
             "generation": epoch // every * every if self.evolver else 0,
@@ -259,7 +259,7 @@ class Driver:
         load_optimizer(self.trainer.optimizer, checkpoint.tensors["optimizer"])
         self.trainer.steps = checkpoint.loop["steps"]
         if self.evolver:
-            load_optimizer(self.evolver.optimizer, checkpoint.tensors["evolution"])
+            self.evolver.load_optimizer_state(checkpoint.tensors["evolution"])
 
     def _finish(self) -> None:
         save_weights(self.record.path / "final.safetensors", self.model.state_dict(), json.dumps(self.description))

@@ -7,6 +7,7 @@ N images of a generation.
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from dataclasses import dataclass
 
@@ -24,6 +25,15 @@ from spartan_ray.strategies.base import Members, Scores
 
 # SGD images that recalibrate BatchNorm: the same ones in the whole run.
 REFERENCE_IMAGES = 512
+
+
+def repeatable_gpu() -> torch.device:
+    """The first GPU of this process, set up so that the same work has the same bits."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda", 0)
 
 
 def reference_images(splits: Splits) -> Images:

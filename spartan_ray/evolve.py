@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from spartan_ray.checkpoint import TensorDict, load_optimizer, optimizer_tensors
 from spartan_ray.config import BatchNormKind, Evolution, ImageSet, InputError
 from spartan_ray.data import Images, Splits, permutation
 from spartan_ray.evaluator import LocalPool, ParentState, reference_images
@@ -69,6 +70,14 @@ class Evolver:
         if self.config.optimizer == "adam":
             return torch.optim.Adam([update_D])
         return torch.optim.SGD([update_D], momentum=0.9 if self.config.optimizer == "momentum" else 0.0)
+
+    def optimizer_state(self) -> TensorDict:
+        """What the update of the next generation depends on beside the parent; only es has it."""
+        return optimizer_tensors(self.optimizer) if self.config.strategy == "es" else {}
+
+    def load_optimizer_state(self, tensors: TensorDict) -> None:
+        if self.config.strategy == "es":
+            load_optimizer(self.optimizer, tensors)
 
     def begin(self, generation: int) -> None:
         """Draw what the generation is scored on."""

@@ -54,12 +54,12 @@ def write_journal(folder: Path, generation: int, outcome: Outcome, parent: str, 
 def read_journal(path: Path) -> Journal:
     """The columns and values of one generation. Never unpickles. Raises InputError for anything but a journal."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
             journal: Journal = {name: stored[name] for name in stored.files}
     except OSError as error:
         raise InputError(f"{path}: not readable as a journal: {error.strerror or error}") from None
     except Exception as error:  # NumPy and zipfile have no one error for a file that is torn or hostile
-        raise InputError(f"{path}: not a journal: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise InputError(f"{path}: not a journal: {str(error) or type(error).__name__}") from None
     shapes = {name: (kind, journal["member"].shape if "member" in journal else ()) for name, kind in COLUMNS.items()}
     shapes |= {name: (kind, ()) for name, kind in VALUES.items()}
     for name, (kind, shape) in shapes.items():

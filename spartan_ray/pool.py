@@ -27,7 +27,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from spartan_ray.config import Cluster, ImageSet, RunError
-from spartan_ray.evaluator import EvaluatorSpec, ParentState
+from spartan_ray.evaluator import EvaluatorSpec, ParentState, repeatable_gpu
 from spartan_ray.noise import fingerprint, fingerprint_agrees
 from spartan_ray.resources import workers_that_fit
 from spartan_ray.strategies.base import Members, Scores, joined
@@ -87,11 +87,7 @@ def claim_device(threads: int) -> torch.device:
     torch.set_num_threads(threads)
     if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         return torch.device("cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False
-    return torch.device("cuda", 0)
+    return repeatable_gpu()
 
 
 class Worker:
@@ -334,6 +330,7 @@ class Pool:
         workers has the result that `give_up(start, reason)` returns. A result that is not finite counts when
         a second worker, if there is one, agrees; else the worker is replaced."""
         range_ = _Range(submit, next_size, deque([_Span(0, total)]), total)
+        self.manned = time.monotonic()  # nobody looked after the workers since the last one
         while range_.left:
             self._dispatch(range_)
             ended = deque(self._collect())
@@ -353,14 +350,14 @@ class Pool:
                         range_.waiting.extendleft(reversed(_parts(span, smallest) if end.running else [span]))
                         continue
                     result = give_up(span.start, _reason(end.error))
-                elif not is_finite(result) and len(self.infos) > 1:
-                    if span.doubtful is None:
-                        span.doubtful = slot
-                        if not span.copies:
-                            range_.waiting.append(span)
-                        continue
-                elif span.doubtful:
-                    ended += self._fail(span.doubtful, f"it returned NaN where {slot.info} does not")
+                elif is_finite(result):
+                    if span.doubtful:
+                        ended += self._fail(span.doubtful, f"it returned NaN where {slot.info} does not")
+                elif span.doubtful is None and len(self.infos) > 1:
+                    span.doubtful = slot
+                    if not span.copies:
+                        range_.waiting.append(span)
+                    continue
                 self.failures_in_a_row = 0
                 span.done = True
                 range_.left -= len(span)

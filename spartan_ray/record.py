@@ -19,7 +19,7 @@ from typing import IO, Any
 from torch.utils.tensorboard import SummaryWriter
 
 from spartan_ray.checkpoint import write_whole
-from spartan_ray.config import Config, InputError, RunError, dump_config
+from spartan_ray.config import Config, InputError, RunError, dump_config, refuse_links
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "numba", "pandas")
 
@@ -102,10 +102,8 @@ def lock_folder(path: Path, patience: float = 0.0) -> IO[str]:
 
     Waits so many seconds for a process that is ending. Raises InputError when another one holds it, and for
     a folder that a link would let us write out of."""
+    refuse_links(path)
     try:
-        for entry in path.iterdir():
-            if not entry.resolve().is_relative_to(path.resolve()):
-                raise InputError(f"{entry}: a link out of the run folder")
         file = os.fdopen(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
     except OSError as error:
         raise InputError(f"{path}: cannot be locked: {error.strerror}") from None
@@ -114,12 +112,15 @@ def lock_folder(path: Path, patience: float = 0.0) -> IO[str]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except OSError:
+        except BlockingIOError:
             if time.monotonic() > deadline:
                 with file:
                     holder = file.read().strip()
                 raise InputError(f"{path}: another process writes this run: {holder or 'unknown'}") from None
             time.sleep(0.1)
+        except OSError as error:  # a file system without locks
+            file.close()
+            raise InputError(f"{path}: cannot be locked: {error.strerror}") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -16,12 +16,11 @@ from spartan_ray.checkpoint import (
     CheckpointError,
     epochs_kept,
     load_checkpoint,
-    load_optimizer,
     save_weights,
 )
-from spartan_ray.config import InputError, load_config
+from spartan_ray.config import InputError, load_config, refuse_links
 from spartan_ray.data import load_splits
-from spartan_ray.evaluator import EvaluatorSpec, LocalPool
+from spartan_ray.evaluator import EvaluatorSpec, LocalPool, repeatable_gpu
 from spartan_ray.evolve import Evolver
 from spartan_ray.fitness import Normaliser
 from spartan_ray.journal import Journal, read_journal
@@ -38,6 +37,7 @@ class Replay:
     def __init__(self, run: Path, note: Callable[[str], None]) -> None:
         self.run = run
         self.note = note
+        refuse_links(run)
         self.config = load_config(str(run))
         strategy_name = self.config.evolution.strategy
         self.generations = sorted(
@@ -45,7 +45,8 @@ class Replay:
         )
         if not self.generations:
             raise InputError(f"{run}: no evolve phase is in its journal (evolution.strategy {strategy_name})")
-        self.device = torch.device("cuda" if self._ran_on_gpu() and torch.cuda.is_available() else "cpu")
+        on_gpu = self._ran_on_gpu() and torch.cuda.is_available()
+        self.device = repeatable_gpu() if on_gpu else torch.device("cpu")
         splits = load_splits(self.config.data, self.config.run.seed, note)
         self.data_digest = splits.digest()
         self.model = FlatModel(build_model(self.config.parent, len(splits.classes)), self.device)
@@ -134,7 +135,7 @@ class Replay:
         self.model.module.load_state_dict(checkpoint.tensors["network"])
         if self.model.digest() != str(journal["parent"]):
             raise InputError(f"{path}: the journal of another parent than the checkpoint's")
-        load_optimizer(self.evolver.optimizer, checkpoint.tensors["evolution"])
+        self.evolver.load_optimizer_state(checkpoint.tensors["evolution"])
         self.evolver.begin(generation)
         if self.config.evolution.strategy == "random-gradients":
             self.evolver.answer(Gradient())

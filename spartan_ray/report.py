@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from spartan_ray.config import Config, InputError, Section, load_config
+from spartan_ray.config import Config, InputError, Section, load_config, refuse_links
 
 PICTURES = {
     "train_loss": "train loss",
@@ -110,6 +110,7 @@ class RunRecord:
 
 def read_run(folder: Path) -> RunRecord:
     """Read a run folder. Raises InputError naming the file that is missing or unreadable."""
+    refuse_links(folder)
     path, rows = folder / "metrics.jsonl", []
     try:
         for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -128,10 +129,12 @@ def read_run(folder: Path) -> RunRecord:
         line_number = f" line {len(rows) + 1}:" if path.suffix == ".jsonl" else ""
         raise InputError(f"{path}:{line_number} {where}: {problem['msg']}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: a record is not JSON: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: a record is not JSON: {error}") from None
     if not rows:
         raise InputError(f"{folder / 'metrics.jsonl'}: no epoch has ended")
-    return RunRecord(folder.resolve().name, load_config(str(folder)), pd.DataFrame(rows), environment)
+    config, frame = load_config(str(folder)), pd.DataFrame(rows)
+    frame.attrs["epochs"] = config.run.epochs
+    return RunRecord(folder.resolve().name, config, frame, environment)
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -148,7 +151,7 @@ def final_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         rows.append(
             {
                 "run": name,
-                "epochs": len(frame),
+                "epochs": _epochs(frame),
                 "evolve phases": f"{int(evolve['accepted'].sum())} of {len(evolve)} accepted" if len(evolve) else "-",
                 "train loss": number(last["train_loss"]),
                 "validation accuracy": number(last["validation_accuracy"]),
@@ -160,6 +163,12 @@ def final_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def _epochs(frame: pd.DataFrame) -> str:
+    """How many epochs a run has, and of how many if it is not at its end."""
+    done, wanted = len(frame), frame.attrs.get("epochs", len(frame))
+    return str(done) if done == wanted else f"{done} of {wanted}"
 
 
 # What fits a terminal; the rest is in the report.

@@ -13,6 +13,7 @@ import ray
 import torch
 from hypothesis import settings
 from PIL import Image
+from runs import run
 
 from spartan_ray.config import Config, Data, Evolution, Parent, Run
 
@@ -53,12 +54,22 @@ def image_folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-@pytest.fixture
-def small_config(tmp_path: Path) -> Config:
+def small(folder: Path) -> Config:
     """Digits on the small network: two SGD epochs and two evolve phases of 16 members."""
     return Config(
-        run=Run(name="small", out=str(tmp_path / "runs"), epochs=4),
+        run=Run(name="small", out=str(folder / "runs"), epochs=4),
         data=Data(name="digits"),
         parent=Parent(model="convnet", threads=1),
         evolution=Evolution(every=2, population=16, fitness_images=64),
     )
+
+
+@pytest.fixture
+def small_config(tmp_path: Path) -> Config:
+    return small(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def small_run(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of that configuration, to look at and to compare with."""
+    return run(small(tmp_path_factory.mktemp("small")))

@@ -10,7 +10,8 @@ from typing import Any
 import ray
 
 from spartan_ray.config import Config
-from spartan_ray.driver import Progress, Supervisor
+from spartan_ray.driver import Driver, Progress, Supervisor
+from spartan_ray.resources import resolve_cluster
 
 TIMINGS = {"seconds", "evaluation_seconds", "images_per_second", "scoring_seconds", "update_seconds",
            "gradient_seconds", "broadcast_seconds", "retries", "late_results", "workers",
@@ -32,6 +33,14 @@ def run(config: Config, watch: Callable[[Progress], None] = lambda progress: Non
     return attend(Supervisor(config, folder), watch)
 
 
+def run_here(config: Config, folder: Path | None = None) -> tuple[Path, list[str]]:
+    """The same with the driver in this process, which saves the start of another one: the run folder and
+    what was said."""
+    driver = Driver(config.model_copy(update={"cluster": resolve_cluster(config.cluster, [{"CPU": 2}])}), folder)
+    assert driver.run()
+    return Path(str(driver.progress.folder)), driver.progress.notes
+
+
 def attend(supervisor: Supervisor, watch: Callable[[Progress], None]) -> Path:
     """Follow a run to its end."""
     try:
@@ -45,12 +54,13 @@ def attend(supervisor: Supervisor, watch: Callable[[Progress], None]) -> Path:
         supervisor.close()
 
 
-def in_workers(supervisor: Supervisor, number: int, change_worker: Callable[[Any], None]) -> None:
-    """Change the first `number` workers of a run from within: `change_worker` gets each actor's object."""
+def in_worker(supervisor: Supervisor, pid: int, change_worker: Callable[[Any], None]) -> None:
+    """Change a worker of a run from within: `change_worker` gets the actor's object."""
 
     def in_driver(driver: Any) -> None:
-        for slot in driver.pool.slots[:number]:
-            ray.get(slot.worker.__ray_call__.remote(change_worker))
+        for slot in driver.pool.slots:
+            if slot.info and slot.info.pid == pid:
+                slot.worker.__ray_call__.remote(change_worker)
 
     ray.get(supervisor.driver.__ray_call__.remote(in_driver))
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torchvision
 from ray.exceptions import RayTaskError
-from runs import change, metrics, outcome, run
+from runs import change, metrics, outcome, run, run_here, same_result
 from safetensors.torch import load_file
 
 from spartan_ray.config import Config, InputError, load_config
@@ -26,11 +25,12 @@ from spartan_ray.journal import read_journal
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import noise
 from spartan_ray.record import RunFolder, make_run_folder
+from spartan_ray.replay import Replay
 from spartan_ray.report import final_table, read_run, unique_frames, write_report
 
 
-def test_a_run_leaves_a_complete_folder(local_ray: None, small_config: Config) -> None:
-    folder = run(small_config)
+def test_a_run_leaves_a_complete_folder(small_run: Path) -> None:
+    folder = small_run
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml",
         "environment.json",
@@ -72,24 +72,24 @@ def test_a_run_leaves_a_complete_folder(local_ray: None, small_config: Config) -
     assert (result.loss, result.accuracy) == (rows[3]["test_loss"], rows[3]["test_accuracy"])
 
 
-def test_the_update_is_replayed_from_the_journal(local_ray: None, small_config: Config) -> None:
-    """One generation from the untrained parent: seeds, signs and weights give the recorded parent."""
-    config = change(small_config, run={"epochs": 1}, evolution={"every": 1, "mirrored": True})
-    folder = run(config)
-    journal = read_journal(folder / "journal" / "000001.npz")
+def test_the_update_is_made_again_from_the_journal_with_numpy(small_run: Path) -> None:
+    """The parent after generation 2 from the one before it: seeds, gains and weights."""
+    journal = read_journal(small_run / "journal" / "000002.npz")
+    config = load_config(str(small_run))
     model = FlatModel(initial_model(config.parent, 10, 0)[0], torch.device("cpu"))
+    model.module.load_state_dict(load_file(small_run / "checkpoints" / "epoch-000001.safetensors"))
     before_D = model.theta_D.numpy().astype(np.float64)
     update_D = sum(
         weight * gain * noise("uniform", int(seed), 0, len(before_D)).astype(np.float64)
         for seed, gain, weight in zip(journal["seed"], journal["gain"], journal["weight"], strict=True)
     )
     expected_D = before_D + float(journal["rate"]) * float(journal["length"]) * update_D
-    model.module.load_state_dict(load_file(folder / "final.safetensors"))
+    model.module.load_state_dict(load_file(small_run / "checkpoints" / "epoch-000002.safetensors"))
     np.testing.assert_allclose(model.theta_D.numpy(), expected_D, atol=1e-6)
-    (row,) = metrics(folder)
+    row = metrics(small_run)[1]
     # The record's fitness after the phase is that of the new parent on the generation's images.
     splits = load_splits(config.data, 0)
-    image_N = image_sets({"fitness": 64}, 143, 0, 1)["fitness"]
+    image_N = image_sets({"fitness": 64}, 143, 0, 2)["fitness"]
     images = splits.evolution[torch.from_numpy(image_N)]
     normalise = Normaliser(splits.mean_C, splits.std_C, torch.device("cpu"))
     assert row["parent_fitness_after"] == -score(model.module, images, normalise).loss
@@ -101,28 +101,17 @@ def test_the_update_is_replayed_from_the_journal(local_ray: None, small_config: 
     np.testing.assert_allclose(journal["weight"] / journal["weight"].std(), shaped / shaped.std(), atol=1e-9)
 
 
-def test_the_same_bits_with_one_worker_with_two_and_with_one_killed(local_ray: None, small_config: Config) -> None:
-    killed: list[int] = []
-
-    def kill_a_worker(progress: Any) -> None:
-        if progress.phase == "evolve" and 2 <= progress.done < progress.total and not killed:
-            killed.append(progress.worker_pids[0])
-            os.kill(killed[0], signal.SIGKILL)
-
+def test_the_same_bits_with_one_worker_and_with_two_and_others_with_another_seed(
+    local_ray: None, small_config: Config
+) -> None:
     config = change(small_config, evolution={"population": 60}, cluster={"chunk": 1})
-    folders = [
-        run(change(config, cluster={"workers": 1})),
-        run(change(config, cluster={"workers": 2, "chunk": 7})),
-        run(change(config, cluster={"workers": 2}), kill_a_worker),
-    ]
-    assert killed
-    assert sum(row.get("retries", 0) for row in metrics(folders[2])) >= 1
-    assert sum(row.get("retries", 0) for row in metrics(folders[1])) == 0
-    finals = {(folder / "final.safetensors").read_bytes() for folder in folders}
-    assert len(finals) == 1
-    assert outcome(folders[0]) == outcome(folders[1]) == outcome(folders[2])
-    other = run(change(config, run={"seed": 1}))
-    assert (other / "final.safetensors").read_bytes() not in finals
+    one, _ = run_here(change(config, cluster={"workers": 1}))
+    two, _ = run_here(change(config, cluster={"workers": 2, "chunk": 7}))
+    assert same_result(one, two)
+    assert sum(row.get("retries", 0) for row in metrics(two)) == 0
+    other, notes = run_here(change(config, run={"seed": 1}, evolution={"lr": 1.0}))
+    assert outcome(other)[0] != outcome(one)[0]
+    assert any("the step ratio" in note and "evolution.lr" in note for note in notes)
 
 
 CHAIN: dict[str, Any] = {
@@ -133,7 +122,7 @@ CHAIN: dict[str, Any] = {
 
 def test_a_chain_is_the_same_for_every_wave_and_number_of_workers(local_ray: None, small_config: Config) -> None:
     folders = [
-        run(change(small_config, evolution=CHAIN | {"wave": wave}, cluster={"workers": workers}))
+        run_here(change(small_config, evolution=CHAIN | {"wave": wave}, cluster={"workers": workers}))[0]
         for wave, workers in ((1, 1), (4, 2), (16, 2))
     ]
     assert len({(folder / "final.safetensors").read_bytes() for folder in folders}) == 1
@@ -152,31 +141,60 @@ def test_a_chain_is_the_same_for_every_wave_and_number_of_workers(local_ray: Non
     [
         (
             {"optimizer": "adam", "moments_after_evolution": "rescale", "gradient_noise": 0.01},
-            {"sigma_scale": "relative"},
+            {"sigma_scale": "relative", "optimizer": "adam", "step": "ratio", "weight_decay": 0.01, "sigma_decay": 0.9},
         ),
-        ({"moments_after_evolution": "reset"}, {"step": "search", "confirm": True, "batchnorm": "recalibrate"}),
+        (
+            {"moments_after_evolution": "reset"},
+            {"step": "search", "confirm": True, "batchnorm": "recalibrate", "optimizer": "momentum", "mutate": "?.*"},
+        ),
         (
             {},
             CHAIN
             | {"batchnorm": "batch", "gradient_split": "evolution", "mutate": "no-batchnorm", "fitness": "accuracy"},
         ),
-        ({}, {"optimizer": "adam", "step": "ratio", "weight_decay": 0.01, "sigma_decay": 0.9, "mutate": "11.*"}),
     ],
 )
-def test_options_hold_together_in_a_run_and_its_bits_do_not_depend_on_workers(
-    local_ray: None, small_config: Config, parent: dict[str, Any], evolution: dict[str, Any]
+def test_options_hold_together_and_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
+    local_ray: None, small_config: Config, tmp_path: Path, parent: dict[str, Any], evolution: dict[str, Any]
 ) -> None:
-    config = change(small_config, parent=parent, evolution={"fitness_images": None} | evolution)
-    folders = [run(change(config, cluster={"workers": workers})) for workers in (1, 2)]
-    assert outcome(folders[0]) == outcome(folders[1])
-    assert (folders[0] / "final.safetensors").read_bytes() == (folders[1] / "final.safetensors").read_bytes()
-    runs = [read_run(folder) for folder in folders]
-    assert (folders[0] / "report" / "report.html") in write_report(runs, folders[0] / "report")
+    """With one worker to the end; and as it was lost after each epoch, continued by two."""
+    config = change(
+        small_config,
+        run={"epochs": 5, "keep": 9},
+        parent=parent,
+        evolution={"fitness_images": None} | evolution,
+        cluster={"workers": 1},
+    )
+    whole, _ = run_here(config)
+    lost_after = [0, 3] if evolution.get("accept") == "chain" else [2]
+    for epoch in lost_after:
+        lost = Path(shutil.copytree(whole, tmp_path / f"lost-{epoch}"))
+        (lost / "final.safetensors").unlink()
+        for path in (lost / "checkpoints").glob("*.json"):
+            if int(path.stem.removeprefix("epoch-")) > epoch:
+                path.unlink()
+        with open(lost / "metrics.jsonl", "a") as lines:
+            lines.write('{"epoch": 6, "kind": "ev')
+        again, _ = run_here(change(load_config(str(lost)), cluster={"workers": 2}), folder=lost)
+        assert again == lost
+        assert same_result(lost, whole)
+        environment = json.loads((lost / "environment.json").read_text())
+        assert [resumed["epoch"] for resumed in environment["resumed"]] == [epoch]
+
+    replay = Replay(whole, lambda note: None)
+    assert replay.generations == [2, 4]
+    assert all(replay.verify(generation) for generation in replay.generations)
+    for member in (0, 7, len(read_journal(whole / "journal" / "000004.npz")["member"]) - 1):
+        recorded, scored = replay.descendant(4, member, tmp_path / "descendant.safetensors")
+        assert recorded == scored
+    runs = [read_run(whole)]
+    assert (whole / "report" / "report.html") in write_report(runs, whole / "report")
 
 
 def test_moments_matter_after_a_phase_that_moved_the_parent(local_ray: None, small_config: Config) -> None:
+    config = change(small_config, run={"epochs": 3}, cluster={"workers": 1})
     rows = {
-        moments: outcome(run(change(small_config, parent={"optimizer": "adam", "moments_after_evolution": moments})))
+        moments: outcome(run_here(change(config, parent={"optimizer": "adam", "moments_after_evolution": moments}))[0])
         for moments in ("keep", "reset", "rescale")
     }
     assert rows["keep"][:2] == rows["reset"][:2] == rows["rescale"][:2]
@@ -190,7 +208,6 @@ def test_a_run_starts_from_torchvision_s_weights_of_a_thousand_classes(
     network = torchvision.models.resnet18()
     assert network.fc.weight.shape == (1000, 512)
     torch.save(network.state_dict(), tmp_path / "resnet18.pth")
-    notes: list[str] = []
     config = change(
         small_config,
         run={"epochs": 2},
@@ -198,7 +215,7 @@ def test_a_run_starts_from_torchvision_s_weights_of_a_thousand_classes(
         parent={"model": "resnet18", "weights": str(tmp_path / "resnet18.pth"), "lr": 1e-12},
         evolution={"population": 4, "lr": 1e-12, "sigma": 1e-6},
     )
-    folder = run(config, lambda progress: notes.extend(progress.notes))
+    folder, notes = run_here(config)
     assert any("fc.weight: 1000 classes" in note and "10 here: re-initialised" in note for note in notes)
     final = load_file(folder / "final.safetensors")
     assert final["fc.weight"].shape == (10, 512)
@@ -207,24 +224,23 @@ def test_a_run_starts_from_torchvision_s_weights_of_a_thousand_classes(
     torchvision.models.resnet18(num_classes=10).load_state_dict(final)
 
 
-def test_a_run_s_own_configuration_repeats_it(local_ray: None, small_config: Config) -> None:
-    first = run(small_config)
-    again = run(load_config(str(first / "config.yaml")))
+def test_a_run_s_own_configuration_repeats_it(small_run: Path) -> None:
+    again, _ = run_here(load_config(str(small_run / "config.yaml")))
     assert again.name == "small-2"
-    assert (first / "final.safetensors").read_bytes() == (again / "final.safetensors").read_bytes()
+    assert same_result(again, small_run)
 
 
-def test_strategy_none_is_sgd_alone_and_equals_es_up_to_its_first_phase(local_ray: None, small_config: Config) -> None:
-    alone = run(change(small_config, evolution={"strategy": "none"}))
+def test_strategy_none_is_sgd_alone_and_equals_es_up_to_its_first_phase(small_run: Path, small_config: Config) -> None:
+    alone, _ = run_here(change(small_config, evolution={"strategy": "none"}))
     assert [row["kind"] for row in metrics(alone)] == ["sgd"] * 4
     assert not (alone / "journal").exists()
-    assert outcome(alone)[0] == outcome(run(small_config))[0]
+    assert outcome(alone)[0] == outcome(small_run)[0]
 
 
 def test_every_image_of_a_run_is_scored_alike_and_the_parent_with_it(local_ray: None, small_config: Config) -> None:
     """The parent's fitness after a phase that did not move it is the fitness before, to the bit."""
     config = change(small_config, evolution={"fitness": "accuracy", "sigma": 1e-12, "lr": 1e-12})
-    rows = [row for row in metrics(run(config)) if row["kind"] == "evolve"]
+    rows = [row for row in metrics(run_here(config)[0]) if row["kind"] == "evolve"]
     for row in rows:
         assert row["accepted"] is False
         assert row["note"] == "no update: all members have equal fitness"
@@ -232,7 +248,8 @@ def test_every_image_of_a_run_is_scored_alike_and_the_parent_with_it(local_ray: 
 
 
 def test_a_parent_that_diverged_is_recorded_to_the_end(local_ray: None, small_config: Config) -> None:
-    folder = run(change(small_config, parent={"lr": 1e30}))
+    config = change(small_config, run={"seed": 2**63 - 1}, data={"augment": True}, parent={"lr": 1e30})
+    folder, _ = run_here(config)
     rows = metrics(folder)
     assert len(rows) == 4
     assert rows[3]["train_loss"] is None
@@ -282,11 +299,15 @@ def peak_memory(pid: int) -> float:
 
 
 def test_stop_ends_a_run_with_its_record_whole(local_ray: None, small_config: Config) -> None:
-    supervisor = Supervisor(change(small_config, run={"epochs": 10_000}))
-    rows = 0
+    """With no phase to come, which is said, and the sizes of the splits."""
+    supervisor = Supervisor(change(small_config, run={"epochs": 10_000}, evolution={"every": 10_001}))
+    rows, notes = 0, []
     while rows < 3:
         _, progress = supervisor.watch(0.05, 0)
         rows = len(progress.rows)
+        notes += progress.notes
+    assert notes[0].startswith("1152 sgd, 143 evolution, 143 validation, 359 test images of 10 classes; 2 workers; ")
+    assert "no evolve phase: evolution.every (10001) > run.epochs (10000)" in notes
     supervisor.stop()
     assert supervisor.result() is False
     pids = progress.worker_pids
@@ -306,20 +327,6 @@ def test_too_many_fitness_images_are_refused_before_a_folder_is_made(local_ray: 
     assert "evolution.fitness_images (100000) do not fit data.evolution_images (143)" in str(caught.value.cause)
     assert not Path(small_config.run.out).exists()
     supervisor.close()
-
-
-def test_a_step_that_is_too_long_is_said(local_ray: None, small_config: Config) -> None:
-    notes: list[str] = []
-    run(change(small_config, evolution={"lr": 1.0}), lambda progress: notes.extend(progress.notes))
-    assert any("the step ratio" in note and "evolution.lr" in note for note in notes)
-
-
-def test_no_evolve_phase_in_so_few_epochs_is_said(local_ray: None, small_config: Config) -> None:
-    notes: list[str] = []
-    config = change(small_config, run={"epochs": 2}, evolution={"every": 3})
-    run(config, lambda progress: notes.extend(progress.notes))
-    assert "no evolve phase: evolution.every (3) > run.epochs (2)" in notes
-    assert notes[0].startswith("1152 sgd, 143 evolution, 143 validation, 359 test images of 10 classes; 2 workers; ")
 
 
 def test_run_folders_are_never_shared(tmp_path: Path) -> None:

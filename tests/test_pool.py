@@ -6,9 +6,12 @@ import math
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from spartan_ray.config import Cluster, Data, Evolution, InputError, Parent
@@ -115,6 +118,27 @@ def test_a_killed_worker_s_chunks_are_done_again_and_it_is_replaced(running: Run
     assert len(after & before) == 1
 
 
+def test_what_a_stopped_worker_had_is_done_by_the_other_and_its_late_answer_dropped(running: Running) -> None:
+    assert same(running.pool.evaluate(MEMBERS), running.expected)
+    running.pool.cluster = running.pool.cluster.model_copy(update={"chunk": 4})
+    (pid, _) = (info.pid for info in running.pool.infos)
+    stopped: list[int] = []
+
+    def stop(members: int, images: int) -> None:
+        if members and not stopped:
+            stopped.append(pid)
+            os.kill(pid, signal.SIGSTOP)
+
+    running.pool.advance = stop
+    assert same(running.pool.evaluate(MEMBERS), running.expected)
+    os.kill(pid, signal.SIGCONT)
+    running.pool.advance = running.advance
+    while not running.pool.counts["late_results"]:
+        assert same(running.pool.evaluate(MEMBERS), running.expected)
+    assert running.pool.counts["retries"] == 0
+    assert next(info.pid for info in running.pool.infos) == pid
+
+
 def test_a_worker_killed_between_generations_is_replaced(running: Running) -> None:
     for info in running.pool.infos:
         os.kill(info.pid, signal.SIGKILL)
@@ -137,6 +161,58 @@ def test_a_worker_whose_noise_differs_is_refused_by_name(running: Running) -> No
     running.pool._welcome(running.pool.slots[0], wrong)
     with pytest.raises(PoolError, match="no workers are left"):
         running.pool.evaluate(MEMBERS)
+
+
+def test_a_worker_of_other_versions_is_refused_by_name(running: Running) -> None:
+    slot = running.pool.slots[1]
+    assert slot.info
+    wrong = replace(slot.info, versions=versions() | {"torch": "1.0"})
+    running.pool._welcome(slot, wrong)
+    assert running.notes == [f"refused {wrong}: torch 1.0, here {versions()['torch']}"]
+    assert same(running.pool.evaluate(MEMBERS), running.expected)
+
+
+def poisoned() -> Members:
+    """Members of which the one of seed 5 cannot be scored on any worker."""
+
+    class Poison:
+        def __int__(self) -> int:
+            raise FloatingPointError("this member breaks the device")
+
+        def __str__(self) -> str:
+            return "5"
+
+    seed_K = np.array([4, Poison(), 6, 7], dtype=object)
+    return Members(seed_K, np.zeros(4, np.float32), np.full(4, 0.05, np.float32))
+
+
+def test_a_member_that_fails_on_three_workers_is_named_and_scored_worst(running: Running) -> None:
+    scores = running.pool.evaluate(poisoned())
+    assert np.isnan(scores.loss_K).tolist() == [False, True, False, False]
+    assert running.pool.counts["members_failed"] == 1
+    (said,) = [note for note in running.notes if "scored worst" in note]
+    assert said == (
+        "the member of seed 5 failed on 3 workers and is scored worst: "
+        "FloatingPointError: this member breaks the device"
+    )
+    assert sum("was lost and is replaced: FloatingPointError" in note for note in running.notes) >= 3
+    running.pool.cluster = running.pool.cluster.model_copy(update={"on_member_error": "stop"})
+    with pytest.raises(PoolError, match="the member of seed 5 failed on 3 workers: FloatingPointError"):
+        running.pool.evaluate(poisoned())
+
+
+def test_without_any_worker_the_run_waits_and_then_stops(local_ray: None) -> None:
+    """All cores are somebody else's."""
+
+    class Hog:
+        def ready(self) -> None: ...
+
+    remote_hog: Any = ray.remote(num_cpus=2)(Hog)
+    hog = remote_hog.remote()
+    ray.get(hog.ready.remote())
+    with pytest.raises(PoolError, match=r"no worker for 1.5 s \(cluster\.worker_timeout\)"):
+        Running(workers=1, worker_timeout=1.5)
+    ray.kill(hog)
 
 
 def test_workers_that_cannot_start_end_the_run_with_the_reason(local_ray: None) -> None:

@@ -95,7 +95,7 @@ def test_a_report_of_sgd_alone_has_no_evolve_phases(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "sgd", [0.1], {}))
     paths = write_report([run], tmp_path / "report")
     assert "Evolve phases" not in paths[3].read_text()
-    assert markdown(final_table({"sgd": run.metrics})).splitlines()[2].startswith("| sgd | 1 | - |")
+    assert markdown(final_table({"sgd": run.metrics})).splitlines()[2].startswith("| sgd | 1 of 50 | - |")
 
 
 def test_what_is_no_run_folder_is_named(tmp_path: Path) -> None:
@@ -109,5 +109,5 @@ def test_what_is_no_run_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no epoch has ended"):
         read_run(folder)
     (folder / "metrics.jsonl").write_text("[1]\n")
-    with pytest.raises(InputError, match="no epoch has ended"):
+    with pytest.raises(InputError, match="line 1 is no record of an epoch"):
         read_run(folder)

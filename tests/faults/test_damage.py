@@ -39,6 +39,7 @@ from spartan_ray.data import load_splits
 from spartan_ray.journal import read_journal, write_journal
 from spartan_ray.model import initial_model
 from spartan_ray.record import RunFolder, lock_folder
+from spartan_ray.replay import Replay
 from spartan_ray.report import evolve_table, final_table, read_run
 from spartan_ray.strategies import Outcome
 from spartan_ray.strategies.base import noisy
@@ -169,6 +170,12 @@ def test_no_link_leads_out_of_a_run_folder(run: Path, tmp_path: Path) -> None:
     (run / "metrics.jsonl").symlink_to(tmp_path / "precious")
     with pytest.raises(InputError, match=r"metrics\.jsonl: a link out of the run folder"):
         lock_folder(run)
+    with pytest.raises(InputError, match=r"metrics\.jsonl: a link out of the run folder"):
+        read_run(run)
+    (run / "metrics.jsonl").unlink()
+    (run / "checkpoints" / "epoch-000004.json.tmp").symlink_to("../../precious")
+    with pytest.raises(InputError, match=r"epoch-000004\.json\.tmp: a link out of the run folder"):
+        Replay(run, lambda note: None)
     assert (tmp_path / "precious").read_text() == "keep me"
     with pytest.raises(InputError, match=r"run\.name"):
         load_config(str(write(tmp_path / "escape.yaml", b"run: {name: ../../elsewhere}")))

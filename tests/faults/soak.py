@@ -1,0 +1,49 @@
+"""Many generations while workers are killed. Takes the configuration as JSON; prints what it saw as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import ray
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from runs import attend
+
+from spartan_ray.config import Config
+from spartan_ray.driver import Progress, Supervisor
+
+SECONDS_BETWEEN_KILLS = 4.0
+
+
+def main() -> None:
+    config = Config(**json.loads(sys.argv[1]))
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    chance = random.Random(0)
+    resident: dict[int, int] = {}
+    killed: list[int] = []
+    next_kill = time.monotonic() + SECONDS_BETWEEN_KILLS
+
+    def watch(progress: Progress) -> None:
+        nonlocal next_kill
+        if progress.epoch not in resident:
+            resident[progress.epoch] = psutil.Process(progress.driver_pid).memory_info().rss
+        if progress.worker_pids and time.monotonic() > next_kill:
+            killed.append(chance.choice(progress.worker_pids))
+            os.kill(killed[-1], signal.SIGKILL)
+            next_kill = time.monotonic() + SECONDS_BETWEEN_KILLS
+
+    folder = attend(Supervisor(config), watch)
+    processes = [process.pid for process in psutil.Process().children(recursive=True)]
+    ray.shutdown()
+    print(json.dumps({"folder": str(folder), "killed": killed, "resident": resident, "processes": processes}))
+
+
+if __name__ == "__main__":
+    main()
