@@ -35,10 +35,11 @@ from spartan_ray.fitness import Normaliser, score
 from spartan_ray.journal import write_journal
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.parent import Trainer
-from spartan_ray.pool import Pool, claim_device, nodes_here_first, pool_size
+from spartan_ray.pool import Pool, nodes_here_first, pool_size
 from spartan_ray.record import Row, RunFolder, lock_folder
 from spartan_ray.resources import resolve_cluster
 from spartan_ray.strategies import make_strategy
+from spartan_ray.worker import claim_device
 
 # The train loss is taken on so many SGD images at most: the same ones every epoch.
 TRAIN_LOSS_IMAGES = 5000

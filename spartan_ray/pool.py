@@ -8,11 +8,8 @@ depends on nothing but its range, the outcome is the same to the bit.
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import math
-import os
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,16 +18,17 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from spartan_ray.config import Cluster, ImageSet, RunError
-from spartan_ray.evaluator import EvaluatorSpec, ParentState, repeatable_gpu
-from spartan_ray.noise import fingerprint, fingerprint_agrees
+from spartan_ray.evaluator import EvaluatorSpec, ParentState
+from spartan_ray.noise import fingerprint_agrees
 from spartan_ray.resources import workers_that_fit
+from spartan_ray.spans import Range, Span
 from spartan_ray.strategies.base import Members, Scores, joined
+from spartan_ray.worker import Worker, WorkerInfo, versions
 
 # Tasks on a worker: one that runs and one that is ready when it ends.
 QUEUED_PER_WORKER = 2
@@ -58,72 +56,6 @@ class PoolError(RunError):
     """The workers cannot do the work; the message says why."""
 
 
-@dataclass(frozen=True)
-class WorkerInfo:
-    """What a worker says of itself when it joins."""
-
-    host: str
-    pid: int
-    device: str
-    threads: int
-    fingerprint: NDArray[np.float32]
-    versions: dict[str, str]
-
-    def record(self) -> dict[str, str | int]:
-        """What goes into environment.json."""
-        return {"host": self.host, "pid": self.pid, "device": self.device, "threads": self.threads}
-
-    def __str__(self) -> str:
-        return f"worker {self.pid} on {self.host} ({self.device})"
-
-
-def versions() -> dict[str, str]:
-    """What the bits of a score may depend on beside the package itself, which a run brings to its workers."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "numpy", "numba")}
-
-
-def claim_device(threads: int) -> torch.device:
-    """The device that Ray assigned to this process, set up for repeatable results."""
-    torch.set_num_threads(threads)
-    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
-        return torch.device("cpu")
-    return repeatable_gpu()
-
-
-class Worker:
-    """The actor around one evaluator."""
-
-    def __init__(self, spec: EvaluatorSpec) -> None:
-        self.device = claim_device(spec.threads)
-        self.evaluator = spec.make(self.device)
-        self.parent_key: int | None = None
-
-    def join(self) -> WorkerInfo:
-        sample = fingerprint(self.evaluator.kernel)
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-        else:
-            name = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-        return WorkerInfo(socket.gethostname(), os.getpid(), name, torch.get_num_threads(), sample, versions())
-
-    def evaluate(
-        self, key: int, parent: ParentState, members: Members, images: ImageSet, bar: float
-    ) -> tuple[Scores, float, float]:
-        """The members' scores, and the seconds it took to load the parent and to score them."""
-        start = time.perf_counter()
-        if key != self.parent_key:
-            self.evaluator.load(parent)
-            self.parent_key = key
-        loaded = time.perf_counter()
-        scores = self.evaluator.evaluate(members, images, bar)
-        return scores, loaded - start, time.perf_counter() - loaded
-
-    def accumulate(
-        self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
-    ) -> NDArray[np.float32]:
-        return self.evaluator.accumulate(seed_K, weight_K, start, stop)
-
-
 def nodes_here_first() -> list[dict[str, Any]]:
     """The nodes of the Ray that are up, this one first."""
     here = ray.get_runtime_context().get_node_id()
@@ -149,42 +81,11 @@ class _Slot:
 
 
 @dataclass(eq=False)
-class _Span:
-    """A part of a range, done as a whole."""
-
-    start: int
-    stop: int
-    copies: int = 0  # workers that have it now
-    failures: int = 0  # workers that failed at it
-    doubtful: _Slot | None = None  # a worker whose result was not finite
-    done: bool = False
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(eq=False)
-class _Range:
-    """A range that is being covered."""
-
-    submit: Callable[[ActorHandle[Any], int, int], Any]
-    next_size: Callable[[int], int]
-    waiting: deque[_Span]
-    left: int  # elements that are not done
-    seconds: float = 0.0  # that so many elements took
-    elements: int = 0
-
-    def expected(self, spans: list[_Span]) -> float:
-        """Seconds that spans should take, 0 if nothing is known."""
-        return self.seconds * sum(map(len, spans)) / max(self.elements, 1)
-
-
-@dataclass(eq=False)
 class _Task:
     slot: _Slot
     ref: Any
-    range: _Range | None  # None: the worker is joining
-    span: _Span
+    range: Range | None  # None: the worker is joining
+    span: Span
 
 
 @dataclass
@@ -329,7 +230,7 @@ class Pool:
         A span that failed is done again in parts of the smallest size; one that fails in that size on TRIES
         workers has the result that `give_up(start, reason)` returns. A result that is not finite counts when
         a second worker, if there is one, agrees; else the worker is replaced."""
-        range_ = _Range(submit, next_size, deque([_Span(0, total)]), total)
+        range_ = Range(submit, next_size, deque([Span(0, total)]), total)
         self.manned = time.monotonic()  # nobody looked after the workers since the last one
         while range_.left:
             self._dispatch(range_)
@@ -347,7 +248,7 @@ class Pool:
                     if span.copies:
                         continue  # another worker has it
                     if span.failures < TRIES or len(span) > smallest:
-                        range_.waiting.extendleft(reversed(_parts(span, smallest) if end.running else [span]))
+                        range_.waiting.extendleft(reversed(span.parts(smallest) if end.running else [span]))
                         continue
                     result = give_up(span.start, _reason(end.error))
                 elif is_finite(result):
@@ -363,13 +264,13 @@ class Pool:
                 range_.left -= len(span)
                 yield (span.start, span.stop), result
 
-    def _dispatch(self, range_: _Range) -> None:
+    def _dispatch(self, range_: Range) -> None:
         """Queue spans on the workers that have joined, the idle ones first; where nothing is left to queue,
         idle workers take what is late on others."""
         joined_slots = [slot for slot in self.slots if slot.info]
         for queued in range(QUEUED_PER_WORKER):
             for slot in joined_slots:
-                if len(slot.tasks) <= queued and (span := _next_span(range_, slot, joined_slots)):
+                if len(slot.tasks) <= queued and (span := range_.take(slot, len(joined_slots) == 1)):
                     self._queue(slot, span, range_)
         if range_.waiting:
             return
@@ -382,7 +283,7 @@ class Pool:
                 idle.remove(free)
                 self._queue(free, task.span, range_)
 
-    def _queue(self, slot: _Slot, span: _Span, range_: _Range) -> None:
+    def _queue(self, slot: _Slot, span: Span, range_: Range) -> None:
         span.copies += 1
         self._add(_Task(slot, range_.submit(slot.worker, span.start, span.stop), range_, span))
 
@@ -393,7 +294,7 @@ class Pool:
         self.tasks[task.ref] = task
 
     @staticmethod
-    def _overdue(slot: _Slot, range_: _Range) -> bool:
+    def _overdue(slot: _Slot, range_: Range) -> bool:
         """Whether what a worker has is late. Unknown, and so not late, before anything of the range is done."""
         usual = range_.expected([task.span for task in slot.tasks])
         return bool(range_.elements) and time.monotonic() - slot.since > LATE_SECONDS + LATE_FACTOR * usual
@@ -446,7 +347,7 @@ class Pool:
         for _ in due:
             slot = _Slot(self.actor.remote(self.spec))
             self.slots.append(slot)
-            self._add(_Task(slot, slot.worker.join.remote(), None, _Span(0, 0)))
+            self._add(_Task(slot, slot.worker.join.remote(), None, Span(0, 0)))
         if not self.slots and not self.starts:
             raise PoolError(f"no workers are left: {self.last_reason}")
         if self.infos:
@@ -525,30 +426,6 @@ class Pool:
         for task in slot.tasks:
             del self.tasks[task.ref]
         return [_End(task, error=error, running=place == 0) for place, task in enumerate(slot.tasks) if task.range]
-
-
-def _next_span(range_: _Range, slot: _Slot, others: list[_Slot]) -> _Span | None:
-    """The next span for a worker: a fresh one is cut to size, one that failed or is doubtful stays as it is.
-    A doubtful one is for another worker than the one that it came from."""
-    for span in range_.waiting:
-        if span.doubtful is slot and len(others) > 1:
-            continue
-        range_.waiting.remove(span)
-        if span.failures or span.doubtful:
-            return span
-        size = range_.next_size(sum(map(len, range_.waiting)) + len(span))
-        if size < len(span):
-            range_.waiting.appendleft(_Span(span.start + size, span.stop))
-            span = _Span(span.start, span.start + size)
-        return span
-    return None
-
-
-def _parts(span: _Span, smallest: int) -> list[_Span]:
-    """A span that failed, in its smallest parts."""
-    if len(span) <= smallest:
-        return [span]
-    return [_Span(start, min(start + smallest, span.stop)) for start in range(span.start, span.stop, smallest)]
 
 
 def _reason(error: Exception) -> str:

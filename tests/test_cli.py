@@ -135,7 +135,8 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
     folder = Path("/tmp") / f"spartan-{secrets.token_hex(4)}"
     command = [
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}",
-        f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--disable-usage-stats",
+        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
+        f"--temp-dir={folder}", "--disable-usage-stats",
     ]  # fmt: skip
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     reach = environment() | token | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "PATH": path}

@@ -57,10 +57,10 @@ def test_a_random_worker_killed_in_each_of_ten_generations(undisturbed: Path, co
 
 def test_a_worker_that_returns_nan_one_that_raises_and_one_that_hangs(undisturbed: Path, config: Config) -> None:
     """One after another in a run: what a broken device, a GPU out of memory and a stuck one do. Each is found
-    out and replaced, and what the stuck one had is done by the other meanwhile."""
+    out and replaced."""
     notes: list[str] = []
     disturbed: dict[int, int] = {}  # generation: the process
-    supervisor = Supervisor(change(config, cluster={"task_timeout": 4.0, "chunk": 5}))
+    supervisor = Supervisor(change(config, cluster={"task_timeout": 1.0, "chunk": 5}))
 
     def to_nan(worker: Any) -> None:
         worker.evaluator.normalise.shift_C += math.nan
@@ -79,7 +79,8 @@ def test_a_worker_that_returns_nan_one_that_raises_and_one_that_hangs(undisturbe
     def disturb(progress: Progress) -> None:
         notes.extend(progress.notes)
         due = progress.epoch in faults.keys() - disturbed.keys()
-        if due and progress.phase == "evolve" and len(progress.worker_pids) == 2:
+        # It takes two to see that one is wrong.
+        if due and progress.phase == "evolve" and len(progress.worker_pids) >= (2 if progress.epoch == 2 else 1):
             disturbed[progress.epoch] = progress.worker_pids[0]
             in_worker(supervisor, progress.worker_pids[0], faults[progress.epoch])
 
@@ -91,7 +92,7 @@ def test_a_worker_that_returns_nan_one_that_raises_and_one_that_hangs(undisturbe
         (
             "it returned NaN where worker",
             "MemoryError: out of memory",
-            "no answer for 4 s or more (cluster.task_timeout)",
+            "no answer for 1 s or more (cluster.task_timeout)",
         ),
         strict=True,
     ):
