@@ -12,6 +12,7 @@ the JSON has.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,13 +20,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from spartan_ray.config import InputError, RunError
+from spartan_ray.config import Config, InputError, RunError
 
 PARTS = ("network", "optimizer", "evolution")
 # Without these a checkpoint still serves replay; only a resume needs the parent's optimizer.
@@ -37,13 +39,48 @@ class CheckpointError(Exception):
     """A checkpoint is missing, torn or changed; one line that names the file."""
 
 
+class MetricsState(BaseModel):
+    """metrics.jsonl as it was."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
+class Loop(BaseModel):
+    """What a checkpoint's JSON says beside its checksums."""
+
+    model_config = ConfigDict(strict=True)
+
+    epoch: Annotated[int, Field(ge=0)]
+    """That has ended; 0 is the start of the run."""
+    generation: int
+    """The last evolve phase."""
+    steps: Annotated[int, Field(ge=0)]
+    """Of gradient descent."""
+    device: str
+    """Kind of device that the driver has: bits differ between kinds."""
+    data: str
+    """Digest of all images in their order."""
+    metrics: MetricsState
+    config: Config
+
+
+class _File(Loop):
+    """The JSON as it is written."""
+
+    files: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after an epoch; 0 is its start. `loop` is what JSON can hold."""
+    """The state of a run after an epoch."""
 
-    epoch: int
     tensors: dict[str, TensorDict]  # by part
-    loop: dict[str, Any]
+    loop: Loop
+
+    @property
+    def epoch(self) -> int:
+        return self.loop.epoch
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -62,7 +99,8 @@ def write_whole(path: Path, content: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 
 
@@ -74,13 +112,12 @@ def save_weights(path: Path, state: TensorDict, description: str) -> None:
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint into the folder. Raises RunError, with the ones before it as they were."""
-    files = {}
+    files, epoch = {}, checkpoint.epoch
     for part in PARTS:
-        path, content = _path(folder, checkpoint.epoch, part), save(checkpoint.tensors[part])
+        path, content = _path(folder, epoch, part), save(checkpoint.tensors[part])
         write_whole(path, content)
         files[path.name] = hashlib.sha256(content).hexdigest()
-    loop = {"epoch": checkpoint.epoch} | checkpoint.loop | {"files": files}
-    write_whole(_path(folder, checkpoint.epoch, "loop"), _encode(loop))
+    write_whole(_path(folder, epoch, "loop"), _encode(checkpoint.loop.model_dump() | {"files": files}))
 
 
 def load_checkpoint(folder: Path, epoch: int, parts: tuple[str, ...] = PARTS) -> Checkpoint:
@@ -88,16 +125,24 @@ def load_checkpoint(folder: Path, epoch: int, parts: tuple[str, ...] = PARTS) ->
     path = _path(folder, epoch, "loop")
     try:
         content = path.read_bytes()
-        loop = json.loads(content)
-        del loop["sha256"]
-        intact = _encode(loop) == content and loop["epoch"] == epoch
+        values = json.loads(content)
+        del values["sha256"]
+        intact = _encode(values) == content and values["epoch"] == epoch
     except OSError as error:
         raise CheckpointError(f"{path}: not readable: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise CheckpointError(f"{path}: torn or changed: its checksum is wrong")
-    return Checkpoint(epoch, {part: _load_part(_path(folder, epoch, part), loop["files"]) for part in parts}, loop)
+    try:
+        loop = _File.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise CheckpointError(f"{path}: not a checkpoint of this version: {where}: {problem['msg']}") from None
+    except InputError as error:  # of the configuration in it
+        raise CheckpointError(f"{path}: not a checkpoint of this version: {error}") from None
+    return Checkpoint({part: _load_part(_path(folder, epoch, part), loop.files) for part in parts}, loop)
 
 
 def latest_checkpoint(run: Path, warn: Callable[[str], None]) -> tuple[Checkpoint, bytes]:
@@ -110,7 +155,7 @@ def latest_checkpoint(run: Path, warn: Callable[[str], None]) -> tuple[Checkpoin
             checkpoint = load_checkpoint(run / "checkpoints", epoch)
             return checkpoint, _load_metrics(run / "metrics.jsonl", checkpoint)
         except CheckpointError as error:
-            warn(f"{error}; the checkpoint before it is used")
+            warn(f"{error}; trying the one before it")
     raise InputError(f"{run}: no intact checkpoint to go on from")
 
 
@@ -122,13 +167,23 @@ def epochs_kept(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def prune(folder: Path, keep: int, keep_for_replay: Callable[[int], bool]) -> None:
-    """Delete all but the last `keep` checkpoints. Of one that replay needs only the parent's optimizer goes."""
-    for epoch in epochs_kept(folder)[:-keep]:
-        parts = {"optimizer"} if keep_for_replay(epoch) else {"loop", *PARTS}
-        # The JSON goes first, since a checkpoint is its JSON.
-        for part in sorted(parts, key=lambda part: part != "loop"):
-            _path(folder, epoch, part).unlink(missing_ok=True)
+def prune(folder: Path, epoch: int, keep: int, keep_for_replay: Callable[[int], bool]) -> None:
+    """Delete all but the last `keep` checkpoints up to an epoch, and those after it, which a run that went on
+    from there does not count on. Of one that replay needs only the parent's optimizer goes."""
+    kept = epochs_kept(folder)
+    older = [number for number in kept if number <= epoch][:-keep]
+    for number in older + [number for number in kept if number > epoch]:
+        parts = ("optimizer",) if number < epoch and keep_for_replay(number) else ("loop", *PARTS)
+        for part in parts:  # the JSON first, since a checkpoint is its JSON
+            _path(folder, number, part).unlink(missing_ok=True)
+
+
+def load_network(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Give a network the weights of a checkpoint. Raises InputError when they are another network's."""
+    try:
+        module.load_state_dict(checkpoint.tensors["network"])
+    except RuntimeError as error:
+        raise InputError(f"the checkpoint of epoch {checkpoint.epoch} is of another network: {error}") from None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> TensorDict:
@@ -143,13 +198,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> TensorDict:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: TensorDict) -> None:
     """Give an optimizer the state that `optimizer_tensors` took. What has the shape of its parameter gets
-    its layout in memory too, since torch rounds differently in another."""
+    its layout in memory too, since torch rounds differently in another. Raises InputError for another state."""
     parameters = _parameters(optimizer)
     optimizer.state.clear()
     for key, value in tensors.items():
         number, _, name = key.partition(".")
+        if not number.isdecimal() or int(number) >= len(parameters):
+            raise InputError(f"the checkpoint is of another optimizer: {key}")
         parameter = parameters[int(number)]
-        if value.shape == parameter.shape:
+        if value.ndim and value.shape != parameter.shape:
+            raise InputError(f"the checkpoint is of another optimizer: {key} is {tuple(value.shape)}")
+        if value.ndim:
             value = torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][name] = value.detach()
 
@@ -171,12 +230,12 @@ def _encode(loop: dict[str, Any]) -> bytes:
 
 def _load_metrics(path: Path, checkpoint: Checkpoint) -> bytes:
     """The record up to a checkpoint; what came after it is computed again."""
-    state = checkpoint.loop["metrics"]
+    state = checkpoint.loop.metrics
     try:
-        content = path.read_bytes()[: state["bytes"]] if state["bytes"] else b""
+        content = path.read_bytes()[: state.bytes] if state.bytes else b""
     except OSError as error:
         raise CheckpointError(f"{path}: not readable: {error.strerror}") from None
-    if hashlib.sha256(content).hexdigest() != state["sha256"]:
+    if hashlib.sha256(content).hexdigest() != state.sha256:
         raise CheckpointError(f"{path}: not the record of the checkpoint of epoch {checkpoint.epoch}")
     return content
 

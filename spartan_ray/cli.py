@@ -22,13 +22,15 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from spartan_ray.config import Config, InputError, RunError, differences, load_config, preset_names
+from spartan_ray.config import Config, InputError, RunError, differences, load_config, load_run_config, preset_names
 
 DESCRIPTION = """Spartan training: SGD alternated with evolution, the population scored on Ray."""
 REFRESH_SECONDS = 0.5
 # Seconds between plain lines within a phase, and seconds that a stopping run may take.
 LINE_SECONDS = 15.0
 STOP_SECONDS = 30.0
+# Seconds that a run which was just killed may take to let go of its folder.
+LOCK_PATIENCE = 3.0
 # Seconds to wait for a Ray to answer.
 REACH_SECONDS = 5.0
 
@@ -57,7 +59,9 @@ def main() -> None:
         "replay", help="rebuild any descendant that a run scored, or verify the run's updates from its journal"
     )
     replay.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    replay.add_argument("--verify", action="store_true", help="make every next parent again and compare its bits")
+    replay.add_argument(
+        "--verify", action="store_true", help="make every next parent again and compare it with its digest on record"
+    )
     replay.add_argument("--generation", type=int, metavar="G", help="the epoch of the evolve phase")
     replay.add_argument("--member", type=int, metavar="K", help="the member, counted from 0")
     replay.add_argument(
@@ -71,9 +75,9 @@ def main() -> None:
     if rest and arguments.command not in ("train", "resume"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if arguments.command == "replay" and arguments.verify == (arguments.generation is not None):
-        parser.error("replay: either --verify, or --generation G --member K")
+        replay.error("either --verify, or --generation G and --member K")
     if arguments.command == "replay" and (arguments.generation is None) != (arguments.member is None):
-        parser.error("replay: --generation and --member go together")
+        replay.error("--generation and --member go together")
     try:
         match arguments.command:
             case "train":
@@ -91,6 +95,7 @@ def main() -> None:
         print(f"spartan: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:  # before there was a run to stop, or while it stopped
+        print("stopped", flush=True)
         code = 130
     sys.exit(code)
 
@@ -108,15 +113,15 @@ def parse_config(arguments: list[str]) -> Config:
     description = (
         f"Train a network. --config NAME|FILE is the base, flags override it. Presets: {', '.join(preset_names())}."
     )
-    return _with_flags(default, flags, description)
+    return _with_flags(default, flags, "spartan train", description)
 
 
-def _with_flags(default: Config, flags: list[str], description: str) -> Config:
+def _with_flags(default: Config, flags: list[str], prog: str, description: str) -> Config:
     """A configuration with the fields that flags name replaced."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(Config, default=default, args=flags, prog="spartan train", description=description)
+            return tyro.cli(Config, default=default, args=flags, prog=prog, description=description)
     except SystemExit as end:
         if end.code == 0:
             raise
@@ -150,14 +155,23 @@ def resume_run(folder: Path, flags: list[str]) -> int:
     from spartan_ray.checkpoint import latest_checkpoint
     from spartan_ray.record import lock_folder
 
-    if not (folder / "config.yaml").is_file():
-        raise InputError(f"{folder}: not a run folder: it has no config.yaml")
-    config = _with_flags(load_config(str(folder)), flags, "")
-    with lock_folder(folder):  # a run in progress is said before Ray starts
-        checkpoint, _ = latest_checkpoint(folder, print)
-    changed = differences(Config(**checkpoint.loop["config"]), config)
+    before = load_run_config(folder)
+    try:
+        config = _with_flags(before, flags, "spartan resume RUN", "Only --cluster.* and --run.keep may be given.")
+    except InputError as error:
+        raise InputError(f"{error} (resume takes one RUN, --cluster.* and --run.keep)") from None
+    with lock_folder(folder, LOCK_PATIENCE):  # a run in progress is said before Ray starts
+        warnings: list[str] = []
+        try:
+            checkpoint, _ = latest_checkpoint(folder, warnings.append)
+        except InputError:
+            print(*warnings, sep="\n")
+            raise
+    changed = differences(checkpoint.loop.config, config)
     if changed:
         raise InputError(f"{folder}: only cluster and run.keep may change on resume: {'; '.join(changed)}")
+    if config.cluster.cpus_per_worker != before.cluster.cpus_per_worker:
+        print("cluster.cpus_per_worker is another one now: the bits of the scores depend on it")
     if checkpoint.epoch == config.run.epochs and (folder / "final.safetensors").exists():
         print(f"{folder}: finished, all {config.run.epochs} epochs are done")
         return 0
@@ -166,7 +180,6 @@ def resume_run(folder: Path, flags: list[str]) -> int:
 
 def run(config: Config, folder: Path | None = None) -> int:
     """Run the driver on Ray, from the checkpoint in a folder if there is one, and show its progress."""
-    print("starting Ray", flush=True)
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         _check_paths(config)
@@ -182,12 +195,14 @@ def run(config: Config, folder: Path | None = None) -> int:
     supervisor = None
     try:
         supervisor = Supervisor(config, folder)
+        console = Console()
         try:
-            follow(supervisor)
+            follow(supervisor, console)
         except KeyboardInterrupt:
             print("stopping", flush=True)
             supervisor.stop()
             _, progress = supervisor.watch(STOP_SECONDS, 0)
+            _say(console, progress)
             if not progress.folder:
                 print("stopped before the run began", flush=True)
             else:
@@ -206,9 +221,14 @@ def run(config: Config, folder: Path | None = None) -> int:
         assert supervisor
         print(f"spartan: {error.cause}; {_how_to_go_on(supervisor.folder)}", file=sys.stderr)
         return 1
-    except RayError as error:
+    except RunError as error:  # of the supervisor
         known = supervisor.folder if supervisor else None
-        print(f"spartan: the driver was lost: {_first_line(error)}; {_how_to_go_on(known)}", file=sys.stderr)
+        raise RunError(f"{error}; {_how_to_go_on(known)}") from None
+    except RayError as error:
+        known, lost = (supervisor.folder, supervisor.restarts) if supervisor else (None, 1)
+        reason = _first_line(error).rstrip(".")
+        allowed = f"cluster.driver_restarts {config.cluster.driver_restarts}"
+        print(f"spartan: the driver was lost {lost} x ({allowed}): {reason}; {_how_to_go_on(known)}", file=sys.stderr)
         return 1
     finally:
         if supervisor:
@@ -239,12 +259,14 @@ def _start_ray(address: str) -> None:
     # It warns of what protects the user: the token.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address != "local":
+        _check_reachable(address)
+    print("starting Ray", flush=True)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     try:
         if address == "local":
             ray.init(address="local", include_dashboard=False, dashboard_host="127.0.0.1", **quiet)
         else:
-            _check_reachable(address)
             ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"cluster.address {address}: no Ray answers there: {error}") from None
@@ -280,21 +302,21 @@ def _check_reachable(address: str) -> None:
         raise InputError(f"cluster.address {address}: no Ray answers there: {error}") from None
 
 
-def follow(supervisor: Any) -> None:
+def follow(supervisor: Any, console: Console) -> None:
     """Show the run's progress until it ends: a live bar in a terminal, plain lines elsewhere."""
-    console = Console()
-    rows = 0
     show = _live_bar(console) if console.is_terminal else _plain_lines()
     with show as update:
         ended = False
         while not ended:
-            ended, state = supervisor.watch(REFRESH_SECONDS, rows)
-            for row in state.rows[max(0, state.resumed - rows) :]:
-                console.print(_row_line(row, state.epochs), highlight=False, markup=False, soft_wrap=True)
-            for note in state.notes:
-                console.print(note, highlight=False, markup=False, soft_wrap=True)
-            rows += len(state.rows)
+            ended, state = supervisor.watch(REFRESH_SECONDS)
+            _say(console, state)
             update(state)
+
+
+def _say(console: Console, state: Any) -> None:
+    for said in state.said:
+        line = said if isinstance(said, str) else _row_line(said, state.epochs)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _row_line(row: dict[str, Any], epochs: int) -> str:
@@ -393,13 +415,22 @@ def replay_run(arguments: argparse.Namespace) -> int:
 
     replay = Replay(arguments.run, print)
     if arguments.verify:
-        agree = [replay.verify(generation) for generation in replay.generations]
+        agree = []
+        for generation in replay.generations:
+            try:
+                agree.append(replay.verify(generation))
+            except InputError as error:
+                print(f"generation {generation}: {error}")
+                agree.append(False)
         print(f"{sum(agree)} of {len(agree)} updates agree with the recorded parents")
         return 0 if all(agree) else 1
     generation, member = arguments.generation, arguments.member
     file = arguments.file or Path(f"descendant-{generation}-{member}.safetensors")
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise InputError(f"-o {file}: {'is a folder' if file.is_dir() else 'there is no such folder'}")
     recorded, scored = replay.descendant(generation, member, file)
     print(f"{file}: member {member} of generation {generation}; fitness {recorded!r} on record, {scored!r} here")
-    same = recorded == scored or (math.isnan(recorded) and math.isnan(scored))
-    print("equal to the bit" if same else "they differ: other versions or another device than the run's?")
+    same = recorded == scored or math.isnan(recorded)
+    reason = "on record it was not finite, or no worker could score it" if math.isnan(recorded) else "equal to the bit"
+    print(reason if same else "they differ: other versions or another device than the run's?")
     return 0 if same else 1

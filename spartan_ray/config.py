@@ -3,6 +3,7 @@ that names the field as the flags do, `section.field`."""
 
 from __future__ import annotations
 
+import os
 import reprlib
 from importlib import resources
 from pathlib import Path
@@ -44,12 +45,14 @@ Decay = Annotated[float, Field(gt=0, le=1)]
 
 def _one_line(prefix: str, error: ValidationError) -> str:
     problem = error.errors()[0]
-    path = ".".join([prefix, *(str(part) for part in problem["loc"][:1])])
+    path = ".".join([prefix, *(str(part) for part in problem["loc"][:1])]).lstrip(".")
     if problem["type"] == "extra_forbidden":
         return f"{path}: unknown field"
     if problem["type"] == "value_error":
         return problem["msg"].removeprefix("Value error, ")
     # Shortened: a few lines of YAML can stand for gigabytes.
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{path}: letters, digits, '.', '_' and '-' only (got {reprlib.repr(problem['input'])})"
     return f"{path}: {problem['msg'].removeprefix('Input ')} (got {reprlib.repr(problem['input'])})"
 
 
@@ -80,7 +83,7 @@ class Run(Section):
     epochs: PositiveInt = 50
     """Epochs, evolve phases included: one phase counts as an epoch."""
     keep: PositiveInt = 3
-    """Checkpoints kept; one is written after every epoch."""
+    """Checkpoints kept, one an epoch; those that replay needs come on top."""
     keep_parents: bool = True
     """Keep the parent before each evolve phase too (ResNet18: 45 MB each): `spartan replay` needs it."""
 
@@ -295,7 +298,7 @@ class Cluster(Section):
     worker_timeout: PositiveFloat = 600.0
     """Seconds to wait for a worker when there is none, before the run stops."""
     task_timeout: PositiveFloat = 600.0
-    """Seconds without an answer, beyond ten times the usual, until a worker is taken to hang and is replaced."""
+    """Seconds, and ten times the usual, that a worker with work may be silent before it is replaced."""
     on_member_error: Literal["worst", "stop"] = "worst"
     """A member that fails on three workers: it is scored worst, or the run stops."""
     driver_restarts: NonNegativeInt = 3
@@ -352,19 +355,38 @@ def load_config(name_or_file: str) -> Config:
     """The configuration of a preset, of a YAML file, or of a run folder."""
     if name_or_file in preset_names():
         text = (resources.files("spartan_ray") / "presets" / f"{name_or_file}.yaml").read_text()
+    elif Path(name_or_file).is_dir():
+        return load_run_config(Path(name_or_file))
     else:
-        path = Path(name_or_file)
         try:
-            text = (path / "config.yaml" if path.is_dir() else path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
+            text = Path(name_or_file).read_text()
+        except (OSError, UnicodeDecodeError, ValueError) as error:
             presets = ", ".join(preset_names())
             raise InputError(f"--config {name_or_file}: no such preset ({presets}) or readable file: {error}") from None
+    return _parse(text, f"--config {name_or_file}: ")
+
+
+def load_run_config(folder: Path) -> Config:
+    """The configuration of a run folder, but for `cluster.address`: a folder that came from elsewhere must not
+    say which Ray is given the token and trusted with what it answers."""
+    try:
+        text = (folder / "config.yaml").read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder}: not a run folder: {error}") from None
+    try:
+        config = _parse(text, "")
+    except InputError as error:
+        raise InputError(f"{folder / 'config.yaml'}: {error}") from None
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": None})})
+
+
+def _parse(text: str, source: str) -> Config:
     try:
         sections = yaml.safe_load(text) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date that there is not
-        raise InputError(f"--config {name_or_file}: not YAML: {error}") from None
+        raise InputError(f"{source}not YAML: {error}") from None
     if not isinstance(sections, dict):
-        raise InputError(f"--config {name_or_file}: expected sections, got {type(sections).__name__}")
+        raise InputError(f"{source}expected sections, got {type(sections).__name__}")
     values: dict[str, Any] = {}
     defaults = Config()
     for section, fields in sections.items():
@@ -382,10 +404,14 @@ def dump_config(config: Config) -> str:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises InputError for a link that leads out of a run folder: what is written there would be elsewhere."""
+    """Raises InputError for what does not belong in a run folder: a link that leads out of it, as what is
+    written there would be elsewhere, and pipes and devices, which may never end."""
     for entry in folder.rglob("*"):
-        if entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve()):
+        target = Path(os.path.realpath(entry))
+        if entry.is_symlink() and not target.is_relative_to(os.path.realpath(folder)):
             raise InputError(f"{entry}: a link out of the run folder")
+        if not target.is_file() and not target.is_dir():
+            raise InputError(f"{entry}: neither a file nor a folder")
 
 
 def differences(before: Config, now: Config) -> list[str]:

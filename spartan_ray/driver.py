@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import platform
@@ -15,25 +14,27 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spartan_ray.checkpoint import (
     Checkpoint,
+    Loop,
     latest_checkpoint,
+    load_network,
     load_optimizer,
     optimizer_tensors,
     prune,
     save_checkpoint,
     save_weights,
 )
-from spartan_ray.config import Config, InputError
+from spartan_ray.config import Config, InputError, RunError
 from spartan_ray.data import load_splits
 from spartan_ray.evaluator import EvaluatorSpec
 from spartan_ray.evolve import Evolver
 from spartan_ray.fitness import Normaliser, score
 from spartan_ray.journal import write_journal
-from spartan_ray.model import FlatModel, initial_model
+from spartan_ray.model import FlatModel, describe, initial_model
 from spartan_ray.parent import Trainer
 from spartan_ray.pool import Pool, nodes_here_first, pool_size
 from spartan_ray.record import Row, RunFolder, lock_folder
@@ -47,6 +48,8 @@ TRAIN_LOSS_IMAGES = 5000
 STEP_RATIO_LIMIT = 1.4
 # Seconds that a driver which was lost may take to end and let go of its run folder.
 LOCK_PATIENCE = 60.0
+# Seconds that the driver may take to say how far it is before that is counted as silence.
+ANSWER_SECONDS = 10.0
 
 
 class Stopped(Exception):
@@ -55,7 +58,7 @@ class Stopped(Exception):
 
 @dataclass
 class Progress:
-    """What a run is at; `rows` and `notes` grow, so that a reader can ask for the new ones."""
+    """What a run is at. `rows` and `said` grow, so that a reader can ask for the new ones."""
 
     folder: str | None = None
     phase: str = "starting"
@@ -66,11 +69,15 @@ class Progress:
     total: int = 0
     images: int = 0
     started: float = 0.0
-    resumed: int = 0  # rows that were there when this driver began
-    rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)  # of the whole run
+    said: list[Row | str] = field(default_factory=list)  # rows of this driver and notes, as they came
     driver_pid: int = field(default_factory=os.getpid)
     worker_pids: list[int] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """One-line messages for the user."""
+        return [said for said in self.said if isinstance(said, str)]
 
 
 class Driver:
@@ -97,8 +104,10 @@ class Driver:
             for epoch in range(first, self.config.run.epochs + 1):
                 self.progress.epoch = epoch
                 row = self._evolve(epoch) if epoch % evolve_every == 0 else self._train(epoch)
-                self.progress.rows.append(self.record.append({"epoch": epoch} | row | self._score_splits()))
+                row = self.record.append({"epoch": epoch} | row | self._score_splits())
                 self._save(epoch)
+                self.progress.rows.append(row)
+                self.progress.said.append(row)
             self._finish()
         except Stopped:
             return False
@@ -165,7 +174,7 @@ class Driver:
             checkpoint, metrics = latest_checkpoint(self.folder, self._note)
         config, workers = self.config, pool_size(self.config.cluster)
         if checkpoint:
-            run = Config(**checkpoint.loop["config"])
+            run = checkpoint.loop.config
             run_keep = run.run.model_copy(update={"keep": config.run.keep})
             config = run.model_copy(update={"run": run_keep, "cluster": config.cluster})
         threads = config.parent.threads or config.cluster.driver_cpus or len(os.sched_getaffinity(0))
@@ -184,13 +193,7 @@ class Driver:
         module, notes = initial_model(origin, len(splits.classes), config.run.seed)
         self.model = FlatModel(module, self.device)
         self.normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
-        self.description = {
-            "model": config.parent.model,
-            "stem": config.parent.stem,
-            "classes": splits.classes,
-            "mean": splits.mean_C,
-            "std": splits.std_C,
-        }
+        self.description = describe(config.parent, splits)
         strategy = make_strategy(config.evolution, len(splits.classes))
         if strategy:
             self.pool = Pool(EvaluatorSpec.of(config, splits), config.cluster, self._note, self._advance)
@@ -214,12 +217,14 @@ class Driver:
         else:
             self.record = RunFolder.create(config, devices)
         self.at_end.callback(self.record.close)
+        if not checkpoint:
+            self._save(0)
+        # From here on there is something to go on from.
         self.progress.folder = str(self.record.path)
-        self.progress.resumed = len(self.record.rows)
         self.progress.rows = list(self.record.rows)
         parts = ("sgd", "evolution", "validation", "test")
         sizes = ", ".join(f"{len(getattr(self.splits, part))} {part}" for part in parts)
-        team = f"{workers} workers" if self.pool else "no workers"
+        team = f"{workers} worker{'s' * (workers > 1)}" if self.pool else "no workers"
         self._note(f"{sizes} images of {len(splits.classes)} classes; {team}; {self.record.path}")
         for note in notes:
             self._note(note)
@@ -227,11 +232,10 @@ class Driver:
             self._note(
                 f"no evolve phase: evolution.every ({config.evolution.every}) > run.epochs ({config.run.epochs})"
             )
-        if checkpoint:
-            self._note(f"going on after epoch {checkpoint.epoch}")
-            return checkpoint.epoch + 1
-        self._save(0)
-        return 1
+        if not checkpoint:
+            return 1
+        self._note(f"going on after epoch {checkpoint.epoch}")
+        return checkpoint.epoch + 1
 
     def _save(self, epoch: int) -> None:
         """Write the checkpoint of an epoch, and delete those that are no longer needed."""
@@ -241,29 +245,36 @@ class Driver:
             "optimizer": optimizer_tensors(self.trainer.optimizer),
             "evolution": self.evolver.optimizer_state() if self.evolver else {},
         }
-        loop = {
-            "generation": epoch // every * every if self.evolver else 0,
-            "steps": self.trainer.steps,
-            "data": self.data_digest,
-            "metrics": self.record.metrics_state(),
-            "config": self.config.model_dump(),
-        }
+        loop = Loop(
+            epoch=epoch,
+            generation=epoch // every * every if self.evolver else 0,
+            steps=self.trainer.steps,
+            device=self.device.type,
+            data=self.data_digest,
+            metrics=self.record.metrics_state(),
+            config=self.config,
+        )
         folder, run = self.record.path / "checkpoints", self.config.run
-        save_checkpoint(folder, Checkpoint(epoch, tensors, loop))
-        prune(folder, run.keep, lambda epoch: bool(run.keep_parents and self.evolver and (epoch + 1) % every == 0))
+        save_checkpoint(folder, Checkpoint(tensors, loop))
+        prune(
+            folder, epoch, run.keep, lambda epoch: bool(run.keep_parents and self.evolver and (epoch + 1) % every == 0)
+        )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Be what the run was at a checkpoint. Raises InputError when its images are others now."""
-        if checkpoint.loop["data"] != self.data_digest:
+        """Be what the run was at a checkpoint. Raises InputError when its images or devices are others now."""
+        loop = checkpoint.loop
+        if loop.data != self.data_digest:
             raise InputError(f"{self.folder}: data.root: the images are not those that the run began with")
-        self.model.module.load_state_dict(checkpoint.tensors["network"])
+        if loop.device != self.device.type:
+            raise InputError(f"{self.folder}: the run began on {loop.device}, here the driver has {self.device.type}")
+        load_network(self.model.module, checkpoint)
         load_optimizer(self.trainer.optimizer, checkpoint.tensors["optimizer"])
-        self.trainer.steps = checkpoint.loop["steps"]
+        self.trainer.steps = loop.steps
         if self.evolver:
             self.evolver.load_optimizer_state(checkpoint.tensors["evolution"])
 
     def _finish(self) -> None:
-        save_weights(self.record.path / "final.safetensors", self.model.state_dict(), json.dumps(self.description))
+        save_weights(self.record.path / "final.safetensors", self.model.state_dict(), self.description)
         self._begin("done", "", 0)
 
     def _begin(self, phase: str, unit: str, total: int) -> None:
@@ -280,13 +291,13 @@ class Driver:
         self.progress.images += images
 
     def _note(self, text: str) -> None:
-        self.progress.notes.append(text)
+        self.progress.said.append(text)
 
-    def look(self, rows: int, notes: int) -> Progress:
-        """Where the run is, with the rows and notes after the first `rows` and `notes`."""
+    def look(self, rows: int | None, said: int) -> Progress:
+        """Where the run is, with what was said after the first `said`, and the rows after the first `rows`."""
         values = vars(self.progress)
         infos = self.pool.infos if self.pool else []
-        new = {"rows": values["rows"][rows:], "notes": values["notes"][notes:]}
+        new = {"rows": [] if rows is None else values["rows"][rows:], "said": values["said"][said:]}
         return Progress(**values | new | {"worker_pids": [info.pid for info in infos]})
 
     def stop(self) -> None:
@@ -301,35 +312,50 @@ class Supervisor:
     configuration asks for do not fit."""
 
     def __init__(self, config: Config, folder: Path | None = None) -> None:
-        self.config = config
+        nodes = nodes_here_first()
+        cluster = resolve_cluster(config.cluster, [node["Resources"] for node in nodes])
+        self.config = config.model_copy(update={"cluster": cluster})
         self.folder = folder
+        self.node = nodes[0]["NodeID"]
         self.restarts = 0
+        self.stopping = False
         self._start(patience=0.0)
 
     def _start(self, patience: float) -> None:
-        nodes = nodes_here_first()
-        cluster = resolve_cluster(self.config.cluster, [node["Resources"] for node in nodes])
+        cluster = self.config.cluster
         # The driver stays where the command runs, if it fits there, since it writes the run folder.
         # Two threads: one runs the loop, the other answers look and stop.
         actor: Any = ray.remote(Driver).options(
             num_cpus=cluster.driver_cpus,
             num_gpus=cluster.driver_gpus,
             max_concurrency=2,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(nodes[0]["NodeID"], soft=True),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(self.node, soft=True),
         )
-        self.driver = actor.remote(self.config.model_copy(update={"cluster": cluster}), self.folder, patience)
+        self.driver = actor.remote(self.config, self.folder, patience)
         self.running = self.driver.run.remote()
-        self.notes = 0
+        self.said = 0
+        self.answered = time.monotonic()
 
-    def watch(self, seconds: float, rows: int) -> tuple[bool, Progress]:
-        """Wait so long for the end: whether it came, and the progress with the rows after the first `rows`
-        and the notes since the last call. Raises the driver's error when it was lost too often."""
+    def watch(self, seconds: float, rows: int | None = None) -> tuple[bool, Progress]:
+        """Wait so long for the end: whether it came, and the progress with what was said since the last call
+        and, if they are asked for, the rows after the first `rows`. Raises the driver's error when it was
+        lost too often, or RunError when it does not answer, or start, for as long as a worker may be missing."""
         try:
             ended = bool(ray.wait([self.running], timeout=seconds)[0])
-            progress: Progress = ray.get(self.driver.look.remote(rows, self.notes))
-        except RayActorError as error:
+            progress: Progress = ray.get(self.driver.look.remote(rows, self.said), timeout=ANSWER_SECONDS)
+        except GetTimeoutError:
+            if time.monotonic() - self.answered > self.config.cluster.worker_timeout:
+                raise RunError(
+                    f"no answer of the driver, or no room for it, for {self.config.cluster.worker_timeout:g} s "
+                    "(cluster.worker_timeout)"
+                ) from None
+            return False, self._silence([])
+        except RayTaskError:
+            raise
+        except RayError as error:  # died, out of memory, its node lost
             return False, self._restart(error)
-        self.notes += len(progress.notes)
+        self.answered = time.monotonic()
+        self.said += len(progress.said)
         self.folder = Path(progress.folder) if progress.folder else self.folder
         return ended, progress
 
@@ -338,22 +364,24 @@ class Supervisor:
         return bool(ray.get(self.running))
 
     def stop(self) -> None:
-        """Ask the driver to end the run."""
-        ray.get(self.driver.stop.remote())
+        """Ask the driver to end the run; one that is lost now stays lost."""
+        self.stopping = True
+        self.driver.stop.remote()
 
     def close(self) -> None:
         """End the driver, and with it its workers."""
         ray.kill(self.driver)
 
-    def _restart(self, error: RayActorError) -> Progress:
+    def _restart(self, error: RayError) -> Progress:
         self.restarts += 1
-        if self.restarts > self.config.cluster.driver_restarts:
+        if self.stopping or self.restarts > self.config.cluster.driver_restarts:
             raise error
         self.close()
         self._start(LOCK_PATIENCE)
-        reason = str(error).strip().splitlines()[0]
-        return Progress(
-            folder=str(self.folder) if self.folder else None,
-            epochs=self.config.run.epochs,
-            notes=[f"the driver was lost and is started again from the last checkpoint: {reason}"],
-        )
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return self._silence([f"the driver was lost and is started again from the last checkpoint: {reason}"])
+
+    def _silence(self, notes: list[str]) -> Progress:
+        """What is known of a driver that does not answer."""
+        folder = str(self.folder) if self.folder else None
+        return Progress(folder, epochs=self.config.run.epochs, said=list(notes))

@@ -120,7 +120,7 @@ class Evolver:
             "search_fitness": outcome.search[1] if outcome.search else None,
             "step_ratio": moved / self.mutation_norm if self.mutation_norm else 0.0,
             "images_scored": scored - outcome.discarded_images,
-            "images_saved": len(outcome.members) * images - int(outcome.images_K.sum()),
+            "images_saved": int((images - outcome.images_K[outcome.images_K > 0]).sum()),
             "images_discarded": outcome.discarded_images,
             **{f"{name}_seconds": seconds for name, seconds in self.seconds.items()},
             **{name: count - counts[name] for name, count in self.pool.counts.items()},

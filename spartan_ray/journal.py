@@ -4,6 +4,7 @@ rebuilds a generation."""
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,21 @@ def write_journal(folder: Path, generation: int, outcome: Outcome, parent: str, 
 def read_journal(path: Path) -> Journal:
     """The columns and values of one generation. Never unpickles. Raises InputError for anything but a journal."""
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
+        content = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(content) as archive:
+            # As it was written: a compressed one may be a bomb.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise InputError(f"{path}: not a journal: it is compressed")
+        with np.load(content, allow_pickle=False) as stored:
             journal: Journal = {name: stored[name] for name in stored.files}
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: not readable as a journal: {error.strerror or error}") from None
     except Exception as error:  # NumPy and zipfile have no one error for a file that is torn or hostile
         raise InputError(f"{path}: not a journal: {str(error) or type(error).__name__}") from None
-    shapes = {name: (kind, journal["member"].shape if "member" in journal else ()) for name, kind in COLUMNS.items()}
+    rows = (journal["member"].size,) if "member" in journal else ()
+    shapes = {name: (kind, rows) for name, kind in COLUMNS.items()}
     shapes |= {name: (kind, ()) for name, kind in VALUES.items()}
     for name, (kind, shape) in shapes.items():
         if name not in journal or journal[name].dtype.kind != kind or journal[name].shape != shape:

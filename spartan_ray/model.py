@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from spartan_ray.config import InputError, Parent
+from spartan_ray.data import Splits
 
 
 class LiveConv2d(nn.Conv2d):
@@ -136,6 +138,12 @@ def _load_weights(network: nn.Module, path: Path, state: dict[str, torch.Tensor]
             state[name] = own[name]
     network.load_state_dict(state)
     return notes
+
+
+def describe(config: Parent, splits: Splits) -> str:
+    """What a file of weights says of itself, as JSON: how to build its network and to normalise its images."""
+    about = {"model": config.model, "stem": config.stem, "classes": splits.classes}
+    return json.dumps(about | {"mean": splits.mean_C, "std": splits.std_C})
 
 
 class FlatModel:

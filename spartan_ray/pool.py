@@ -38,8 +38,8 @@ CHUNK_SECONDS = 2.0
 TRIES = 3
 # Failures in a row, for each worker of the pool, after which the fault is not a worker's.
 FAILURES_PER_WORKER = 3
-# A worker that fails is replaced at once, after another failure in a row after so many seconds, doubled each time.
-BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 1.0, 30.0
+# A worker that fails is replaced at once; if the new one fails too, after so many seconds, doubled each time.
+BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 1.0, 60.0
 # A task is late after so many seconds more than so many times its usual: idle workers then do it too.
 LATE_SECONDS, LATE_FACTOR = 2.0, 3.0
 # A worker hangs after cluster.task_timeout more than so many times the usual.
@@ -75,6 +75,8 @@ class _Slot:
     """A worker of the pool."""
 
     worker: ActorHandle[Any]
+    place: int  # in the pool; a worker that replaces another one takes its place
+    failures: int = 0  # in its place, since the last success there
     info: WorkerInfo | None = None  # None until it joined
     tasks: list[_Task] = field(default_factory=list)  # in the order in which it does them
     since: float = 0.0  # when it last answered, or began to have something to answer
@@ -113,8 +115,7 @@ class Pool:
         self.actor: Any = ray.remote(Worker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
         self.slots: list[_Slot] = []
         self.tasks: dict[Any, _Task] = {}  # in flight, by their references
-        self.starts: list[float] = []  # when workers are to be started
-        self.refused = 0
+        self.refused: list[str] = []  # nodes, one for each worker that was refused there
         self.parent_keys = itertools.count()
         self.parent: tuple[int, Any]  # the last broadcast and its key
         self.counts: dict[str, float] = {"broadcast_seconds": 0.0, "retries": 0, "late_results": 0, "members_failed": 0}
@@ -125,7 +126,10 @@ class Pool:
         self.nodes_seen = self.manned = now  # when the nodes were last looked at, and a worker was last there
         self.tend_at = now
         self.said_unmanned = False
-        self.starts = [now] * self.size
+        self.places = itertools.count()
+        # Workers to be started: when, in which place, after how many failures there.
+        self.starts = [(now, next(self.places), 0) for _ in range(self.size)]
+        self.seconds_per_noise = 0.0  # an element of one noise vector, in the last update
 
     @property
     def infos(self) -> list[WorkerInfo]:
@@ -169,7 +173,10 @@ class Pool:
         def is_finite(result: tuple[Scores, float, float]) -> bool:
             return bool(np.isfinite(result[0].loss_K).all())
 
-        for (start, stop), result in self._cover(len(members), self._chunk_size, 1, submit, is_finite, give_up):
+        range_ = Range(submit, self._chunk_size, deque([Span(0, len(members))]), len(members))
+        if self.seconds_per_member:
+            range_.seconds, range_.elements = self.seconds_per_member, 1
+        for (start, stop), result in self._cover(range_, 1, is_finite, give_up):
             parts[start], seconds_to_load, seconds = result
             slowest_load = max(slowest_load, seconds_to_load)
             if seconds:
@@ -195,8 +202,12 @@ class Pool:
         def is_finite(part: NDArray[np.float32]) -> bool:
             return bool(np.isfinite(part).all())
 
-        for (start, stop), part in self._cover(size_D, lambda left: slice_size, slice_size, submit, is_finite, give_up):
+        range_ = Range(submit, lambda left: slice_size, deque([Span(0, size_D)]), size_D)
+        if self.seconds_per_noise:
+            range_.seconds, range_.elements = self.seconds_per_noise * len(seed_K), 1
+        for (start, stop), part in self._cover(range_, slice_size, is_finite, give_up):
             sum_D[start:stop] = part
+        self.seconds_per_noise = range_.seconds / (range_.elements * max(len(seed_K), 1))
         return sum_D
 
     def close(self) -> None:
@@ -217,21 +228,17 @@ class Pool:
         return max(1, min(share, int(CHUNK_SECONDS / max(self.seconds_per_member, 1e-9))))
 
     def _cover(
-        self,
-        total: int,
-        next_size: Callable[[int], int],
-        smallest: int,
-        submit: Callable[[ActorHandle[Any], int, int], Any],
-        is_finite: Callable[[Any], bool],
-        give_up: Callable[[int, str], Any],
+        self, range_: Range, smallest: int, is_finite: Callable[[Any], bool], give_up: Callable[[int, str], Any]
     ) -> Iterator[tuple[tuple[int, int], Any]]:
-        """Do 0..total-1 in spans of next_size(what is left), in any order; yield each span's result once.
+        """Do a range in spans, in any order; yield each span's result once.
 
-        A span that failed is done again in parts of the smallest size; one that fails in that size on TRIES
-        workers has the result that `give_up(start, reason)` returns. A result that is not finite counts when
-        a second worker, if there is one, agrees; else the worker is replaced."""
-        range_ = Range(submit, next_size, deque([Span(0, total)]), total)
-        self.manned = time.monotonic()  # nobody looked after the workers since the last one
+        A span that failed is done again in parts of the smallest size, elsewhere if it can be; one that fails
+        in that size on TRIES workers has the result that `give_up(start, reason)` returns. A result that is
+        not finite counts when a second worker, if there is one, agrees; else the worker is replaced."""
+        # Nobody has looked after the workers since the last range, and some may have answered meanwhile.
+        self.manned = time.monotonic()
+        answered = ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)[0] if self.tasks else []
+        self.counts["late_results"] += sum(end.error is None for end in self._receive(answered))
         while range_.left:
             self._dispatch(range_)
             ended = deque(self._collect())
@@ -244,10 +251,11 @@ class Pool:
                     continue
                 if end.error:
                     self.counts["retries"] += 1
-                    span.failures += end.running
+                    if end.running:
+                        span.failed_on.append(slot.place)
                     if span.copies:
                         continue  # another worker has it
-                    if span.failures < TRIES or len(span) > smallest:
+                    if len(span.failed_on) < TRIES or len(span) > smallest:
                         range_.waiting.extendleft(reversed(span.parts(smallest) if end.running else [span]))
                         continue
                     result = give_up(span.start, _reason(end.error))
@@ -267,16 +275,17 @@ class Pool:
     def _dispatch(self, range_: Range) -> None:
         """Queue spans on the workers that have joined, the idle ones first; where nothing is left to queue,
         idle workers take what is late on others."""
-        joined_slots = [slot for slot in self.slots if slot.info]
+        overdue = [slot for slot in self.slots if slot.info and self._is_overdue(slot)]
+        fit = [slot for slot in self.slots if slot.info and slot not in overdue]
         for queued in range(QUEUED_PER_WORKER):
-            for slot in joined_slots:
-                if len(slot.tasks) <= queued and (span := range_.take(slot, len(joined_slots) == 1)):
+            for slot in fit:
+                if len(slot.tasks) > queued:
+                    continue
+                others = [other for other in fit if other is not slot]
+                if span := range_.take(lambda span, slot=slot, others=others: may_do(span, slot, others)):  # type: ignore[misc]
                     self._queue(slot, span, range_)
-        if range_.waiting:
-            return
-        idle = [slot for slot in joined_slots if not slot.tasks]
-        late = (task for slot in joined_slots if idle and self._overdue(slot, range_) for task in slot.tasks)
-        for task in late:
+        idle = [slot for slot in fit if not slot.tasks]
+        for task in (task for slot in overdue if idle for task in slot.tasks):
             if task.range is not range_ or task.span.copies > 1 or task.span.done:
                 continue
             if free := next((slot for slot in idle if slot is not task.span.doubtful), None):
@@ -294,10 +303,12 @@ class Pool:
         self.tasks[task.ref] = task
 
     @staticmethod
-    def _overdue(slot: _Slot, range_: Range) -> bool:
-        """Whether what a worker has is late. Unknown, and so not late, before anything of the range is done."""
-        usual = range_.expected([task.span for task in slot.tasks])
-        return bool(range_.elements) and time.monotonic() - slot.since > LATE_SECONDS + LATE_FACTOR * usual
+    def _is_overdue(slot: _Slot) -> bool:
+        """Whether what a worker does is late. Unknown, and so not late, before anything like it was done."""
+        if not slot.tasks or not (doing := slot.tasks[0].range) or not doing.elements:
+            return False
+        usual = doing.expected(slot.tasks[0].span)
+        return time.monotonic() - slot.since > LATE_SECONDS + LATE_FACTOR * usual
 
     def _collect(self) -> list[_End]:
         """Wait for something to end, or a moment, and look after the workers; the tasks that ended."""
@@ -308,7 +319,14 @@ class Pool:
             ready = []
             time.sleep(0 if ended else POLL_SECONDS)  # for a worker that is to be started
         self.advance(0, 0)
+        return ended + self._receive(ready)
+
+    def _receive(self, ready: list[Any]) -> list[_End]:
+        """The tasks behind references that are ready."""
+        ended = []
         for ref in ready:
+            if ref not in self.tasks:
+                continue  # lost with its worker, a reference ago
             task = self.tasks[ref]
             try:
                 result = ray.get(ref)
@@ -328,6 +346,7 @@ class Pool:
         slot.tasks.remove(task)
         del self.tasks[task.ref]
         if task.range:
+            slot.failures = 0
             return [_End(task, result)]
         self._welcome(slot, result)
         return []
@@ -342,10 +361,10 @@ class Pool:
         if self.cluster.workers == "auto" and now - self.nodes_seen > NODES_SECONDS:
             self.nodes_seen = now
             self._resize()
-        due = [start for start in self.starts if start <= now]
-        self.starts = [start for start in self.starts if start > now]
-        for _ in due:
-            slot = _Slot(self.actor.remote(self.spec))
+        due = [start for start in self.starts if start[0] <= now]
+        self.starts = [start for start in self.starts if start[0] > now]
+        for _, place, failures in due:
+            slot = _Slot(self.actor.remote(self.spec), place, failures)
             self.slots.append(slot)
             self._add(_Task(slot, slot.worker.join.remote(), None, Span(0, 0)))
         if not self.slots and not self.starts:
@@ -364,7 +383,7 @@ class Pool:
         ended = []
         for slot in list(self.slots):
             if slot.info and slot.tasks and slot.tasks[0].range:
-                usual = slot.tasks[0].range.expected([slot.tasks[0].span])
+                usual = slot.tasks[0].range.expected(slot.tasks[0].span)
                 if now - slot.since > self.cluster.task_timeout + HANG_FACTOR * usual:
                     ended += self._fail(
                         slot, f"no answer for {self.cluster.task_timeout:g} s or more (cluster.task_timeout)"
@@ -374,9 +393,11 @@ class Pool:
     def _resize(self) -> None:
         """Follow the nodes: start workers where there is new room, give up waiting for room that is gone."""
         self.size = pool_size(self.cluster)
-        wanted = self.size - self.refused
+        up = {node["NodeID"] for node in nodes_here_first()}
+        wanted = self.size - sum(node in up for node in self.refused)
         missing = max(0, wanted - len(self.slots))
-        self.starts = (self.starts + [time.monotonic()] * missing)[:missing]
+        new = [(time.monotonic(), next(self.places), 0) for _ in range(missing - len(self.starts))]
+        self.starts = (self.starts + new)[:missing]
         for slot in [slot for slot in self.slots if not slot.info][: max(0, len(self.slots) - wanted)]:
             self._remove(slot)
 
@@ -389,7 +410,7 @@ class Pool:
         if odd:
             self.last_reason = f"refused {info}: {'; '.join(odd)}"
             self.note(self.last_reason)
-            self.refused += 1
+            self.refused.append(info.node)
             self._remove(slot)
             return
         devices = {other.device for other in self.infos}
@@ -403,21 +424,13 @@ class Pool:
             return []
         self.last_reason = reason
         self.failures_in_a_row += 1
-        failed_to_start = isinstance(error, RayActorError) and error.actor_init_failed
-        limit = TRIES if failed_to_start and not self.infos else FAILURES_PER_WORKER * (self.size + 1)
-        if self.failures_in_a_row > limit:
+        if self.failures_in_a_row >= FAILURES_PER_WORKER * (self.size + bool(self.infos)):
             raise PoolError(f"the workers fail one after another; the last one: {reason}") from error
-        ended = self._remove(slot, error or TimeoutError(reason))
-        if failed_to_start and self.infos:
-            self.note(f"a worker that failed to start is not replaced: {reason}")
-            self.refused += 1
-            return ended
-        wait = 0.0
-        if self.failures_in_a_row > 1:
-            wait = min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** (self.failures_in_a_row - 2))
-        self.starts.append(time.monotonic() + wait)
-        self.note(f"{slot.info or 'a worker that was starting'} was lost and is replaced: {reason}")
-        return ended
+        wait = backoff(slot.failures)
+        self.starts.append((time.monotonic() + wait, slot.place, slot.failures + 1))
+        when = f" in {wait:g} s" if wait else ""
+        self.note(f"{slot.info or 'a worker that was starting'} was lost and is replaced{when}: {reason}")
+        return self._remove(slot, error or TimeoutError(reason))
 
     def _remove(self, slot: _Slot, error: Exception | None = None) -> list[_End]:
         """Take a worker out of the pool; the tasks that it had."""
@@ -426,6 +439,19 @@ class Pool:
         for task in slot.tasks:
             del self.tasks[task.ref]
         return [_End(task, error=error, running=place == 0) for place, task in enumerate(slot.tasks) if task.range]
+
+
+def backoff(failures: int) -> float:
+    """Seconds before a worker is replaced in a place where so many failed before it without a success."""
+    return min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** (failures - 1)) if failures else 0.0
+
+
+def may_do(span: Span, slot: _Slot, others: list[_Slot]) -> bool:
+    """Whether a worker may have a span: one that failed in its place, or that it made doubtful, is for others
+    that could have it."""
+    if span.doubtful is slot:
+        return not others
+    return slot.place not in span.failed_on or all(other.place in span.failed_on for other in others)
 
 
 def _reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from spartan_ray.checkpoint import write_whole
+from spartan_ray.checkpoint import MetricsState, write_whole
 from spartan_ray.config import Config, InputError, RunError, dump_config, refuse_links
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "numba", "pandas")
@@ -57,9 +57,10 @@ class RunFolder:
         write_whole(path / "metrics.jsonl", metrics)
         try:
             before = dict(json.loads((path / "environment.json").read_text()))
-        except (OSError, ValueError, TypeError):  # it only informs
-            before = {}
-        resumed = [*before.pop("resumed", []), {"epoch": epoch} | environment() | devices]
+            earlier = list(before.pop("resumed", []))
+        except (OSError, ValueError, TypeError, RecursionError):  # it only informs
+            before, earlier = {}, []
+        resumed = [*earlier, {"epoch": epoch} | environment() | devices]
         folder._describe(config, before | {"resumed": resumed})
         return folder
 
@@ -87,9 +88,9 @@ class RunFolder:
         self.rows.append(row)
         return row
 
-    def metrics_state(self) -> dict[str, Any]:
+    def metrics_state(self) -> MetricsState:
         """What a checkpoint holds of metrics.jsonl."""
-        return {"bytes": self.metrics_bytes, "sha256": self.metrics_hash.hexdigest()}
+        return MetricsState(bytes=self.metrics_bytes, sha256=self.metrics_hash.hexdigest())
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk was said by what failed before
@@ -107,6 +108,9 @@ def lock_folder(path: Path, patience: float = 0.0) -> IO[str]:
         file = os.fdopen(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
     except OSError as error:
         raise InputError(f"{path}: cannot be locked: {error.strerror}") from None
+    if os.fstat(file.fileno()).st_nlink > 1:
+        file.close()
+        raise InputError(f"{path / 'lock'}: is another file too")
     deadline = time.monotonic() + patience
     while True:
         try:

@@ -16,15 +16,16 @@ from spartan_ray.checkpoint import (
     CheckpointError,
     epochs_kept,
     load_checkpoint,
+    load_network,
     save_weights,
 )
-from spartan_ray.config import InputError, load_config, refuse_links
+from spartan_ray.config import InputError, load_run_config, refuse_links
 from spartan_ray.data import load_splits
 from spartan_ray.evaluator import EvaluatorSpec, LocalPool, repeatable_gpu
 from spartan_ray.evolve import Evolver
 from spartan_ray.fitness import Normaliser
 from spartan_ray.journal import Journal, read_journal
-from spartan_ray.model import FlatModel, build_model
+from spartan_ray.model import FlatModel, build_model, describe
 from spartan_ray.strategies import Aim, Members, Take, make_strategy
 from spartan_ray.strategies.base import Gradient, line, merge_seeds
 
@@ -38,28 +39,23 @@ class Replay:
         self.run = run
         self.note = note
         refuse_links(run)
-        self.config = load_config(str(run))
+        self.config = load_run_config(run)
         strategy_name = self.config.evolution.strategy
-        self.generations = sorted(
-            int(path.stem) for path in (run / "journal").glob("[0-9]*.npz") if path.stem.isdecimal()
-        )
+        # Those that the run has had, whether their journals are still there or not.
+        last = max(epochs_kept(run / "checkpoints"), default=0)
+        every = self.config.evolution.every
+        self.generations = list(range(every, last + 1, every)) if strategy_name != "none" else []
         if not self.generations:
-            raise InputError(f"{run}: no evolve phase is in its journal (evolution.strategy {strategy_name})")
+            raise InputError(f"{run}: has had no evolve phase (evolution.strategy {strategy_name})")
         on_gpu = self._ran_on_gpu() and torch.cuda.is_available()
         self.device = repeatable_gpu() if on_gpu else torch.device("cpu")
         splits = load_splits(self.config.data, self.config.run.seed, note)
         self.data_digest = splits.digest()
         self.model = FlatModel(build_model(self.config.parent, len(splits.classes)), self.device)
-        self.description = {
-            "model": self.config.parent.model,
-            "stem": self.config.parent.stem,
-            "classes": splits.classes,
-            "mean": splits.mean_C,
-            "std": splits.std_C,
-        }
+        self.description = describe(self.config.parent, splits)
         self.pool = LocalPool(EvaluatorSpec.of(self.config, splits).make(self.device))
         strategy = make_strategy(self.config.evolution.resolved(), len(splits.classes))
-        assert strategy
+        assert strategy, "or there were no generations"
         normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
         self.evolver = Evolver(
             self.config.evolution,
@@ -92,7 +88,7 @@ class Replay:
             self.pool.broadcast(self.evolver.parent_state())
         with _threads(self.config.cluster.cpus_per_worker):
             scores = self.pool.evaluate(members, "fitness", bar)
-        save_weights(file, self.pool.evaluator.model.state_dict(), json.dumps(self.description))
+        save_weights(file, self.pool.evaluator.model.state_dict(), self.description)
         return float(fitness_K[member]), float(scores.fitness_K(evolution.fitness)[0])
 
     def verify(self, generation: int) -> bool:
@@ -124,15 +120,15 @@ class Replay:
             checkpoint = load_checkpoint(checkpoints, generation - 1, REPLAY_PARTS)
         except CheckpointError as error:
             if self.config.run.keep_parents:
-                raise InputError(str(error)) from None
+                raise InputError(f"the parent before generation {generation} is missing: {error}") from None
             kept = ", ".join(map(str, epochs_kept(checkpoints)))
             raise InputError(
                 f"{self.run}: the parent before generation {generation} was not kept (run.keep_parents is false; "
                 f"there are checkpoints of the epochs {kept})"
             ) from None
-        if checkpoint.loop["data"] != self.data_digest:
+        if checkpoint.loop.data != self.data_digest:
             raise InputError(f"{self.run}: data.root: the images are not those that the run had")
-        self.model.module.load_state_dict(checkpoint.tensors["network"])
+        load_network(self.model.module, checkpoint)
         if self.model.digest() != str(journal["parent"]):
             raise InputError(f"{path}: the journal of another parent than the checkpoint's")
         self.evolver.load_optimizer_state(checkpoint.tensors["evolution"])
@@ -164,5 +160,7 @@ def _threads(count: int | None) -> Iterator[None]:
     """torch with so many threads: its bits depend on them."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

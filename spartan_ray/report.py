@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from spartan_ray.config import Config, InputError, Section, load_config, refuse_links
+from spartan_ray.config import Config, InputError, Section, load_run_config, refuse_links
 
 PICTURES = {
     "train_loss": "train loss",
@@ -113,7 +113,10 @@ def read_run(folder: Path) -> RunRecord:
     refuse_links(folder)
     path, rows = folder / "metrics.jsonl", []
     try:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        lines = path.read_text().splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # cut off while it was written
+        for number, line in enumerate(lines, 1):
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise InputError(f"{path}: line {number} is no record of an epoch")
@@ -129,10 +132,11 @@ def read_run(folder: Path) -> RunRecord:
         line_number = f" line {len(rows) + 1}:" if path.suffix == ".jsonl" else ""
         raise InputError(f"{path}:{line_number} {where}: {problem['msg']}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: a record is not JSON: {error}") from None
+        where = f"line {len(rows) + 1} is" if path.suffix == ".jsonl" else "is"
+        raise InputError(f"{path}: {where} not JSON: {error}") from None
     if not rows:
         raise InputError(f"{folder / 'metrics.jsonl'}: no epoch has ended")
-    config, frame = load_config(str(folder)), pd.DataFrame(rows)
+    config, frame = load_run_config(folder), pd.DataFrame(rows)
     frame.attrs["epochs"] = config.run.epochs
     return RunRecord(folder.resolve().name, config, frame, environment)
 

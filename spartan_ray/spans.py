@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -15,7 +15,7 @@ class Span:
     start: int
     stop: int
     copies: int = 0  # workers that have it now
-    failures: int = 0  # workers that failed at it
+    failed_on: list[int] = field(default_factory=list)  # places in the pool whose worker failed at it
     doubtful: Any = None  # a worker whose result was not finite
     done: bool = False
 
@@ -40,18 +40,17 @@ class Range:
     seconds: float = 0.0  # that so many elements took
     elements: int = 0
 
-    def expected(self, spans: list[Span]) -> float:
-        """Seconds that spans should take, 0 if nothing is known."""
-        return self.seconds * sum(map(len, spans)) / max(self.elements, 1)
+    def expected(self, span: Span) -> float:
+        """Seconds that a span should take, 0 if nothing is known."""
+        return self.seconds * len(span) / max(self.elements, 1)
 
-    def take(self, worker: object, alone: bool) -> Span | None:
-        """The next span for a worker: a fresh one is cut to size, one that failed or is doubtful stays as it is.
-        A doubtful one is for another worker than the one that it came from, unless that is alone."""
+    def take(self, accepts: Callable[[Span], bool]) -> Span | None:
+        """The next span that a worker accepts: a fresh one is cut to size, one that was tried stays as it is."""
         for span in self.waiting:
-            if span.doubtful is worker and not alone:
+            if not accepts(span):
                 continue
             self.waiting.remove(span)
-            if span.failures or span.doubtful:
+            if span.failed_on or span.doubtful:
                 return span
             size = self.next_size(sum(map(len, self.waiting)) + len(span))
             if size < len(span):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import os
 import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
 
+import spartan_ray
 from spartan_ray.config import ImageSet
 from spartan_ray.evaluator import EvaluatorSpec, ParentState, repeatable_gpu
 from spartan_ray.noise import fingerprint
@@ -24,6 +28,7 @@ class WorkerInfo:
     """What a worker says of itself when it joins."""
 
     host: str
+    node: str  # Ray's name of it
     pid: int
     device: str
     threads: int
@@ -38,9 +43,15 @@ class WorkerInfo:
         return f"worker {self.pid} on {self.host} ({self.device})"
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """What the bits of a score may depend on beside the package itself, which a run brings to its workers."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "numpy", "numba")}
+    """What the bits of a score may depend on: of the package itself a digest of its sources, since a node may
+    have another one installed."""
+    found = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "numba")}
+    sources = hashlib.sha256()
+    for path in sorted(Path(spartan_ray.__file__).parent.rglob("*.py")):
+        sources.update(path.read_bytes())
+    return found | {"spartan-ray": f"sources {sources.hexdigest()[:12]}"}
 
 
 def claim_device(threads: int) -> torch.device:
@@ -65,7 +76,8 @@ class Worker:
             name = torch.cuda.get_device_name(self.device)
         else:
             name = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-        return WorkerInfo(socket.gethostname(), os.getpid(), name, torch.get_num_threads(), sample, versions())
+        node = ray.get_runtime_context().get_node_id()
+        return WorkerInfo(socket.gethostname(), node, os.getpid(), name, torch.get_num_threads(), sample, versions())
 
     def evaluate(
         self, key: int, parent: ParentState, members: Members, images: ImageSet, bar: float

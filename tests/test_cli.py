@@ -97,8 +97,14 @@ def test_an_interrupt_stops_cleanly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "spartan_ray", "train", *SMALL, "--run.epochs", "100000", "--run.name", "long"]
     # A shell starts what it puts in the background with SIGINT ignored, and so would this process be.
     command = ["env", "--default-signal=INT", *command]
+    # A token that is there already stays, but nobody else may read it any more.
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("0123456789abcdef" * 4)
+    token.chmod(0o644)
+    given = environment() | {"HOME": str(tmp_path)}
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=tmp_path, env=given, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         watchdog = threading.Timer(180, process.kill)
         watchdog.start()
@@ -117,6 +123,8 @@ def test_an_interrupt_stops_cleanly(tmp_path: Path) -> None:
     assert said == f"stopped after epoch {epoch}; go on with: spartan resume {tmp_path}/runs/long"
     assert (tmp_path / "runs" / "long" / "metrics.jsonl").read_text().count("\n") == epoch >= 2
     assert latest_checkpoint(tmp_path / "runs" / "long", print)[0].epoch == epoch
+    assert f"epoch {epoch}/" in rest
+    assert (token.read_text(), stat.S_IMODE(token.stat().st_mode)) == ("0123456789abcdef" * 4, 0o600)
     assert psutil.wait_procs(children, timeout=60)[1] == []
 
 

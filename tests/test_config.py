@@ -163,7 +163,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         (["--parent.moments-after-evolution", "halve"], "invalid choice 'halve'"),
         (["--cluster.gpus-per-worker", "1.5"], "cluster.gpus_per_worker (1.5) must be a whole number above 1"),
         (["--data.name", "folder"], "data.root: the folder data set needs"),
-        (["--run.name", "../up"], "run.name: String should match pattern"),
+        (["--run.name", "../up"], "run.name: letters, digits, '.', '_' and '-' only (got '../up')"),
         (["--evolution.nonsense", "1"], "Unrecognized options: --evolution.nonsense"),
         (["--evolution.sigma", "much"], "Error parsing --evolution.sigma: could not convert"),
         (["--evolution.fitness", "beauty"], "invalid choice 'beauty'"),

@@ -16,7 +16,8 @@ from ray.exceptions import RayTaskError
 from runs import change, metrics, outcome, run, run_here, same_result
 from safetensors.torch import load_file
 
-from spartan_ray.config import Config, InputError, load_config
+from spartan_ray.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from spartan_ray.config import Config, InputError, load_config, load_run_config
 from spartan_ray.data import load_splits
 from spartan_ray.driver import Supervisor
 from spartan_ray.evolve import image_sets
@@ -180,6 +181,7 @@ def test_options_hold_together_and_a_resumed_run_has_the_bits_of_one_that_was_no
         assert same_result(lost, whole)
         environment = json.loads((lost / "environment.json").read_text())
         assert [resumed["epoch"] for resumed in environment["resumed"]] == [epoch]
+        assert [len(resumed["workers"]) for resumed in (environment, *environment["resumed"])] == [1, 2]
 
     replay = Replay(whole, lambda note: None)
     assert replay.generations == [2, 4]
@@ -189,6 +191,22 @@ def test_options_hold_together_and_a_resumed_run_has_the_bits_of_one_that_was_no
         assert recorded == scored
     runs = [read_run(whole)]
     assert (whole / "report" / "report.html") in write_report(runs, whole / "report")
+
+
+def test_a_run_goes_on_only_with_its_own_images_and_kind_of_device(
+    local_ray: None, small_run: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(small_run, tmp_path / "run"))
+    config = load_run_config(folder)
+    checkpoint = latest_checkpoint(folder, print)[0]
+    for changed, said in (
+        ({"data": "other"}, "the images are not those"),
+        ({"device": "cuda"}, "the run began on cuda"),
+    ):
+        loop = checkpoint.loop.model_copy(update=changed)
+        save_checkpoint(folder / "checkpoints", Checkpoint(checkpoint.tensors, loop))
+        with pytest.raises(InputError, match=said):
+            run_here(config, folder)
 
 
 def test_moments_matter_after_a_phase_that_moved_the_parent(local_ray: None, small_config: Config) -> None:

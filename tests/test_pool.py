@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,8 +21,9 @@ from spartan_ray.evaluator import Evaluator, EvaluatorSpec, ParentState
 from spartan_ray.fitness import Normaliser
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import noise
-from spartan_ray.pool import Pool, PoolError
+from spartan_ray.pool import Pool, PoolError, backoff, may_do
 from spartan_ray.resources import resolve_cluster, workers_that_fit
+from spartan_ray.spans import Span
 from spartan_ray.strategies import Members
 from spartan_ray.strategies.base import Scores
 from spartan_ray.worker import WorkerInfo, versions
@@ -154,7 +156,7 @@ def test_a_worker_killed_between_generations_is_replaced(running: Running) -> No
 def test_a_worker_whose_noise_differs_is_refused_by_name(running: Running) -> None:
     slot = running.pool.slots[0]
     assert slot.info
-    wrong = WorkerInfo("elsewhere", 77, "cpu", 1, slot.info.fingerprint + np.float32(1e-3), versions())
+    wrong = WorkerInfo("elsewhere", "node", 77, "cpu", 1, slot.info.fingerprint + np.float32(1e-3), versions())
     running.pool._welcome(slot, wrong)
     assert running.notes == ["refused worker 77 on elsewhere (cpu): its noise fingerprint differs"]
     scores = running.pool.evaluate(MEMBERS)
@@ -196,10 +198,86 @@ def test_a_member_that_fails_on_three_workers_is_named_and_scored_worst(running:
         "the member of seed 5 failed on 3 workers and is scored worst: "
         "FloatingPointError: this member breaks the device"
     )
-    assert sum("was lost and is replaced: FloatingPointError" in note for note in running.notes) >= 3
+    assert sum("is replaced" in note and "FloatingPointError" in note for note in running.notes) == 3
     running.pool.cluster = running.pool.cluster.model_copy(update={"on_member_error": "stop"})
     with pytest.raises(PoolError, match="the member of seed 5 failed on 3 workers: FloatingPointError"):
         running.pool.evaluate(poisoned())
+
+
+def test_what_has_no_noise_cannot_be_scored_worst(running: Running) -> None:
+    """The parent, or its update: without its score there is no phase."""
+    members = poisoned()
+    with pytest.raises(PoolError, match="the member of seed 5 failed on 3 workers: FloatingPointError"):
+        running.pool.evaluate(Members(members.seed_K, members.offset_K, np.zeros(4, np.float32)))
+
+
+def test_a_place_where_workers_fail_again_and_again_is_filled_after_longer_and_longer_pauses(running: Running) -> None:
+    assert [backoff(failures) for failures in (0, 1, 2, 3, 6, 7, 99)] == [0, 1, 2, 4, 32, 60, 60]
+    pool = running.pool
+    pool._fail(pool.slots[0], "it broke")
+    pool.wait_until_joined()
+    (again,) = [slot for slot in pool.slots if slot.failures]
+    assert again.failures == 1
+    pool._fail(again, "it broke again")
+    assert running.notes[-1].endswith("was lost and is replaced in 1 s: it broke again")
+    ((when, place, failures),) = pool.starts
+    assert when > time.monotonic()
+    assert (place, failures) == (again.place, 2)
+    # The other place has a worker that succeeds, which does not shorten the pause here.
+    assert same(pool.evaluate(MEMBERS[0:3]), Scores(*(column[:3] for column in vars(running.expected).values())))
+    assert [start[1:] for start in pool.starts] == [(again.place, 2)]
+
+
+def test_what_failed_in_one_place_is_done_in_another(running: Running) -> None:
+    first, second = running.pool.slots
+    span = Span(0, 4, failed_on=[first.place])
+    assert not may_do(span, first, [second])
+    assert may_do(span, second, [first])
+    assert may_do(span, first, [])
+    span.failed_on.append(second.place)
+    assert may_do(span, first, [second])
+    doubtful = Span(0, 4, doubtful=second)
+    assert not may_do(doubtful, second, [first])
+    assert may_do(doubtful, second, [])
+
+
+def test_a_refused_worker_is_not_missed_while_its_node_is_there_and_is_replaced_after(running: Running) -> None:
+    pool, slot = running.pool, running.pool.slots[1]
+    pool.cluster = pool.cluster.model_copy(update={"workers": "auto"})
+    assert slot.info
+    pool._welcome(slot, replace(slot.info, device="H100"))
+    assert running.notes[-1].endswith("bits depend on who scores what")
+    pool._welcome(slot, replace(slot.info, versions=versions() | {"torch": "1.0"}))
+    pool._resize()
+    assert (len(pool.slots), len(pool.starts)) == (1, 0)
+    pool.refused = ["a node that left"]
+    pool._resize()
+    assert (len(pool.slots), len(pool.starts)) == (1, 1)
+    pool.wait_until_joined()
+    pool.size = 1
+    assert same(pool.evaluate(MEMBERS), running.expected)
+    assert len(pool.infos) == 2
+
+
+def test_a_worker_that_is_stuck_in_an_update_does_not_hold_up_what_follows(running: Running) -> None:
+    """Nor is it taken to hang when it answered while nobody looked."""
+    pool, size = running.pool, running.state.theta_D.size
+    seed_K, weight_K = np.arange(9, dtype=np.uint64), np.ones(9, np.float32)
+    expected = pool.weighted_sum(seed_K, weight_K, size)
+    assert same(pool.evaluate(MEMBERS), running.expected)
+    pid = pool.infos[0].pid
+    os.kill(pid, signal.SIGSTOP)
+    assert pool.weighted_sum(seed_K, weight_K, size).tobytes() == expected.tobytes()
+    assert same(pool.evaluate(MEMBERS), running.expected)
+    os.kill(pid, signal.SIGCONT)
+    (stuck,) = [slot for slot in pool.slots if slot.info and slot.info.pid == pid]
+    ray.wait([task.ref for task in stuck.tasks], num_returns=len(stuck.tasks))
+    stuck.since -= 3600
+    pool.cluster = pool.cluster.model_copy(update={"task_timeout": 60.0})
+    assert same(pool.evaluate(MEMBERS), running.expected)
+    assert pool.counts["late_results"] >= 1
+    assert pool.infos[0].pid == pid
+    assert not running.notes
 
 
 def test_without_any_worker_the_run_waits_and_then_stops(local_ray: None) -> None:

@@ -67,13 +67,18 @@ def test_what_cannot_be_replayed_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the journal of another parent"):
         replay.verify(4)
     shutil.rmtree(folder / "journal")
-    with pytest.raises(InputError, match="no evolve phase is in its journal"):
+    with pytest.raises(InputError, match=r"000002\.npz: not readable as a journal"):
+        replay.verify(2)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(InputError, match="has had no evolve phase"):
         Replay(folder, lambda note: None)
 
 
 def test_without_the_parents_there_is_no_replay(folder: Path) -> None:
-    prune(folder / "checkpoints", 2, lambda epoch: False)
-    with pytest.raises(InputError, match=r"epoch-000001\.json: not readable"):
+    prune(folder / "checkpoints", 4, 2, lambda epoch: False)
+    with pytest.raises(
+        InputError, match=r"the parent before generation 2 is missing: .*epoch-000001\.json: not readable"
+    ):
         Replay(folder, lambda note: None).verify(2)
     config = change(load_config(str(folder)), run={"keep_parents": False})
     (folder / "config.yaml").write_text(dump_config(config))

@@ -102,8 +102,8 @@ def test_what_is_no_run_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape(f"{tmp_path}/metrics.jsonl: not readable")):
         read_run(tmp_path)
     folder = write_run(tmp_path / "x", [0.5], {})
-    (folder / "metrics.jsonl").write_text('{"epoch": 1')
-    with pytest.raises(InputError, match=r"x/metrics.jsonl: a record is not JSON"):
+    (folder / "metrics.jsonl").write_text('{"epoch": 1\n')
+    with pytest.raises(InputError, match=r"x/metrics.jsonl: line 1 is not JSON"):
         read_run(folder)
     (folder / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match="no epoch has ended"):

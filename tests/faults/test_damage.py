@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -25,16 +27,31 @@ from safetensors.torch import save_file
 from spartan_ray.checkpoint import (
     Checkpoint,
     CheckpointError,
+    Loop,
+    MetricsState,
+    _encode,
     epochs_kept,
     latest_checkpoint,
     load_checkpoint,
+    load_network,
     load_optimizer,
     optimizer_tensors,
     prune,
     save_checkpoint,
+    write_whole,
 )
 from spartan_ray.cli import parse_config
-from spartan_ray.config import Config, Data, InputError, Parent, Run, differences, load_config
+from spartan_ray.config import (
+    Config,
+    Data,
+    InputError,
+    Parent,
+    Run,
+    RunError,
+    differences,
+    load_config,
+    load_run_config,
+)
 from spartan_ray.data import load_splits
 from spartan_ray.journal import read_journal, write_journal
 from spartan_ray.model import initial_model
@@ -48,14 +65,15 @@ pytestmark = pytest.mark.faults
 HEALTH = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much)
 
 
-def checkpoint(epoch: int, metrics: dict[str, Any]) -> Checkpoint:
+def checkpoint(epoch: int, metrics: MetricsState) -> Checkpoint:
     random = torch.Generator().manual_seed(epoch)
     tensors = {
         "network": {"weight": torch.randn(7, 5, generator=random), "count": torch.tensor(epoch)},
         "optimizer": {"0.exp_avg": torch.randn(7, 5, generator=random)},
         "evolution": {"0.momentum_buffer": torch.randn(40, generator=random)},
     }
-    return Checkpoint(epoch, tensors, {"config": {"run": {"name": "x"}}, "steps": 9, "metrics": metrics})
+    loop = Loop(epoch=epoch, generation=0, steps=9, device="cpu", data="", metrics=metrics, config=Config())
+    return Checkpoint(tensors, loop)
 
 
 def evolve_row(epoch: int) -> dict[str, Any]:
@@ -129,12 +147,14 @@ def test_a_record_that_is_not_the_checkpoint_s_is_not_used(run: Path) -> None:
 
 def test_checkpoints_are_pruned_but_for_what_replay_needs(run: Path) -> None:
     folder = run / "checkpoints"
-    prune(folder, 1, lambda epoch: epoch == 2)
+    prune(folder, 3, 1, lambda epoch: epoch == 2)
     assert epochs_kept(folder) == [2, 3]
     assert load_checkpoint(folder, 2, ("network", "evolution")).epoch == 2
     with pytest.raises(CheckpointError, match=r"epoch-000002\.optimizer\.safetensors: not readable"):
         load_checkpoint(folder, 2)
     assert not list(folder.glob("epoch-000001*"))
+    prune(folder, 2, 1, lambda epoch: True)  # what comes after the epoch is another timeline's
+    assert epochs_kept(folder) == [2]
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
@@ -164,6 +184,63 @@ def test_an_optimizer_goes_on_as_if_it_had_never_stopped(kind: str) -> None:
     assert torch.equal(weight, other)
 
 
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_whole(path, b"before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(RunError, match=f"{path}: cannot be written: File too large"):
+            write_whole(path, b"after" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_with_right_checksums_and_wrong_content_is_refused(run: Path) -> None:
+    """What a forger, or another version, would write."""
+    path = run / "checkpoints" / "epoch-000003.json"
+    whole = json.loads(path.read_bytes())
+    changes: list[Callable[[Any], Any]] = [
+        lambda loop: loop.pop("files"),
+        lambda loop: loop.pop("metrics"),
+        lambda loop: loop.update(steps="nine"),
+        lambda loop: loop["config"].update(evolution=5),
+        lambda loop: loop.update(files={}),
+    ]
+    for change_it in changes:
+        loop = json.loads(json.dumps(whole))
+        del loop["sha256"]
+        change_it(loop)
+        path.write_bytes(_encode(loop))
+        with pytest.raises(CheckpointError, match=r"epoch-000003"):
+            load_checkpoint(run / "checkpoints", 3)
+    found = latest_checkpoint(run, lambda warning: None)[0]
+    with pytest.raises(InputError, match="the checkpoint of epoch 2 is of another network"):
+        load_network(torch.nn.Linear(2, 2), found)
+    optimizer = torch.optim.Adam([torch.zeros(3, 3)])
+    for name in ("7.exp_avg", "x", "0.exp_avg"):
+        with pytest.raises(InputError, match="of another optimizer"):
+            load_optimizer(optimizer, {name: torch.zeros(2)})
+
+
+def test_a_run_folder_does_not_say_which_ray_gets_the_token(run: Path) -> None:
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("address: null", "address: ray://203.0.113.1:10001"))
+    assert "203.0.113.1" in path.read_text()
+    assert load_run_config(run).cluster.address is None
+    assert load_config(str(run)).cluster.address is None
+    assert load_config(str(path)).cluster.address == "ray://203.0.113.1:10001"  # a FILE that the user names
+
+
+def test_a_run_that_is_named_like_a_preset_is_read_itself(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.rename(run.parent / "sgd")
+    monkeypatch.chdir(run.parent)
+    assert read_run(Path("sgd")).config.run.name == "run"
+    assert load_run_config(Path("sgd")) != load_config("sgd")
+
+
 def test_no_link_leads_out_of_a_run_folder(run: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("keep me")
     (run / "metrics.jsonl").unlink()
@@ -176,6 +253,20 @@ def test_no_link_leads_out_of_a_run_folder(run: Path, tmp_path: Path) -> None:
     (run / "checkpoints" / "epoch-000004.json.tmp").symlink_to("../../precious")
     with pytest.raises(InputError, match=r"epoch-000004\.json\.tmp: a link out of the run folder"):
         Replay(run, lambda note: None)
+    assert (tmp_path / "precious").read_text() == "keep me"
+    (run / "checkpoints" / "epoch-000004.json.tmp").unlink()
+    (run / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="loop: neither a file nor a folder"):
+        lock_folder(run)
+    (run / "loop").unlink()
+    os.mkfifo(run / "pipe")
+    with pytest.raises(InputError, match="pipe: neither a file nor a folder"):
+        read_run(run)
+    (run / "pipe").unlink()
+    (run / "lock").unlink(missing_ok=True)
+    os.link(tmp_path / "precious", run / "lock")
+    with pytest.raises(InputError, match="lock: is another file too"):
+        lock_folder(run)
     assert (tmp_path / "precious").read_text() == "keep me"
     with pytest.raises(InputError, match=r"run\.name"):
         load_config(str(write(tmp_path / "escape.yaml", b"run: {name: ../../elsewhere}")))

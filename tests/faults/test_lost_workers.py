@@ -59,7 +59,7 @@ def test_a_worker_that_returns_nan_one_that_raises_and_one_that_hangs(undisturbe
     """One after another in a run: what a broken device, a GPU out of memory and a stuck one do. Each is found
     out and replaced."""
     notes: list[str] = []
-    disturbed: dict[int, int] = {}  # generation: the process
+    disturbed: list[int] = []
     supervisor = Supervisor(change(config, cluster={"task_timeout": 1.0, "chunk": 5}))
 
     def to_nan(worker: Any) -> None:
@@ -74,21 +74,22 @@ def test_a_worker_that_returns_nan_one_that_raises_and_one_that_hangs(undisturbe
     def stuck(worker: Any) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    faults = {2: to_nan, 4: out_of_memory, 6: stuck}
+    faults = [(2, to_nan), (4, out_of_memory), (6, stuck)]
 
     def disturb(progress: Progress) -> None:
         notes.extend(progress.notes)
-        due = progress.epoch in faults.keys() - disturbed.keys()
+        due = faults and progress.epoch >= faults[0][0] and progress.phase == "evolve"
+        pids = [pid for pid in progress.worker_pids if pid not in disturbed]
         # It takes two to see that one is wrong.
-        if due and progress.phase == "evolve" and len(progress.worker_pids) >= (2 if progress.epoch == 2 else 1):
-            disturbed[progress.epoch] = progress.worker_pids[0]
-            in_worker(supervisor, progress.worker_pids[0], faults[progress.epoch])
+        if due and len(pids) >= (2 if faults[0][1] is to_nan else 1):
+            disturbed.append(pids[0])
+            in_worker(supervisor, pids[0], faults.pop(0)[1])
 
     folder = attend(supervisor, disturb)
-    assert disturbed.keys() == faults.keys()
+    assert not faults
     said = "\n".join(notes)
     for pid, reason in zip(
-        disturbed.values(),
+        disturbed,
         (
             "it returned NaN where worker",
             "MemoryError: out of memory",
