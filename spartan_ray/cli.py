@@ -165,7 +165,8 @@ def resume_run(folder: Path, flags: list[str]) -> int:
         try:
             checkpoint, _ = latest_checkpoint(folder, warnings.append)
         except InputError:
-            print(*warnings, sep="\n")
+            for warning in warnings:
+                print(warning)
             raise
     changed = differences(checkpoint.loop.config, config)
     if changed:
@@ -202,7 +203,7 @@ def run(config: Config, folder: Path | None = None) -> int:
             print("stopping", flush=True)
             supervisor.stop()
             _, progress = supervisor.watch(STOP_SECONDS, 0)
-            _say(console, progress)
+            _say(console, supervisor)
             if not progress.folder:
                 print("stopped before the run began", flush=True)
             else:
@@ -309,14 +310,17 @@ def follow(supervisor: Any, console: Console) -> None:
         ended = False
         while not ended:
             ended, state = supervisor.watch(REFRESH_SECONDS)
-            _say(console, state)
+            _say(console, supervisor)
             update(state)
 
 
-def _say(console: Console, state: Any) -> None:
-    for said in state.said:
-        line = said if isinstance(said, str) else _row_line(said, state.epochs)
+def _say(console: Console, supervisor: Any) -> None:
+    """Print what the run has said, each line taken away when it is out: an interrupt loses none."""
+    while supervisor.unsaid:
+        said = supervisor.unsaid[0]
+        line = said if isinstance(said, str) else _row_line(said, supervisor.config.run.epochs)
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+        supervisor.unsaid.popleft()
 
 
 def _row_line(row: dict[str, Any], epochs: int) -> str:

@@ -8,6 +8,7 @@ import os
 import platform
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,7 @@ class Supervisor:
         self.node = nodes[0]["NodeID"]
         self.restarts = 0
         self.stopping = False
+        self.unsaid: deque[Row | str] = deque()  # for who shows it
         self._start(patience=0.0)
 
     def _start(self, patience: float) -> None:
@@ -355,6 +357,7 @@ class Supervisor:
         except RayError as error:  # died, out of memory, its node lost
             return False, self._restart(error)
         self.answered = time.monotonic()
+        self.unsaid += progress.said
         self.said += len(progress.said)
         self.folder = Path(progress.folder) if progress.folder else self.folder
         return ended, progress
@@ -384,4 +387,5 @@ class Supervisor:
     def _silence(self, notes: list[str]) -> Progress:
         """What is known of a driver that does not answer."""
         folder = str(self.folder) if self.folder else None
+        self.unsaid += notes
         return Progress(folder, epochs=self.config.run.epochs, said=list(notes))

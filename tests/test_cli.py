@@ -15,8 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from runs import change, run_here, same_result
 
 from spartan_ray.checkpoint import latest_checkpoint
+from spartan_ray.config import load_config
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data.name", "digits", "--parent.model", "convnet", "--evolution.every", "2", "--evolution.population", "4"]
@@ -169,7 +171,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
         process.kill()
 
 
-def test_a_ray_job_does_the_same_as_the_local_command(ray_head: dict[str, str], tmp_path: Path) -> None:
+def test_a_ray_job_does_the_same_as_a_local_run(local_ray: None, ray_head: dict[str, str], tmp_path: Path) -> None:
     flags = [*SMALL, "--run.epochs", "2", "--run.name", "job", "--parent.threads", "1"]
     ray = str(Path(sys.executable).parent / "ray")
     submitted = subprocess.run(
@@ -187,7 +189,5 @@ def test_a_ray_job_does_the_same_as_the_local_command(ray_head: dict[str, str], 
         "config.yaml", "environment.json", "metrics.jsonl", "journal", "tensorboard", "final.safetensors",
         "checkpoints", "lock",
     }  # fmt: skip
-    local = spartan("train", *flags, "--run.out", "local", cwd=tmp_path)
-    assert local.returncode == 0, local.stderr
-    final = tmp_path / "local" / "job" / "final.safetensors"
-    assert final.read_bytes() == (job / "final.safetensors").read_bytes()
+    local, _ = run_here(change(load_config(str(job)), run={"out": str(tmp_path / "local")}))
+    assert same_result(local, job)
