@@ -183,7 +183,7 @@ def run(config: Config, folder: Path | None = None) -> int:
     """Run the driver on Ray, from the checkpoint in a folder if there is one, and show its progress."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        _check_paths(config)
+        _check_paths(config, new=folder is None)
         _make_token()  # Ray reads the mode when it is imported
     # Ray takes seconds to import; a bad flag is answered before.
     import ray
@@ -245,11 +245,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _check_paths(config: Config) -> None:
-    """Answer a wrong path before Ray starts, where the driver will run on this machine."""
+def _check_paths(config: Config, new: bool) -> None:
+    """Answer a wrong path before Ray starts, where the driver will run on this machine. A run that goes on
+    has its weights in its checkpoint."""
     if config.data.name == "folder" and not Path(str(config.data.root)).is_dir():
         raise InputError(f"data.root {config.data.root}: no such folder")
-    if config.parent.weights not in ("none", "imagenet") and not Path(config.parent.weights).is_file():
+    if new and config.parent.weights not in ("none", "imagenet") and not Path(config.parent.weights).is_file():
         raise InputError(f"parent.weights {config.parent.weights}: no such file")
 
 
