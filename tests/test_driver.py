@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from runs import change, metrics, outcome, run, run_here, same_result
 from safetensors.torch import load_file
 
 from spartan_ray.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from spartan_ray.config import Config, InputError, load_config, load_run_config
+from spartan_ray.config import Config, ImageSet, InputError, load_config, load_run_config
 from spartan_ray.data import load_splits
 from spartan_ray.driver import Supervisor
 from spartan_ray.evolve import image_sets
@@ -28,6 +29,8 @@ from spartan_ray.noise import noise
 from spartan_ray.record import RunFolder, make_run_folder
 from spartan_ray.replay import Replay
 from spartan_ray.report import final_table, read_run, unique_frames, write_report
+from spartan_ray.strategies import Members
+from spartan_ray.strategies.base import Scores
 
 
 def test_a_run_leaves_a_complete_folder(small_run: Path) -> None:
@@ -142,7 +145,13 @@ def test_a_chain_is_the_same_for_every_wave_and_number_of_workers(local_ray: Non
     [
         (
             {"optimizer": "adam", "moments_after_evolution": "rescale", "gradient_noise": 0.01},
-            {"sigma_scale": "relative", "optimizer": "adam", "step": "ratio", "weight_decay": 0.01, "sigma_decay": 0.9},
+            {
+                "sigma_scale": "relative",
+                "optimizer": "adam",
+                "step": "ratio",
+                "weight_decay": 0.01,
+                "sigma_decay": 0.9,
+            },
         ),
         (
             {"moments_after_evolution": "reset"},
@@ -162,6 +171,7 @@ def test_options_hold_together_and_a_resumed_run_has_the_bits_of_one_that_was_no
     config = change(
         small_config,
         run={"epochs": 5, "keep": 9},
+        data={"sgd_images": 600, "evolution_images": 600},  # several passes: members are rejected early
         parent=parent,
         evolution={"fitness_images": None} | evolution,
         cluster={"workers": 1},
@@ -183,11 +193,28 @@ def test_options_hold_together_and_a_resumed_run_has_the_bits_of_one_that_was_no
     assert [len(resumed["workers"]) for resumed in (environment, *environment["resumed"])] == [1, 2]
 
     replay = Replay(whole, lambda note: None)
+    bars: list[float] = []
+    evaluate = replay.pool.evaluate
+
+    def watched(members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
+        bars.append(bar)
+        return evaluate(members, images, bar)
+
+    replay.pool.evaluate = watched  # type: ignore[method-assign]
     assert replay.generations == [2, 4]
     assert all(replay.verify(generation) for generation in replay.generations)
-    for member in (0, 7, len(read_journal(whole / "journal" / "000004.npz")["member"]) - 1):
-        recorded, scored = replay.descendant(4, member, tmp_path / "descendant.safetensors")
-        assert recorded == scored
+    moved = 0
+    for generation in replay.generations:
+        journal = read_journal(whole / "journal" / f"{generation:06d}.npz")
+        for member in (0, 7, len(journal["member"]) - 1):
+            recorded, scored = replay.descendant(generation, member, tmp_path / "descendant.safetensors")
+            assert recorded == scored
+            # What the member had to beat when it was scored: the parent that it descends from.
+            taken = np.flatnonzero(journal["weight"][:member]).tolist()
+            moved += len(taken)
+            bar = journal["fitness"][taken[-1]] if taken else journal["before"]
+            assert bars.pop() == (bar if evolution.get("accept") == "chain" else -math.inf)
+    assert moved  # or the last member of a chain would descend from the first parent
     runs = [read_run(whole)]
     assert (whole / "report" / "report.html") in write_report(runs, whole / "report")
 

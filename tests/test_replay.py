@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from runs import change
 from safetensors.torch import load_file
 
 from spartan_ray.checkpoint import prune
-from spartan_ray.config import InputError, Parent, dump_config, load_config
+from spartan_ray.config import ImageSet, InputError, Parent, dump_config, load_config
 from spartan_ray.journal import read_journal
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import noise
 from spartan_ray.replay import Replay
+from spartan_ray.strategies import Members
+from spartan_ray.strategies.base import Scores
 
 
 @pytest.fixture
@@ -33,8 +36,17 @@ def flat(path: Path) -> FlatModel:
 def test_a_descendant_is_its_parent_and_its_noise(folder: Path) -> None:
     """The parent before generation 4 is the network of the checkpoint of epoch 3."""
     replay = Replay(folder, lambda note: None)
+    bars: list[float] = []
+    evaluate = replay.pool.evaluate
+
+    def watched(members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
+        bars.append(bar)
+        return evaluate(members, images, bar)
+
+    replay.pool.evaluate = watched  # type: ignore[method-assign]
     recorded, scored = replay.descendant(4, 11, folder / "descendant.safetensors")
     assert recorded == scored
+    assert bars == [-math.inf]  # es rejects nobody early
     parent = flat(folder / "checkpoints" / "epoch-000003.safetensors")
     journal = read_journal(folder / "journal" / "000004.npz")
     assert recorded == journal["fitness"][11]

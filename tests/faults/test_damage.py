@@ -196,6 +196,11 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+    # A new file takes the place of the old one at once: who has the old one open reads it to its end.
+    with open(path, "rb") as old:
+        write_whole(path, b"after")
+        assert old.read() == b"before"
+    assert path.read_bytes() == b"after"
 
 
 def test_a_checkpoint_with_right_checksums_and_wrong_content_is_refused(run: Path) -> None:
