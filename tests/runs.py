@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from spartan_ray.config import Config
+from spartan_ray.config import Config, ImageSet
 from spartan_ray.driver import Driver, Progress, Supervisor
+from spartan_ray.replay import Replay
 from spartan_ray.resources import resolve_cluster
+from spartan_ray.strategies import Members
+from spartan_ray.strategies.base import Scores
 
 TIMINGS = {"seconds", "evaluation_seconds", "images_per_second", "scoring_seconds", "update_seconds",
            "gradient_seconds", "broadcast_seconds", "retries", "late_results", "workers",
@@ -63,6 +67,19 @@ def in_worker(supervisor: Supervisor, pid: int, change_worker: Callable[[Any], N
                 slot.worker.__ray_call__.remote(change_worker)
 
     ray.get(supervisor.driver.__ray_call__.remote(in_driver))
+
+
+def bars_of(replay: Replay) -> list[float]:
+    """A list that grows by the bar of each scoring that a replay does."""
+    bars: list[float] = []
+    evaluate = replay.pool.evaluate
+
+    def watched(members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
+        bars.append(bar)
+        return evaluate(members, images, bar)
+
+    replay.pool.evaluate = watched  # type: ignore[method-assign]
+    return bars
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -14,11 +14,11 @@ import pytest
 import torch
 import torchvision
 from ray.exceptions import RayTaskError
-from runs import change, metrics, outcome, run, run_here, same_result
+from runs import bars_of, change, metrics, outcome, run, run_here, same_result
 from safetensors.torch import load_file
 
 from spartan_ray.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from spartan_ray.config import Config, ImageSet, InputError, load_config, load_run_config
+from spartan_ray.config import Config, InputError, load_config, load_run_config
 from spartan_ray.data import load_splits
 from spartan_ray.driver import Supervisor
 from spartan_ray.evolve import image_sets
@@ -29,8 +29,6 @@ from spartan_ray.noise import noise
 from spartan_ray.record import RunFolder, make_run_folder
 from spartan_ray.replay import Replay
 from spartan_ray.report import final_table, read_run, unique_frames, write_report
-from spartan_ray.strategies import Members
-from spartan_ray.strategies.base import Scores
 
 
 def test_a_run_leaves_a_complete_folder(small_run: Path) -> None:
@@ -193,14 +191,7 @@ def test_options_hold_together_and_a_resumed_run_has_the_bits_of_one_that_was_no
     assert [len(resumed["workers"]) for resumed in (environment, *environment["resumed"])] == [1, 2]
 
     replay = Replay(whole, lambda note: None)
-    bars: list[float] = []
-    evaluate = replay.pool.evaluate
-
-    def watched(members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
-        bars.append(bar)
-        return evaluate(members, images, bar)
-
-    replay.pool.evaluate = watched  # type: ignore[method-assign]
+    bars = bars_of(replay)
     assert replay.generations == [2, 4]
     assert all(replay.verify(generation) for generation in replay.generations)
     moved = 0

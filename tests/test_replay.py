@@ -9,17 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import change
+from runs import bars_of, change
 from safetensors.torch import load_file
 
 from spartan_ray.checkpoint import prune
-from spartan_ray.config import ImageSet, InputError, Parent, dump_config, load_config
+from spartan_ray.config import InputError, Parent, dump_config, load_config
 from spartan_ray.journal import read_journal
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import noise
 from spartan_ray.replay import Replay
-from spartan_ray.strategies import Members
-from spartan_ray.strategies.base import Scores
 
 
 @pytest.fixture
@@ -36,14 +34,7 @@ def flat(path: Path) -> FlatModel:
 def test_a_descendant_is_its_parent_and_its_noise(folder: Path) -> None:
     """The parent before generation 4 is the network of the checkpoint of epoch 3."""
     replay = Replay(folder, lambda note: None)
-    bars: list[float] = []
-    evaluate = replay.pool.evaluate
-
-    def watched(members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
-        bars.append(bar)
-        return evaluate(members, images, bar)
-
-    replay.pool.evaluate = watched  # type: ignore[method-assign]
+    bars = bars_of(replay)
     recorded, scored = replay.descendant(4, 11, folder / "descendant.safetensors")
     assert recorded == scored
     assert bars == [-math.inf]  # es rejects nobody early
