@@ -201,6 +201,8 @@ class Evolution(Section):
     """es: length of the update: by lr; else lr has no effect: by step_ratio, or search, the best of about ten."""
     step_ratio: PositiveFloat = 0.5
     """es with `step` ratio: norm of the update over that of one mutation."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the scoring; bf16 is faster where the processor or GPU has units for it. Noise is fp32."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     """es: makes the update of the estimated gradient (momentum and beta1 0.9, beta2 0.999)."""
     weight_decay: NonNegativeFloat = 0.0

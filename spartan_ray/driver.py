@@ -31,7 +31,7 @@ from spartan_ray.checkpoint import (
 )
 from spartan_ray.config import Config, InputError, RunError
 from spartan_ray.data import load_splits
-from spartan_ray.evaluator import EvaluatorSpec
+from spartan_ray.evaluator import EvaluatorSpec, LocalPool
 from spartan_ray.evolve import Evolver
 from spartan_ray.fitness import Normaliser, score
 from spartan_ray.journal import write_journal
@@ -197,10 +197,12 @@ class Driver:
         self.description = describe(config.parent, splits)
         strategy = make_strategy(config.evolution, len(splits.classes))
         if strategy:
-            self.pool = Pool(EvaluatorSpec.of(config, splits), config.cluster, self._note, self._advance)
+            spec = EvaluatorSpec.of(config, splits)
+            self.pool = Pool(spec, config.cluster, self._note, self._advance)
             self.at_end.callback(self.pool.close)
+            here = LocalPool(spec.make(self.device), spec.threads)
             self.evolver = Evolver(
-                config.evolution, config.run.seed, strategy, self.model, self.splits, self.normalise, self.pool
+                config.evolution, config.run.seed, strategy, self.model, self.splits, self.normalise, self.pool, here
             )
         # While the workers start: torch's first optimizer takes a second to import what it needs.
         self.trainer = Trainer(

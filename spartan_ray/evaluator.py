@@ -6,9 +6,12 @@ N images of a generation.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +21,8 @@ from torch import nn
 
 from spartan_ray.config import Config, Evolution, ImageSet, Parent
 from spartan_ray.data import Images, Splits
-from spartan_ray.fitness import Normaliser, recalibrate, score
-from spartan_ray.model import FlatModel, build_model
+from spartan_ray.fitness import Batch, Normaliser, batches, recalibrate, tally
+from spartan_ray.model import FlatModel, Folding, build_model
 from spartan_ray.noise import kernel_for
 from spartan_ray.strategies.base import Members, Scores
 
@@ -47,8 +50,11 @@ class ParentState:
 
     theta_D: NDArray[np.float32]
     buffers: list[NDArray[np.generic]]
-    scale: NDArray[np.float32] | None  # a number a parameter tensor, or an element; None: 1
     image_sets: dict[ImageSet, NDArray[np.int64]]  # indices into the evolution split
+
+
+# What multiplies noise and offset: a number a parameter tensor, or an element; None: 1.
+Scale = NDArray[np.float32] | None
 
 
 class Evaluator:
@@ -68,39 +74,62 @@ class Evaluator:
         self.config = config
         self.model = FlatModel(module, device)
         self.split = images.to(device)
-        self.reference = reference.to(device)
+        self.reference_NCHW = normalise(reference.to(device).pixels_NHWC)
         self.normalise = normalise
         self.device = device
+        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.kernel = kernel_for(config.noise, device)
+        self.folding = Folding(module, self.reference_NCHW[:1])
         self.theta_D = self.model.theta_D
         self.scale_D: torch.Tensor | None = None
-        self.image_sets: dict[ImageSet, Images] = {}
+        self.image_sets: dict[ImageSet, list[Batch]] = {}
+
+    @property
+    def device_name(self) -> str:
+        """What the bits of a score may depend on."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
     def load(self, parent: ParentState) -> None:
         """Take a new parent. On a CPU its parameters stay where they are, shared with other workers."""
-        with warnings.catch_warnings():
-            # Shared memory is read-only, and so is what is done with theta_D.
-            warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
-            self.theta_D = torch.from_numpy(parent.theta_D).to(self.device)
-            scale = None if parent.scale is None else torch.from_numpy(parent.scale).to(self.device)
-        self.scale_D = scale if scale is None or len(scale) == len(self.theta_D) else self.model.spread(scale)
+        self.theta_D = _tensor(parent.theta_D, self.device)
         self.model.load_buffers([torch.from_numpy(buffer.copy()) for buffer in parent.buffers])
-        self.image_sets = {
-            name: self.split[torch.from_numpy(image_N.copy()).to(self.device)]
-            for name, image_N in parent.image_sets.items()
-        }
+        self.image_sets = {name: self._ready(image_N) for name, image_N in parent.image_sets.items()}
+
+    def load_scale(self, scale: Scale) -> None:
+        """Take a new scale. On a CPU one of D elements stays where it is."""
+        self.scale_D = None if scale is None else _tensor(scale, self.device)
+        if self.scale_D is not None and len(self.scale_D) != len(self.theta_D):
+            self.scale_D = self.model.spread(self.scale_D)
+
+    def _ready(self, image_N: NDArray[np.int64]) -> list[Batch]:
+        """Images as the network takes them, once for all members."""
+        images = self.split[torch.from_numpy(image_N.copy()).to(self.device)]
+        return [Batch(batch.images_NCHW.to(self.dtype), batch.labels_N) for batch in batches(images, self.normalise)]
 
     def evaluate(self, members: Members, images: ImageSet, bar: float) -> Scores:
         """Score each member; one that can no longer exceed the bar is left."""
-        rows = []
+        scored_batches = self.image_sets[images]
+        count = sum(len(batch.labels_N) for batch in scored_batches)
+        folding = nullcontext if self.config.batchnorm == "batch" else functools.partial(self.folding, self.dtype)
+        tallies = []
         for seed, offset, gain in zip(members.seed_K, members.offset_K, members.gain_K, strict=True):
-            self.kernel.descend(self.theta_D, self.scale_D, int(seed), offset, gain, self.model.theta_D)
+            self.descend(int(seed), offset, gain)
             if self.config.batchnorm == "recalibrate":
-                recalibrate(self.model.module, self.normalise(self.reference.pixels_NHWC))
-            part = self.image_sets[images]
-            rows.append(score(self.model.module, part, self.normalise, self.config.batchnorm, self.config.fitness, bar))
-        loss_K, accuracy_K, images_K = zip(*rows, strict=True)
-        return Scores(np.array(loss_K), np.array(accuracy_K), np.array(images_K))
+                recalibrate(self.model.module, self.reference_NCHW)
+            with folding(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                one = tally(self.model.module, scored_batches, count, self.config.batchnorm, self.config.fitness, bar)
+            tallies.append(one)
+        # One wait for the device a call.
+        loss_K = torch.stack([one.loss for one in tallies]).cpu().numpy()
+        correct_K = torch.stack([one.correct for one in tallies]).cpu().numpy()
+        images_K = np.array([one.images for one in tallies])
+        return Scores(loss_K / images_K, correct_K / images_K, images_K)
+
+    def descend(self, seed: int, offset: float, gain: float) -> None:
+        """Make the module a descendant of the parent."""
+        self.kernel.descend(self.theta_D, self.scale_D, seed, offset, gain, self.model.theta_D)
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
@@ -141,19 +170,47 @@ class EvaluatorSpec:
         return Evaluator(self.evolution, module, self.images, self.reference, normalise, device)
 
 
+def _tensor(array: NDArray[np.float32], device: torch.device) -> torch.Tensor:
+    """Memory that is shared is read-only, and so is what is done with the tensor."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
+        return torch.from_numpy(array).to(device)
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """torch with so many threads, None as it is: its bits depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class LocalPool:
     """A pool's work done in this process by one evaluator, in the order of the members."""
 
-    def __init__(self, evaluator: Evaluator) -> None:
+    def __init__(self, evaluator: Evaluator, threads: int | None = None) -> None:
         self.evaluator = evaluator
+        self.threads = threads
         self.counts: dict[str, float] = {"retries": 0}
         self.infos: list[None] = []
+
+    @property
+    def devices(self) -> set[str]:
+        """The names of the devices that score."""
+        return {self.evaluator.device_name}
 
     def broadcast(self, parent: ParentState) -> None:
         self.evaluator.load(parent)
 
+    def broadcast_scale(self, scale: Scale) -> None:
+        self.evaluator.load_scale(scale)
+
     def evaluate(self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
-        return self.evaluator.evaluate(members, images, bar)
+        with threads(self.threads):
+            return self.evaluator.evaluate(members, images, bar)
 
     def weighted_sum(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], size_D: int

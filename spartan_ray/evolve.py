@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from spartan_ray.checkpoint import TensorDict, load_optimizer, optimizer_tensors
 from spartan_ray.config import BatchNormKind, Evolution, ImageSet, InputError
 from spartan_ray.data import Images, Splits, permutation
-from spartan_ray.evaluator import LocalPool, ParentState, reference_images
+from spartan_ray.evaluator import LocalPool, ParentState, Scale, reference_images
 from spartan_ray.fitness import Normaliser, recalibrate
 from spartan_ray.model import FlatModel
 from spartan_ray.noise import RMS, kernel_for
@@ -50,7 +50,9 @@ class Evolver:
         splits: Splits,
         normalise: Normaliser,
         pool: Pool | LocalPool,
+        here: LocalPool | None = None,
     ) -> None:
+        """`here` scores in this process what is not worth sending."""
         self.config = config
         self.run_seed = run_seed
         self.strategy = strategy
@@ -58,6 +60,7 @@ class Evolver:
         self.splits = splits
         self.normalise = normalise
         self.pool = pool
+        self.here = here
         self.kernel = kernel_for(config.noise, model.theta_D.device)
         self.mutated_T = model.mutated(config.mutate)
         self.counts = image_counts(config, len(splits.evolution), len(splits.sgd))
@@ -85,7 +88,8 @@ class Evolver:
         self.seconds = dict.fromkeys(("scoring", "update", "gradient"), 0.0)
         self.image_sets = image_sets(self.counts, len(self.splits.evolution), self.run_seed, generation)
         self.gradient_images = self._gradient_images(generation)
-        self.scale, self.scale_is_gradient, self.stale = self._tensor_scale(), False, True
+        self.scale, self.scale_is_gradient = self._tensor_scale(), False
+        self.parent_changed = self.scale_changed = True
 
     def evolve(self, generation: int) -> tuple[Outcome, Row]:
         """One phase: its account, and what the record says of it."""
@@ -134,36 +138,56 @@ class Evolver:
             case Score(members, images, bar):
                 return self._score(members, images, bar)
             case Gradient():
-                self.scale_is_gradient = self.stale = True
+                self.scale_is_gradient = self.scale_changed = True
             case Aim():
                 with self._timed("update"):
                     self.scale, factor = self._aim(request)
-                self.stale = True
+                self.scale_changed = True
                 return factor
             case Take(member):
                 with self._timed("update"):
                     self._take(member)
-                self.stale = True
+                self.parent_changed = True
+                self.scale_changed = self.scale_changed or self.scale_is_gradient
         return None
 
     def _score(self, members: Members, images: ImageSet, bar: float) -> Scores:
-        if self.stale:
-            self.pool.broadcast(self.parent_state())
-            self.stale = False
+        pool: Pool | LocalPool = self.pool
+        without_noise = len(members) == 1 and not members.gain_K[0]
+        if self.here and without_noise and self.scale_changed and self.pool.devices == self.here.devices:
+            # An update's score keeps one worker busy, and all else that it would cost is to send the update.
+            pool = self.here
+            pool.broadcast(self._parent_state())
+            pool.broadcast_scale(self._scale())
+        else:
+            self.broadcast()
         self.mutation_norm = self.mutation_norm or self._mutation_norm(members)
         with self._timed("scoring"):
-            scores = self.pool.evaluate(members, images, bar if self.config.early_rejection else -math.inf)
+            scores = pool.evaluate(members, images, bar if self.config.early_rejection else -math.inf)
         self.images_scored += int(scores.images_K.sum())
         return scores
 
-    def parent_state(self) -> ParentState:
-        """What members are made and scored from now; a scale that is the gradient is taken anew."""
+    def broadcast(self) -> None:
+        """Give the pool what members are made and scored from now, as far as it changed."""
+        if self.scale_changed:
+            self.take_gradient()
+            self.pool.broadcast_scale(self._scale())
+        if self.parent_changed:
+            self.pool.broadcast(self._parent_state())
+        self.parent_changed = self.scale_changed = False
+
+    def take_gradient(self) -> None:
+        """Where the scale is the gradient: make it that of the parent as it is now."""
         if self.scale_is_gradient:
             with self._timed("gradient"):
                 self.scale = self._gradient()
-        scale = None if self.scale is None else self.scale.cpu().numpy()
+
+    def _scale(self) -> Scale:
+        return None if self.scale is None else self.scale.cpu().numpy()
+
+    def _parent_state(self) -> ParentState:
         buffers = [buffer.cpu().numpy() for buffer in self.model.buffers]
-        return ParentState(self.model.theta_D.cpu().numpy(), buffers, scale, self.image_sets)
+        return ParentState(self.model.theta_D.cpu().numpy(), buffers, self.image_sets)
 
     def _gradient(self) -> torch.Tensor:
         """The parent's gradient; 0 for what evolution leaves. Where members have statistics of their own, it

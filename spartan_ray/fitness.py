@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -68,39 +68,59 @@ def recalibrate(module: nn.Module, images_NCHW: torch.Tensor) -> None:
         layer.momentum, layer.training = momentum, False
 
 
+class Batch(NamedTuple):
+    """Images as the network sees them, and their labels."""
+
+    images_NCHW: torch.Tensor
+    labels_N: torch.Tensor
+
+
+class Tally(NamedTuple):
+    """Sums over the images that were scored, where they were computed: reading them waits for the device."""
+
+    loss: torch.Tensor  # float64
+    correct: torch.Tensor  # int64
+    images: int
+
+
+def score(module: nn.Module, images: Images, normalise: Normaliser) -> Result:
+    """Score the module in evaluation mode, as it is."""
+    loss, correct, count = tally(module, batches(images, normalise), len(images))
+    return Result(loss.item() / count, correct.item() / count, count)
+
+
 @torch.inference_mode()
-def score(
+def tally(
     module: nn.Module,
-    images: Images,
-    normalise: Normaliser,
+    scored_batches: Iterable[Batch],
+    count: int,
     batchnorm: BatchNormKind = "running",
     kind: FitnessKind = "loss",
     bar: float = -math.inf,
-) -> Result:
-    """Score the module in evaluation mode, as it is; `batchnorm` batch takes each batch's statistics.
-
-    It stops once its fitness of that kind can no longer exceed the bar, with the means up to there, which
-    do not exceed it either. Without a bar it waits for the device once, at the end."""
-    device, count = images.labels_N.device, len(images)
+) -> Tally:
+    """Sum loss and hits of the module over batches of `count` images; `batchnorm` batch takes each batch's
+    statistics. Stops once its fitness of that kind can no longer exceed the bar; its means up to there do not
+    exceed it either. Without a bar nothing waits for the device."""
+    device = next(module.parameters()).device
     loss = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     scored = 0
     with statistics_of(module, batchnorm):
-        for batch in batches(images):
-            logits_NC = module(normalise(batch.pixels_NHWC))
-            loss += F.cross_entropy(logits_NC, batch.labels_N, reduction="sum")
-            correct += (logits_NC.argmax(1) == batch.labels_N).sum()
-            scored += len(batch)
+        for images_NCHW, labels_N in scored_batches:
+            logits_NC = module(images_NCHW).float()
+            loss += F.cross_entropy(logits_NC, labels_N, reduction="sum")
+            correct += (logits_NC.argmax(1) == labels_N).sum()
+            scored += len(labels_N)
             if bar > -math.inf:
                 # No image has a negative loss, and none counts twice. The same division as at the end, so
                 # that rounding rejects nobody who would have won.
                 best = -loss.item() / count if kind == "loss" else (correct.item() + count - scored) / count
                 if not best > bar:
                     break
-    return Result(loss.item() / scored, correct.item() / scored, scored)
+    return Tally(loss, correct, scored)
 
 
-def batches(images: Images) -> Iterator[Images]:
+def batches(images: Images, normalise: Normaliser) -> Iterator[Batch]:
     """The images in passes of equal size (to one), so that no small remainder has statistics of its own.
 
     The bits of a score depend on the size, so it is a constant of the device type; 256 is the fastest on
@@ -108,4 +128,5 @@ def batches(images: Images) -> Iterator[Images]:
     largest = 256 if images.labels_N.device.type == "cpu" else 2048
     passes = -(-len(images) // largest)
     for start, stop in pairwise(len(images) * number // passes for number in range(passes + 1)):
-        yield images[slice(start, stop)]
+        part = images[slice(start, stop)]
+        yield Batch(normalise(part.pixels_NHWC), part.labels_N)

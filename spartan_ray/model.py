@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import pickle
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -26,39 +30,106 @@ class LiveConv2d(nn.Conv2d):
     gradient (zero for dead taps); on 32x32 images two thirds of ResNet18's parameters are dead.
     """
 
+    # Its live weights and its bias with the BatchNorm layer after it folded in, while `Folding` is on.
+    folded: tuple[torch.Tensor, torch.Tensor] | None = None
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows, top = self._live_taps(input.shape[2], axis=0)
-        columns, left = self._live_taps(input.shape[3], axis=1)
-        return F.conv2d(input, self.weight[:, :, rows, columns], self.bias, self.stride, (top, left))
+        height, width = input.shape[2:]
+        weight, bias = self.folded or (self.live_weight(height, width), self.bias)
+        padding = tuple(self._live_taps(size, axis)[1] for axis, size in enumerate((height, width)))
+        return F.conv2d(input, weight, bias, self.stride, padding)
+
+    def live_weight(self, height: int, width: int) -> torch.Tensor:
+        """The taps that meet a map of that size."""
+        return self.weight[:, :, self._live_taps(height, 0)[0], self._live_taps(width, 1)[0]]
 
     def _live_taps(self, size: int, axis: int) -> tuple[slice, int]:
-        """The taps that meet the input on an axis of this size, and the padding left before them."""
-        taps, stride, padding = self.kernel_size[axis], self.stride[axis], int(self.padding[axis])
-        outputs = (size + 2 * padding - taps) // stride + 1
-        # Output o reads rows o * stride - padding + tap.
-        live = [tap for tap in range(taps) if any(0 <= o * stride - padding + tap < size for o in range(outputs))]
-        if not live:
-            return slice(None), padding
-        first, last = live[0], live[-1]
-        kept_padding = padding - first
-        if kept_padding < 0 or (size + 2 * kept_padding - (last - first + 1)) // stride + 1 != outputs:
-            return slice(None), padding
-        return slice(first, last + 1), kept_padding
+        return live_taps(size, self.kernel_size[axis], self.stride[axis], int(self.padding[axis]))
+
+
+@functools.cache
+def live_taps(size: int, taps: int, stride: int, padding: int) -> tuple[slice, int]:
+    """The taps that meet the input on an axis of this size, and the padding left before them."""
+    outputs = (size + 2 * padding - taps) // stride + 1
+    # Output o reads rows o * stride - padding + tap.
+    live = [tap for tap in range(taps) if any(0 <= o * stride - padding + tap < size for o in range(outputs))]
+    if not live:
+        return slice(None), padding
+    first, last = live[0], live[-1]
+    kept_padding = padding - first
+    if kept_padding < 0 or (size + 2 * kept_padding - (last - first + 1)) // stride + 1 != outputs:
+        return slice(None), padding
+    return slice(first, last + 1), kept_padding
+
+
+class FoldedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that steps aside while it is folded into the convolution before it."""
+
+    folded = False
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input if self.folded else super().forward(input)
+
+
+class Folding:
+    """Folds the BatchNorm layers of a network of `build_model` into their convolutions, for scoring.
+
+    With its own statistics BatchNorm is a factor and a shift of each channel, which the convolution before it can do
+    on the way: the same function to rounding, in a tenth less time. `with folding(dtype):` folds the weights as
+    they are then. `image_NCHW` shows which convolution feeds which layer, and the sizes of the maps."""
+
+    def __init__(self, module: nn.Module, image_NCHW: torch.Tensor) -> None:
+        outputs: list[tuple[LiveConv2d, torch.Size, torch.Tensor]] = []
+        self.pairs: list[tuple[LiveConv2d, FoldedBatchNorm2d, torch.Size]] = []
+
+        def after_convolution(conv: LiveConv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            outputs.append((conv, inputs[0].shape[2:], output))
+
+        def before_batchnorm(norm: FoldedBatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
+            self.pairs += [(conv, norm, size) for conv, size, output in outputs if output is inputs[0]]
+
+        hooks: list[Any] = []
+        for layer in module.modules():
+            if isinstance(layer, LiveConv2d):
+                hooks.append(layer.register_forward_hook(after_convolution))
+            elif isinstance(layer, FoldedBatchNorm2d):
+                hooks.append(layer.register_forward_pre_hook(before_batchnorm))
+        with torch.inference_mode():
+            module.eval()(image_NCHW)
+        for hook in hooks:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def __call__(self, dtype: torch.dtype) -> Iterator[None]:
+        with torch.inference_mode():
+            for conv, norm, (height, width) in self.pairs:
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
+                gain_O = norm.weight * (norm.running_var + norm.eps).rsqrt()
+                weight = conv.live_weight(height, width) * gain_O[:, None, None, None]
+                bias_O = norm.bias - norm.running_mean * gain_O
+                conv.folded, norm.folded = (weight.to(dtype), bias_O.to(dtype)), True
+        try:
+            yield
+        finally:
+            for conv, norm, _ in self.pairs:
+                conv.folded, norm.folded = None, False
 
 
 def build_model(config: Parent, classes: int) -> nn.Module:
     """The network of the configuration with torch's current random state as its initial weights."""
     if config.model == "convnet":
-        return _convnet(classes)
-    from torchvision.models import resnet18
+        network: nn.Module = _convnet(classes)
+    else:
+        from torchvision.models import resnet18
 
-    network: nn.Module = resnet18(num_classes=classes)
-    if config.stem == "cifar":
-        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-        network.maxpool = nn.Identity()
+        network = resnet18(num_classes=classes)
+        if config.stem == "cifar":
+            network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+            network.maxpool = nn.Identity()
+    ours = {nn.Conv2d: LiveConv2d, nn.BatchNorm2d: FoldedBatchNorm2d}
     for module in network.modules():
-        if type(module) is nn.Conv2d and module.padding != (0, 0):
-            module.__class__ = LiveConv2d
+        module.__class__ = ours.get(type(module), type(module)) 
     return network
 
 

@@ -51,8 +51,8 @@ def mean_gradient(
     module = model.module
     module.zero_grad(set_to_none=True)
     with statistics_of(module, batchnorm):
-        for batch in batches(images):
-            loss = F.cross_entropy(module(normalise(batch.pixels_NHWC)), batch.labels_N, reduction="sum")
+        for images_NCHW, labels_N in batches(images, normalise):
+            loss = F.cross_entropy(module(images_NCHW), labels_N, reduction="sum")
             (loss / len(images)).backward()
     gradient_D = model.gradient()
     module.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from spartan_ray.config import Cluster, ImageSet, RunError
-from spartan_ray.evaluator import EvaluatorSpec, ParentState
+from spartan_ray.evaluator import EvaluatorSpec, ParentState, Scale
 from spartan_ray.noise import fingerprint_agrees
 from spartan_ray.resources import workers_that_fit
 from spartan_ray.spans import Range, Span
@@ -32,8 +32,10 @@ from spartan_ray.worker import Worker, WorkerInfo, versions
 
 # Tasks on a worker: one that runs and one that is ready when it ends.
 QUEUED_PER_WORKER = 2
-# Length of an automatic chunk: long against Ray's overhead of a task, short against a generation.
+# Length of an automatic chunk: long against Ray's overhead of a task, short against a generation. Where so many
+# workers would answer more often than this, chunks are longer: the driver can take a thousand answers a second.
 CHUNK_SECONDS = 2.0
+ANSWERS_PER_SECOND = 200.0
 # What fails alone on so many workers is given up.
 TRIES = 3
 # Failures in a row, for each worker of the pool, after which the fault is not a worker's.
@@ -80,6 +82,7 @@ class _Slot:
     info: WorkerInfo | None = None  # None until it joined
     tasks: list[_Task] = field(default_factory=list)  # in the order in which it does them
     since: float = 0.0  # when it last answered, or began to have something to answer
+    late: bool = False  # as it was when somebody last looked
 
 
 @dataclass(eq=False)
@@ -116,8 +119,9 @@ class Pool:
         self.slots: list[_Slot] = []
         self.tasks: dict[Any, _Task] = {}  # in flight, by their references
         self.refused: list[str] = []  # nodes, one for each worker that was refused there
-        self.parent_keys = itertools.count()
-        self.parent: tuple[int, Any]  # the last broadcast and its key
+        self.keys = itertools.count()
+        self.parent: tuple[int, Any]  # the last broadcast of each and its key
+        self.scale: tuple[int, Any]
         self.counts: dict[str, float] = {"broadcast_seconds": 0.0, "retries": 0, "late_results": 0, "members_failed": 0}
         self.failures_in_a_row = 0
         self.last_reason = ""
@@ -136,6 +140,11 @@ class Pool:
         """The workers that have joined."""
         return [slot.info for slot in list(self.slots) if slot.info]
 
+    @property
+    def devices(self) -> set[str]:
+        """The names of the devices that score."""
+        return {info.device for info in self.infos}
+
     def wait_until_joined(self) -> None:
         """Return when every worker has joined or was refused, or after a while with those that have."""
         deadline = time.monotonic() + SLOW_START_SECONDS
@@ -147,19 +156,28 @@ class Pool:
 
     def broadcast(self, parent: ParentState) -> None:
         """Make this the parent of the members that are evaluated from here on."""
+        self.parent = self._put(parent)
+
+    def broadcast_scale(self, scale: Scale) -> None:
+        """Make this the scale of what is added to the parent."""
+        self.scale = self._put(scale)
+
+    def _put(self, value: ParentState | Scale) -> tuple[int, Any]:
         started = time.perf_counter()
-        self.parent = (next(self.parent_keys), ray.put(parent))
+        reference = ray.put(value)
         self.counts["broadcast_seconds"] += time.perf_counter() - started
+        return next(self.keys), reference
 
     def evaluate(self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
         """The scores of every member; one that can no longer exceed the bar is left. A member that no worker
         can score has the loss and the accuracy NaN, or ends the run as `cluster.on_member_error` says."""
-        key, parent = self.parent
+        (parent_key, parent), (scale_key, scale) = self.parent, self.scale
+        keys = (parent_key, scale_key)
         parts: dict[int, Scores] = {}
         slowest_load = 0.0
 
         def submit(worker: ActorHandle[Any], start: int, stop: int) -> Any:
-            return worker.evaluate.remote(key, parent, members[start:stop], images, bar)
+            return worker.evaluate.remote(keys, parent, scale, members[start:stop], images, bar)
 
         def give_up(start: int, reason: str) -> tuple[Scores, float, float]:
             said = f"the member of seed {members.seed_K[start]} failed on {TRIES} workers"
@@ -225,7 +243,8 @@ class Pool:
         if self.seconds_per_member is None:
             return 1
         share = -(-left // (2 * QUEUED_PER_WORKER * self.size))
-        return max(1, min(share, int(CHUNK_SECONDS / max(self.seconds_per_member, 1e-9))))
+        seconds = max(CHUNK_SECONDS, self.size / ANSWERS_PER_SECOND)
+        return max(1, min(share, int(seconds / max(self.seconds_per_member, 1e-9))))
 
     def _cover(
         self, range_: Range, smallest: int, is_finite: Callable[[Any], bool], give_up: Callable[[int, str], Any]
@@ -237,6 +256,7 @@ class Pool:
         not finite counts when a second worker, if there is one, agrees; else the worker is replaced."""
         # Nobody has looked after the workers since the last range, and some may have answered meanwhile.
         self.manned = time.monotonic()
+        self._look_who_is_late()
         answered = ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)[0] if self.tasks else []
         self.counts["late_results"] += sum(end.error is None for end in self._receive(answered))
         while range_.left:
@@ -275,17 +295,18 @@ class Pool:
     def _dispatch(self, range_: Range) -> None:
         """Queue spans on the workers that have joined, the idle ones first; where nothing is left to queue,
         idle workers take what is late on others."""
-        overdue = [slot for slot in self.slots if slot.info and self._is_overdue(slot)]
-        fit = [slot for slot in self.slots if slot.info and slot not in overdue]
+        fit = [slot for slot in self.slots if slot.info and not slot.late]
         for queued in range(QUEUED_PER_WORKER):
             for slot in fit:
+                if not range_.waiting:
+                    break
                 if len(slot.tasks) > queued:
                     continue
-                others = [other for other in fit if other is not slot]
-                if span := range_.take(lambda span, slot=slot, others=others: may_do(span, slot, others)):  # type: ignore[misc]
+                if span := range_.take(lambda span, slot=slot: may_do(span, slot, fit)):  # type: ignore[misc]
                     self._queue(slot, span, range_)
         idle = [slot for slot in fit if not slot.tasks]
-        for task in (task for slot in overdue if idle for task in slot.tasks):
+        late = [slot for slot in self.slots if slot.late] if idle else []
+        for task in (task for slot in late for task in slot.tasks):
             if task.range is not range_ or task.span.copies > 1 or task.span.done:
                 continue
             if free := next((slot for slot in idle if slot is not task.span.doubtful), None):
@@ -302,13 +323,13 @@ class Pool:
         task.slot.tasks.append(task)
         self.tasks[task.ref] = task
 
-    @staticmethod
-    def _is_overdue(slot: _Slot) -> bool:
-        """Whether what a worker does is late. Unknown, and so not late, before anything like it was done."""
-        if not slot.tasks or not (doing := slot.tasks[0].range) or not doing.elements:
-            return False
-        usual = doing.expected(slot.tasks[0].span)
-        return time.monotonic() - slot.since > LATE_SECONDS + LATE_FACTOR * usual
+    def _look_who_is_late(self) -> None:
+        """Mark the workers whose work is late. Unknown, and so not late, before anything like it was done."""
+        now = time.monotonic()
+        for slot in self.slots:
+            doing = slot.tasks[0].range if slot.tasks else None
+            usual = doing.expected(slot.tasks[0].span) if doing and doing.elements else math.inf
+            slot.late = now - slot.since > LATE_SECONDS + LATE_FACTOR * usual
 
     def _collect(self) -> list[_End]:
         """Wait for something to end, or a moment, and look after the workers; the tasks that ended."""
@@ -342,7 +363,7 @@ class Pool:
         if task.range:
             task.range.seconds += now - slot.since
             task.range.elements += len(task.span)
-        slot.since = now
+        slot.since, slot.late = now, False
         slot.tasks.remove(task)
         del self.tasks[task.ref]
         if task.range:
@@ -358,6 +379,7 @@ class Pool:
         if now < self.tend_at:
             return []
         self.tend_at = now + TEND_SECONDS
+        self._look_who_is_late()
         if self.cluster.workers == "auto" and now - self.nodes_seen > NODES_SECONDS:
             self.nodes_seen = now
             self._resize()
@@ -413,9 +435,9 @@ class Pool:
             self.refused.append(info.node)
             self._remove(slot)
             return
-        devices = {other.device for other in self.infos}
-        if devices and info.device not in devices:
-            self.note(f"{info} is not like the others ({', '.join(sorted(devices))}): bits depend on who scores what")
+        if self.devices and info.device not in self.devices:
+            others = ", ".join(sorted(self.devices))
+            self.note(f"{info} is not like the others ({others}): bits depend on who scores what")
         slot.info = info
 
     def _fail(self, slot: _Slot, reason: str, error: Exception | None = None) -> list[_End]:
@@ -446,12 +468,12 @@ def backoff(failures: int) -> float:
     return min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** (failures - 1)) if failures else 0.0
 
 
-def may_do(span: Span, slot: _Slot, others: list[_Slot]) -> bool:
+def may_do(span: Span, slot: _Slot, fit: list[_Slot]) -> bool:
     """Whether a worker may have a span: one that failed in its place, or that it made doubtful, is for others
-    that could have it."""
+    of those that are fit."""
     if span.doubtful is slot:
-        return not others
-    return slot.place not in span.failed_on or all(other.place in span.failed_on for other in others)
+        return all(other is slot for other in fit)
+    return slot.place not in span.failed_on or all(other.place in span.failed_on for other in fit)
 
 
 def _reason(error: Exception) -> str:

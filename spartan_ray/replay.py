@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from spartan_ray.checkpoint import (
 )
 from spartan_ray.config import InputError, load_run_config, refuse_links
 from spartan_ray.data import load_splits
-from spartan_ray.evaluator import EvaluatorSpec, LocalPool, repeatable_gpu
+from spartan_ray.evaluator import EvaluatorSpec, LocalPool, repeatable_gpu, threads
 from spartan_ray.evolve import Evolver
 from spartan_ray.fitness import Normaliser
 from spartan_ray.journal import Journal, read_journal
@@ -53,7 +52,8 @@ class Replay:
         self.data_digest = splits.digest()
         self.model = FlatModel(build_model(self.config.parent, len(splits.classes)), self.device)
         self.description = describe(self.config.parent, splits)
-        self.pool = LocalPool(EvaluatorSpec.of(self.config, splits).make(self.device))
+        spec = EvaluatorSpec.of(self.config, splits)
+        self.pool = LocalPool(spec.make(self.device), spec.threads)
         strategy = make_strategy(self.config.evolution.resolved(), len(splits.classes))
         assert strategy, "or there were no generations"
         normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
@@ -84,10 +84,9 @@ class Replay:
         if evolution.strategy == "es" or not evolution.early_rejection:
             bar = -math.inf
         members = _members(journal)[member : member + 1]
-        with _threads(self.config.parent.threads):
-            self.pool.broadcast(self.evolver.parent_state())
-        with _threads(self.config.cluster.cpus_per_worker):
-            scores = self.pool.evaluate(members, "fitness", bar)
+        with threads(self.config.parent.threads):
+            self.evolver.broadcast()
+        scores = self.pool.evaluate(members, "fitness", bar)
         save_weights(file, self.pool.evaluator.model.state_dict(), self.description)
         return float(fitness_K[member]), float(scores.fitness_K(evolution.fitness)[0])
 
@@ -97,7 +96,7 @@ class Replay:
         moved = np.flatnonzero(journal["weight"])
         if len(moved) and self.config.evolution.strategy == "es":
             seed_U, weight_U = merge_seeds(_members(journal), journal["weight"])
-            with _threads(self.config.parent.threads):
+            with threads(self.config.parent.threads):
                 self.evolver.answer(Aim(seed_U, weight_U, float(journal["rate"])))
                 assert self.evolver.scale is not None, "the update"
                 self.evolver.scale = self.evolver.scale * float(journal["factor"])
@@ -139,8 +138,8 @@ class Replay:
 
     def _take(self, journal: Journal, member: int) -> None:
         """Make a member the parent, as the run did."""
-        with _threads(self.config.parent.threads):
-            self.evolver.parent_state()  # takes the gradient of the parent as it is now
+        with threads(self.config.parent.threads):
+            self.evolver.take_gradient()  # of the parent as it is now
             self.evolver.answer(Take(_members(journal)[member : member + 1]))
 
     def _ran_on_gpu(self) -> bool:
@@ -153,14 +152,3 @@ class Replay:
 
 def _members(journal: Journal) -> Members:
     return Members(journal["seed"], journal["offset"], journal["gain"])
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """torch with so many threads: its bits depend on them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

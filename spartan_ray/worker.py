@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import spartan_ray
 from spartan_ray.config import ImageSet
-from spartan_ray.evaluator import EvaluatorSpec, ParentState, repeatable_gpu
+from spartan_ray.evaluator import EvaluatorSpec, ParentState, Scale, repeatable_gpu
 from spartan_ray.noise import fingerprint
 from spartan_ray.strategies.base import Members, Scores
 
@@ -68,25 +68,30 @@ class Worker:
     def __init__(self, spec: EvaluatorSpec) -> None:
         self.device = claim_device(spec.threads)
         self.evaluator = spec.make(self.device)
-        self.parent_key: int | None = None
+        self.keys: tuple[int | None, int | None] = (None, None)
 
     def join(self) -> WorkerInfo:
         sample = fingerprint(self.evaluator.kernel)
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-        else:
-            name = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-        node = ray.get_runtime_context().get_node_id()
+        name, node = self.evaluator.device_name, ray.get_runtime_context().get_node_id()
         return WorkerInfo(socket.gethostname(), node, os.getpid(), name, torch.get_num_threads(), sample, versions())
 
     def evaluate(
-        self, key: int, parent: ParentState, members: Members, images: ImageSet, bar: float
+        self,
+        keys: tuple[int, int],
+        parent: ParentState,
+        scale: Scale,
+        members: Members,
+        images: ImageSet,
+        bar: float,
     ) -> tuple[Scores, float, float]:
-        """The members' scores, and the seconds it took to load the parent and to score them."""
+        """The members' scores, and the seconds it took to load what is new of parent and scale, and to score them.
+        The keys say which parent and which scale these are."""
         start = time.perf_counter()
-        if key != self.parent_key:
+        if keys[0] != self.keys[0]:
             self.evaluator.load(parent)
-            self.parent_key = key
+        if keys[1] != self.keys[1]:
+            self.evaluator.load_scale(scale)
+        self.keys = keys
         loaded = time.perf_counter()
         scores = self.evaluator.evaluate(members, images, bar)
         return scores, loaded - start, time.perf_counter() - loaded

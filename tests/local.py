@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from spartan_ray.config import Data, Evolution, ImageSet, Parent
-from spartan_ray.data import load_splits
-from spartan_ray.evaluator import Evaluator, LocalPool, ParentState, reference_images
+from spartan_ray.data import Images, load_splits
+from spartan_ray.evaluator import Evaluator, LocalPool, ParentState, Scale, reference_images
 from spartan_ray.evolve import Evolver
 from spartan_ray.fitness import Normaliser, Result, score
-from spartan_ray.model import FlatModel, initial_model
+from spartan_ray.model import FlatModel, Folding, initial_model
 from spartan_ray.parent import Trainer
 from spartan_ray.record import Row
 from spartan_ray.strategies import Members, Outcome, make_strategy
@@ -28,24 +29,35 @@ SPLITS = load_splits(Data(name="digits", sgd_images=600, evolution_images=600), 
 NORMALISE = Normaliser(SPLITS.mean_C, SPLITS.std_C, CPU)
 
 
+def scored(module: nn.Module, images: Images, normalise: Normaliser = NORMALISE) -> Result:
+    """A network's score to the bit as workers compute it, with BatchNorm folded in."""
+    with Folding(module, normalise(images.pixels_NHWC[:1]))(torch.float32):
+        return score(module, images, normalise)
+
+
 class WatchedPool(LocalPool):
     """Keeps what it was asked."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         super().__init__(evaluator)
         self.broadcasts: list[ParentState] = []
+        self.scales: list[Scale] = []
         self.asked: list[tuple[int, str]] = []
 
     def broadcast(self, parent: ParentState) -> None:
         """A copy that cannot be written to, as in Ray's shared memory."""
-        scale = None if parent.scale is None else parent.scale.copy()
         buffers = [buffer.copy() for buffer in parent.buffers]
-        parent = replace(parent, theta_D=parent.theta_D.copy(), scale=scale, buffers=buffers)
-        for array in (parent.theta_D, parent.scale):
-            if array is not None:
-                array.flags.writeable = False
+        parent = replace(parent, theta_D=parent.theta_D.copy(), buffers=buffers)
+        parent.theta_D.flags.writeable = False
         self.broadcasts.append(parent)
         super().broadcast(parent)
+
+    def broadcast_scale(self, scale: Scale) -> None:
+        if scale is not None:
+            scale = scale.copy()
+            scale.flags.writeable = False
+        self.scales.append(scale)
+        super().broadcast_scale(scale)
 
     def evaluate(self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
         self.asked.append((len(members), images))
@@ -91,7 +103,7 @@ class Phase:
     def score(self, images: ImageSet = "fitness") -> Result:
         """The parent as it is now on the images of the last phase, by the statistics it has."""
         index_N = torch.from_numpy(self.evolver.image_sets[images])
-        return score(self.model.module, SPLITS.evolution[index_N], NORMALISE)
+        return scored(self.model.module, SPLITS.evolution[index_N])
 
     @property
     def theta_D(self) -> NDArray[np.float32]:

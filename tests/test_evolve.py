@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from local import CPU, NORMALISE, PARENT, SPLITS, Phase, trained
+from local import CPU, NORMALISE, PARENT, SPLITS, Phase, scored, trained
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from spartan_ray.config import InputError
-from spartan_ray.data import permutation
+from spartan_ray.data import Images, permutation
 from spartan_ray.evolve import GRADIENT_IMAGES_OF_GENERATION, image_sets
-from spartan_ray.fitness import score
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import member_seeds, noise
 
@@ -117,14 +116,14 @@ def test_step_search_takes_the_best_length_on_images_that_did_not_choose_the_dir
     assert not set(sets["fitness"]) & set(sets["search"])
     tried = dict(zip(row["search_ratios"], row["search_fitness"], strict=True))
     assert row["search_ratios"][0] == 0
-    assert tried[0.0] == -score(network_at(parent.numpy(), phase.model), *on(sets["search"])).loss
+    assert tried[0.0] == -scored(network_at(parent.numpy(), phase.model), on(sets["search"])).loss
     best = max(tried, key=lambda ratio: tried[ratio])
     assert -phase.score("search").loss == tried[best] > tried[0.0]
     assert abs(row["step_ratio"] / best - 1) < 1e-3
 
 
-def on(index_N: NDArray[np.int64]) -> tuple[Any, Any]:
-    return SPLITS.evolution[torch.from_numpy(index_N)], NORMALISE
+def on(index_N: NDArray[np.int64]) -> Images:
+    return SPLITS.evolution[torch.from_numpy(index_N)]
 
 
 @pytest.mark.parametrize(("sigma", "fitness"), [(1e-4, "loss"), (1e-3, "accuracy"), (0.01, "accuracy"), (0.3, "loss")])
@@ -305,7 +304,7 @@ def test_a_winner_is_taken_only_if_images_that_did_not_choose_it_confirm_it(
     assert len(sets["confirm"]) == 560
     assert not set(sets["fitness"]) & set(sets["confirm"])
     assert outcome.fitness_K.max() > outcome.before
-    assert row["confirm_fitness_before"] == score(trained(epochs).module, *on(sets["confirm"])).accuracy
+    assert row["confirm_fitness_before"] == scored(trained(epochs).module, on(sets["confirm"])).accuracy
     assert (row["confirm_fitness_after"] > row["confirm_fitness_before"]) == row["accepted"] == confirmed
     if confirmed:
         assert row["confirm_fitness_after"] == phase.score("confirm").accuracy
@@ -450,10 +449,10 @@ def test_relative_sigma_is_times_the_rms_of_each_tensor() -> None:
     model, theta_D = phase.model, phase.theta_D.astype(np.float64)
     parts = [view.numpy().astype(np.float64).copy() for view in model.views(torch.from_numpy(theta_D.copy()))]
     outcome, row = phase.evolve()
-    broadcast = phase.pool.broadcasts[0]
-    assert broadcast.scale is not None
-    np.testing.assert_allclose(broadcast.scale, [np.sqrt((part**2).mean()) for part in parts], rtol=1e-6)
-    scale_D = model.spread(torch.from_numpy(broadcast.scale)).numpy().astype(np.float64)
+    scale_T = phase.pool.scales[0]
+    assert scale_T is not None
+    np.testing.assert_allclose(scale_T, [np.sqrt((part**2).mean()) for part in parts], rtol=1e-6)
+    scale_D = model.spread(torch.from_numpy(scale_T)).numpy().astype(np.float64)
     index_N = phase.evolver.image_sets["fitness"]
     noise_KD = np.stack([noise("uniform", int(seed), 0, len(theta_D)) for seed in outcome.members.seed_K])
     for k in (0, 5):
@@ -488,7 +487,7 @@ def test_the_gradient_is_of_the_function_that_is_scored(kind: str) -> None:
     )  # fmt: skip
     buffers = [buffer.clone() for buffer in phase.model.buffers]
     outcome, row = phase.evolve()
-    gradient_D = phase.pool.broadcasts[0].scale
+    gradient_D = phase.pool.scales[0]
     assert gradient_D is not None
     expected = 1e-4 * 0.9995 * float(np.square(gradient_D.astype(np.float64)).sum())
     assert row["accepted"]
@@ -507,7 +506,7 @@ def test_gradient_images_are_drawn_anew_for_each_generation(split: str) -> None:
         drawn.append({bytes(pixels.numpy()) for pixels in phase.evolver.gradient_images.pixels_NHWC})
     assert len(drawn[0] & drawn[1]) < 40
     if split == "evolution":
-        fitness, _ = on(phase.evolver.image_sets["fitness"])
+        fitness = on(phase.evolver.image_sets["fitness"])
         assert drawn[1] <= {bytes(pixels.numpy()) for pixels in fitness.pixels_NHWC}
 
 
@@ -516,7 +515,7 @@ def test_gradient_images_of_the_evolution_split_have_all_chosen() -> None:
         strategy="random-gradients", gradient_split="evolution", confirm=True, fitness_images=80, gradient_images=80
     )
     phase.evolve()
-    fitness, _ = on(phase.evolver.image_sets["fitness"])
+    fitness = on(phase.evolver.image_sets["fitness"])
     chosen = [sorted(map(bytes, images.pixels_NHWC.numpy())) for images in (fitness, phase.evolver.gradient_images)]
     assert chosen[0] == chosen[1]
 

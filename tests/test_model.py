@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from spartan_ray.config import InputError, Parent
-from spartan_ray.model import FlatModel, LiveConv2d, initial_model
+from spartan_ray.model import FlatModel, FoldedBatchNorm2d, Folding, LiveConv2d, initial_model
 
 CPU = torch.device("cpu")
 
@@ -159,3 +159,27 @@ def test_imagenet_weights_offline_name_the_file_and_its_place(tmp_path: Path, mo
     assert len(initial_model(Parent(weights="imagenet"), 10, 0)[1]) == 2
     with pytest.raises(InputError, match=r"no imagenet weights for parent\.model convnet"):
         initial_model(Parent(model="convnet", weights="imagenet"), 10, 0)
+
+
+@pytest.mark.parametrize("config", [Parent(), Parent(stem="cifar"), Parent(model="convnet")])
+def test_folding_leaves_the_function_and_afterwards_no_trace(config: Parent) -> None:
+    """Every BatchNorm layer is folded, with statistics and affine parameters that are not those of the start."""
+    network = initial_model(config, 10, 0)[0].eval()
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for norm in norms:
+        for value, (low, high) in ((norm.weight, (-1, 2)), (norm.bias, (-1, 1)), (norm.running_mean, (-1, 1))):
+            assert value is not None
+            value.data.uniform_(low, high)
+        assert norm.running_var is not None
+        norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(4, 3, 32, 32)
+    folding = Folding(network, x[:1])
+    with torch.inference_mode():
+        whole = network(x)
+        with folding(torch.float32):
+            folded = network(x)
+            assert sum(layer.folded for layer in norms if isinstance(layer, FoldedBatchNorm2d)) == len(norms)
+        again = network(x)
+    torch.testing.assert_close(folded, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+    assert not torch.equal(folded, whole)
+    assert torch.equal(again, whole)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from local import scored
 
 from spartan_ray.config import Data, Evolution, Parent
 from spartan_ray.data import load_splits, permutation
@@ -107,7 +108,7 @@ def test_evaluator_leaves_parent_and_buffers_alone_and_scores_the_images_asked_f
     evaluator = Evaluator(
         Evolution(), initial_model(Parent(model="convnet"), 10, 4)[0], SPLITS.evolution, SPLITS.sgd, NORMALISE, CPU
     )
-    state = ParentState(theta_D.copy(), [buffer.numpy() for buffer in parent.buffers], None, {"fitness": image_N})
+    state = ParentState(theta_D.copy(), [buffer.numpy() for buffer in parent.buffers], {"fitness": image_N})
     state.theta_D.flags.writeable = False  # as Ray's shared memory is
     evaluator.load(state)
     gain_K = np.array([0.1, 0.1, -0.1, 0], np.float32)
@@ -121,7 +122,7 @@ def test_evaluator_leaves_parent_and_buffers_alone_and_scores_the_images_asked_f
     images = SPLITS.evolution[torch.from_numpy(image_N)]
     for k in (3, 0, 2):
         parent.theta_D.copy_(torch.from_numpy(theta_D + gain_K[k] * noise("uniform", 7, 0, len(theta_D))))
-        expected = score(parent.module, images, NORMALISE)
+        expected = scored(parent.module, images, NORMALISE)
         assert (scores.loss_K[k], scores.accuracy_K[k], scores.images_K[k]) == expected
 
 

@@ -58,7 +58,7 @@ class Running:
         image_N = np.arange(0, 64, 2)
         scale_D = np.linspace(-1, 2, model.theta_D.numel()).astype(np.float32)
         buffers = [b.numpy() for b in model.buffers]
-        self.state = ParentState(model.theta_D.numpy(), buffers, scale_D, {"fitness": image_N, "search": image_N[:9]})
+        self.state = ParentState(model.theta_D.numpy(), buffers, {"fitness": image_N, "search": image_N[:9]})
         evaluator = Evaluator(
             Evolution(),
             initial_model(PARENT, 10, 3)[0],
@@ -68,9 +68,11 @@ class Running:
             CPU,
         )
         evaluator.load(self.state)
+        evaluator.load_scale(scale_D)
         self.expected = evaluator.evaluate(MEMBERS, "fitness", -math.inf)
         self.expected_search = evaluator.evaluate(MEMBERS[3:9], "search", -math.inf)
         self.pool.broadcast(self.state)
+        self.pool.broadcast_scale(scale_D)
 
     def advance(self, members: int, images: int) -> None:
         self.done += members
