@@ -151,6 +151,7 @@ ONLY_WITH: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("low", "high", "temperature", "gradient_images"), ("strategy", "random-gradients")),
     **dict.fromkeys(("gradient_split", "early_rejection"), ("strategy", "random-gradients")),
     "wave": ("accept", "chain"),
+    "racing": ("accept", "best"),
 }
 ACCEPT = {"es": ("always", "if-better"), "random-gradients": ("best", "chain")}
 LR = {"es": 0.0005, "random-gradients": 0.01}
@@ -219,6 +220,8 @@ class Evolution(Section):
     """random-gradients: split of those images; of the evolution split they are fitness images."""
     wave: PositiveInt | None = None
     """random-gradients with `accept` chain: members scored at once (default: one a worker); changes no result."""
+    racing: Annotated[int, Field(ge=0, le=8)] = 0
+    """random-gradients with `accept` best: rounds that halve the members and double the images of the rest."""
     early_rejection: bool = True
     """random-gradients: ask after each 256 images (GPU: 2,048) if a member can still win; changes no result."""
 

@@ -24,7 +24,7 @@ from spartan_ray.data import Images, Splits
 from spartan_ray.fitness import Batch, Normaliser, batches, recalibrate, tally
 from spartan_ray.model import FlatModel, Folding, build_model
 from spartan_ray.noise import kernel_for
-from spartan_ray.strategies.base import Members, Scores
+from spartan_ray.strategies.base import WHOLE, Members, Part, Scores
 
 # SGD images that recalibrate BatchNorm: the same ones in the whole run.
 REFERENCE_IMAGES = 512
@@ -82,7 +82,8 @@ class Evaluator:
         self.folding = Folding(module, self.reference_NCHW[:1])
         self.theta_D = self.model.theta_D
         self.scale_D: torch.Tensor | None = None
-        self.image_sets: dict[ImageSet, list[Batch]] = {}
+        self.image_sets: dict[ImageSet, NDArray[np.int64]] = {}
+        self.ready: dict[tuple[ImageSet, Part], list[Batch]] = {}
 
     @property
     def device_name(self) -> str:
@@ -95,7 +96,8 @@ class Evaluator:
         """Take a new parent. On a CPU its parameters stay where they are, shared with other workers."""
         self.theta_D = _tensor(parent.theta_D, self.device)
         self.model.load_buffers([torch.from_numpy(buffer.copy()) for buffer in parent.buffers])
-        self.image_sets = {name: self._ready(image_N) for name, image_N in parent.image_sets.items()}
+        self.image_sets = parent.image_sets
+        self.ready.clear()
 
     def load_scale(self, scale: Scale) -> None:
         """Take a new scale. On a CPU one of D elements stays where it is."""
@@ -103,14 +105,20 @@ class Evaluator:
         if self.scale_D is not None and len(self.scale_D) != len(self.theta_D):
             self.scale_D = self.model.spread(self.scale_D)
 
-    def _ready(self, image_N: NDArray[np.int64]) -> list[Batch]:
-        """Images as the network takes them, once for all members."""
-        images = self.split[torch.from_numpy(image_N.copy()).to(self.device)]
-        return [Batch(batch.images_NCHW.to(self.dtype), batch.labels_N) for batch in batches(images, self.normalise)]
+    def _batches(self, images: ImageSet, part: Part) -> list[Batch]:
+        """Images as the network takes them, made once for all members."""
+        if (images, part) not in self.ready:
+            image_N = self.image_sets[images]
+            start, stop = (int(share * len(image_N)) for share in part)
+            chosen = self.split[torch.from_numpy(image_N[start:stop].copy()).to(self.device)]
+            self.ready[images, part] = [
+                Batch(images_NCHW.to(self.dtype), labels_N) for images_NCHW, labels_N in batches(chosen, self.normalise)
+            ]
+        return self.ready[images, part]
 
-    def evaluate(self, members: Members, images: ImageSet, bar: float) -> Scores:
-        """Score each member; one that can no longer exceed the bar is left."""
-        scored_batches = self.image_sets[images]
+    def evaluate(self, members: Members, images: ImageSet, bar: float, part: Part = WHOLE) -> Scores:
+        """Score each member on a part of the images; one that can no longer exceed the bar is left."""
+        scored_batches = self._batches(images, part)
         count = sum(len(batch.labels_N) for batch in scored_batches)
         folding = nullcontext if self.config.batchnorm == "batch" else functools.partial(self.folding, self.dtype)
         tallies = []
@@ -208,9 +216,11 @@ class LocalPool:
     def broadcast_scale(self, scale: Scale) -> None:
         self.evaluator.load_scale(scale)
 
-    def evaluate(self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
+    def evaluate(
+        self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf, part: Part = WHOLE
+    ) -> Scores:
         with threads(self.threads):
-            return self.evaluator.evaluate(members, images, bar)
+            return self.evaluator.evaluate(members, images, bar, part)
 
     def weighted_sum(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], size_D: int

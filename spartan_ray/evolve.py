@@ -135,8 +135,8 @@ class Evolver:
     def answer(self, request: Request) -> Scores | float | None:
         """Do what the strategy asks."""
         match request:
-            case Score(members, images, bar):
-                return self._score(members, images, bar)
+            case Score():
+                return self._score(request)
             case Gradient():
                 self.scale_is_gradient = self.scale_changed = True
             case Aim():
@@ -151,7 +151,8 @@ class Evolver:
                 self.scale_changed = self.scale_changed or self.scale_is_gradient
         return None
 
-    def _score(self, members: Members, images: ImageSet, bar: float) -> Scores:
+    def _score(self, request: Score) -> Scores:
+        members = request.members
         pool: Pool | LocalPool = self.pool
         without_noise = len(members) == 1 and not members.gain_K[0]
         if self.here and without_noise and self.scale_changed and self.pool.devices == self.here.devices:
@@ -163,7 +164,8 @@ class Evolver:
             self.broadcast()
         self.mutation_norm = self.mutation_norm or self._mutation_norm(members)
         with self._timed("scoring"):
-            scores = pool.evaluate(members, images, bar if self.config.early_rejection else -math.inf)
+            bar = request.bar if self.config.early_rejection else -math.inf
+            scores = pool.evaluate(members, request.images, bar, request.part)
         self.images_scored += int(scores.images_K.sum())
         return scores
 

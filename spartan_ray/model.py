@@ -129,7 +129,7 @@ def build_model(config: Parent, classes: int) -> nn.Module:
             network.maxpool = nn.Identity()
     ours = {nn.Conv2d: LiveConv2d, nn.BatchNorm2d: FoldedBatchNorm2d}
     for module in network.modules():
-        module.__class__ = ours.get(type(module), type(module)) 
+        module.__class__ = ours.get(type(module), type(module))
     return network
 
 

@@ -27,7 +27,7 @@ from spartan_ray.evaluator import EvaluatorSpec, ParentState, Scale
 from spartan_ray.noise import fingerprint_agrees
 from spartan_ray.resources import workers_that_fit
 from spartan_ray.spans import Range, Span
-from spartan_ray.strategies.base import Members, Scores, joined
+from spartan_ray.strategies.base import WHOLE, Members, Part, Scores, joined
 from spartan_ray.worker import Worker, WorkerInfo, versions
 
 # Tasks on a worker: one that runs and one that is ready when it ends.
@@ -108,14 +108,19 @@ class Pool:
     and images that are done as they come in; it may raise to end the run, after which the pool is to be closed."""
 
     def __init__(
-        self, spec: EvaluatorSpec, cluster: Cluster, note: Callable[[str], None], advance: Callable[[int, int], None]
+        self,
+        spec: EvaluatorSpec,
+        cluster: Cluster,
+        note: Callable[[str], None],
+        advance: Callable[[int, int], None],
+        worker: type[Worker] = Worker,
     ) -> None:
         self.spec = ray.put(spec)
         self.noise = spec.evolution.noise
         self.cluster = cluster
         self.size = pool_size(cluster)
         self.note, self.advance = note, advance
-        self.actor: Any = ray.remote(Worker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
+        self.actor: Any = ray.remote(worker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
         self.slots: list[_Slot] = []
         self.tasks: dict[Any, _Task] = {}  # in flight, by their references
         self.refused: list[str] = []  # nodes, one for each worker that was refused there
@@ -168,16 +173,19 @@ class Pool:
         self.counts["broadcast_seconds"] += time.perf_counter() - started
         return next(self.keys), reference
 
-    def evaluate(self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
-        """The scores of every member; one that can no longer exceed the bar is left. A member that no worker
-        can score has the loss and the accuracy NaN, or ends the run as `cluster.on_member_error` says."""
+    def evaluate(
+        self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf, part: Part = WHOLE
+    ) -> Scores:
+        """The scores of every member on a part of the images; one that can no longer exceed the bar is left. A
+        member that no worker can score has the loss and the accuracy NaN, or ends the run as
+        `cluster.on_member_error` says."""
         (parent_key, parent), (scale_key, scale) = self.parent, self.scale
         keys = (parent_key, scale_key)
         parts: dict[int, Scores] = {}
         slowest_load = 0.0
 
         def submit(worker: ActorHandle[Any], start: int, stop: int) -> Any:
-            return worker.evaluate.remote(keys, parent, scale, members[start:stop], images, bar)
+            return worker.evaluate.remote(keys, parent, scale, members[start:stop], images, bar, part)
 
         def give_up(start: int, reason: str) -> tuple[Scores, float, float]:
             said = f"the member of seed {members.seed_K[start]} failed on {TRIES} workers"

@@ -26,7 +26,7 @@ from spartan_ray.fitness import Normaliser
 from spartan_ray.journal import Journal, read_journal
 from spartan_ray.model import FlatModel, build_model, describe
 from spartan_ray.strategies import Aim, Members, Take, make_strategy
-from spartan_ray.strategies.base import Gradient, line, merge_seeds
+from spartan_ray.strategies.base import Gradient, line, merge_seeds, parts, pooled
 
 
 class Replay:
@@ -81,12 +81,18 @@ class Replay:
             for earlier in np.flatnonzero(journal["weight"][:member]):
                 self._take(journal, int(earlier))
                 bar = float(fitness_K[earlier])
-        if evolution.strategy == "es" or not evolution.early_rejection:
+        if evolution.strategy == "es" or evolution.racing or not evolution.early_rejection:
             bar = -math.inf
         members = _members(journal)[member : member + 1]
         with threads(self.config.parent.threads):
             self.evolver.broadcast()
-        scores = self.pool.evaluate(members, "fitness", bar)
+        scores, *more = (
+            self.pool.evaluate(members, "fitness", bar, part)
+            for part in parts(evolution.racing)
+            if part[0] * self.evolver.counts["fitness"] < max(1, journal["images"][member])
+        )
+        for others in more:
+            scores = pooled(scores, others)
         save_weights(file, self.pool.evaluator.model.state_dict(), self.description)
         return float(fitness_K[member]), float(scores.fitness_K(evolution.fitness)[0])
 

@@ -20,7 +20,7 @@ import spartan_ray
 from spartan_ray.config import ImageSet
 from spartan_ray.evaluator import EvaluatorSpec, ParentState, Scale, repeatable_gpu
 from spartan_ray.noise import fingerprint
-from spartan_ray.strategies.base import Members, Scores
+from spartan_ray.strategies.base import Members, Part, Scores
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Worker:
         members: Members,
         images: ImageSet,
         bar: float,
+        part: Part,
     ) -> tuple[Scores, float, float]:
         """The members' scores, and the seconds it took to load what is new of parent and scale, and to score them.
         The keys say which parent and which scale these are."""
@@ -93,7 +94,7 @@ class Worker:
             self.evaluator.load_scale(scale)
         self.keys = keys
         loaded = time.perf_counter()
-        scores = self.evaluator.evaluate(members, images, bar)
+        scores = self.evaluator.evaluate(members, images, bar, part)
         return scores, loaded - start, time.perf_counter() - loaded
 
     def accumulate(

@@ -21,7 +21,7 @@ from spartan_ray.model import FlatModel, Folding, initial_model
 from spartan_ray.parent import Trainer
 from spartan_ray.record import Row
 from spartan_ray.strategies import Members, Outcome, make_strategy
-from spartan_ray.strategies.base import Scores
+from spartan_ray.strategies.base import WHOLE, Part, Scores
 
 CPU = torch.device("cpu")
 PARENT = Parent(model="convnet", threads=1)
@@ -59,9 +59,11 @@ class WatchedPool(LocalPool):
         self.scales.append(scale)
         super().broadcast_scale(scale)
 
-    def evaluate(self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
+    def evaluate(
+        self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf, part: Part = WHOLE
+    ) -> Scores:
         self.asked.append((len(members), images))
-        return super().evaluate(members, images, bar)
+        return super().evaluate(members, images, bar, part)
 
 
 @functools.cache

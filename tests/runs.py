@@ -15,7 +15,7 @@ from spartan_ray.driver import Driver, Progress, Supervisor
 from spartan_ray.replay import Replay
 from spartan_ray.resources import resolve_cluster
 from spartan_ray.strategies import Members
-from spartan_ray.strategies.base import Scores
+from spartan_ray.strategies.base import WHOLE, Part, Scores
 
 TIMINGS = {"seconds", "evaluation_seconds", "images_per_second", "scoring_seconds", "update_seconds",
            "gradient_seconds", "broadcast_seconds", "retries", "late_results", "workers",
@@ -74,9 +74,9 @@ def bars_of(replay: Replay) -> list[float]:
     bars: list[float] = []
     evaluate = replay.pool.evaluate
 
-    def watched(members: Members, images: ImageSet = "fitness", bar: float = -math.inf) -> Scores:
+    def watched(members: Members, images: ImageSet = "fitness", bar: float = -math.inf, part: Part = WHOLE) -> Scores:
         bars.append(bar)
-        return evaluate(members, images, bar)
+        return evaluate(members, images, bar, part)
 
     replay.pool.evaluate = watched  # type: ignore[method-assign]
     return bars

@@ -18,6 +18,7 @@ from spartan_ray.data import Images, permutation
 from spartan_ray.evolve import GRADIENT_IMAGES_OF_GENERATION, image_sets
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import member_seeds, noise
+from spartan_ray.strategies.base import WHOLE
 
 
 def network_at(theta_D: NDArray[np.floating[Any]], like: FlatModel) -> torch.nn.Module:
@@ -262,6 +263,35 @@ def test_a_chain_accepts_what_the_plain_loop_accepts(fitness: str, wave: int) ->
 
 
 @pytest.mark.parametrize("fitness", ["loss", "accuracy"])
+def test_a_race_is_what_a_plain_reading_of_it_gives(fitness: str) -> None:
+    """13 members on a quarter of the images, the better 7 on the next quarter, the best 4 on the other half."""
+    options: dict[str, Any] = {"strategy": "random-gradients", "lr": 0.1, "low": -1.0, "gradient_images": 64}
+    phase = Phase(trained(1), fitness=fitness, racing=2, population=13, fitness_images=80, **options)
+    theta_D = phase.theta_D
+    outcome, row = phase.evolve()
+    gradient_D = phase.pool.scales[0]
+    assert gradient_D is not None
+    index_N = phase.evolver.image_sets["fitness"]
+    alive, seen = list(range(-1, 13)), {}
+    for stop in (20, 40, 80):
+        for k in alive:  # member -1 is the parent, which is scored on all
+            u_D = 0.0 if k < 0 else noise("uniform", int(outcome.members.seed_K[k]), 0, len(theta_D))
+            network = network_at(theta_D - np.float32(0.1) * gradient_D * u_D, phase.model)
+            loss, accuracy = loss_and_accuracy(network, index_N[:stop])
+            seen[k] = (-loss if fitness == "loss" else accuracy), stop
+        best_first = sorted(alive[1:], key=lambda k: -seen[k][0])
+        alive = [-1, *sorted(best_first[: (len(alive)) // 2])]
+    np.testing.assert_allclose(outcome.fitness_K, [seen[k][0] for k in range(13)], rtol=1e-5)
+    assert outcome.images_K.tolist() == [seen[k][1] for k in range(13)]
+    assert sorted(outcome.images_K) == [20] * 6 + [40] * 3 + [80] * 4
+    assert outcome.chosen == max(np.flatnonzero(outcome.images_K == 80).tolist(), key=lambda k: seen[k][0])
+    assert abs(outcome.before - seen[-1][0]) < 1e-5
+    assert row["images_scored"] == 80 + 13 * 20 + 7 * 20 + 4 * 40
+    assert row["images_saved"] == 13 * 80 - (13 * 20 + 7 * 20 + 4 * 40)
+    assert max(seen[k][0] for k in range(13)) > seen[-1][0]
+
+
+@pytest.mark.parametrize("fitness", ["loss", "accuracy"])
 @pytest.mark.parametrize("accept", ["best", "chain"])
 @pytest.mark.parametrize("lr", [0.1, 500.0])
 def test_early_rejection_changes_nothing_but_the_images_scored(fitness: str, accept: str, lr: float) -> None:
@@ -324,8 +354,8 @@ def test_a_chain_confirms_each_link_and_stays_the_same_for_every_wave() -> None:
         )  # fmt: skip
         evaluate, pairs = phase.pool.evaluate, list[list[float]]()
 
-        def watched(members: Any, images: Any = "fitness", bar: float = -math.inf) -> Any:
-            scores = evaluate(members, images, bar)  # noqa: B023
+        def watched(members: Any, images: Any = "fitness", bar: float = -math.inf, part: Any = WHOLE) -> Any:
+            scores = evaluate(members, images, bar, part)  # noqa: B023
             if images == "confirm":
                 pairs.append(scores.accuracy_K.tolist())  # noqa: B023
             return scores

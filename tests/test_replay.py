@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import bars_of, change
+from runs import bars_of, change, run_here
 from safetensors.torch import load_file
 
 from spartan_ray.checkpoint import prune
-from spartan_ray.config import InputError, Parent, dump_config, load_config
+from spartan_ray.config import Config, InputError, Parent, dump_config, load_config
 from spartan_ray.journal import read_journal
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import noise
@@ -45,6 +45,19 @@ def test_a_descendant_is_its_parent_and_its_noise(folder: Path) -> None:
     noise_D = noise("uniform", int(journal["seed"][11]), 0, len(theta_D))
     expected_D = theta_D + np.float32(0.01) * noise_D
     assert flat(folder / "descendant.safetensors").theta_D.numpy().tobytes() == expected_D.tobytes()
+
+
+def test_a_member_that_lost_a_race_is_scored_on_what_it_was_scored_on(local_ray: None, small_config: Config) -> None:
+    evolution = {"strategy": "random-gradients", "racing": 2, "gradient_images": 64, "low": -1.0, "lr": 0.1}
+    run, _ = run_here(change(small_config, run={"epochs": 2}, evolution=evolution))
+    journal = read_journal(run / "journal" / "000002.npz")
+    assert sorted(journal["images"]) == [16] * 8 + [32] * 4 + [64] * 4
+    replay = Replay(run, lambda note: None)
+    for images in (16, 32, 64):
+        member = int(np.flatnonzero(journal["images"] == images)[0])
+        recorded, scored = replay.descendant(2, member, run / "descendant.safetensors")
+        assert recorded == scored == journal["fitness"][member]
+    assert replay.verify(2)
 
 
 def test_every_update_agrees_unless_the_journal_was_changed(folder: Path) -> None:

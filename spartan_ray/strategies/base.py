@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -27,7 +28,7 @@ class Columns:
     def __len__(self) -> int:
         return len(next(iter(vars(self).values())))
 
-    def __getitem__(self, rows: slice) -> Self:
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> Self:
         return type(self)(*(column_K[rows] for column_K in vars(self).values()))
 
 
@@ -78,13 +79,35 @@ class Scores(Columns):
         return -self.loss_K if kind == "loss" else self.accuracy_K
 
 
+# Shares of an image set between which the images lie.
+Part = tuple[float, float]
+WHOLE: Part = (0.0, 1.0)
+
+
+def parts(halvings: int) -> list[Part]:
+    """Nested image sets as what each adds to the one before: the first holds a share of 1 / 2**halvings, each
+    of the others twice the one before."""
+    ends = [0.0, *(2.0**-halving for halving in range(halvings, -1, -1))]
+    return list(pairwise(ends))
+
+
+def pooled(first: Scores, second: Scores) -> Scores:
+    """The scores of the same members on the images of both."""
+    images_K = first.images_K + second.images_K
+    loss_K = (first.loss_K * first.images_K + second.loss_K * second.images_K) / images_K
+    accuracy_K = (first.accuracy_K * first.images_K + second.accuracy_K * second.images_K) / images_K
+    return Scores(loss_K, accuracy_K, images_K)
+
+
 @dataclass(frozen=True)
 class Score:
-    """Score members; answered with Scores. A member that can no longer exceed the bar may be left."""
+    """Score members on a part of the images, from one share of them to another; answered with Scores. A member
+    that can no longer exceed the bar may be left."""
 
     members: Members
     images: ImageSet = "fitness"
     bar: float = -np.inf
+    part: Part = WHOLE
 
 
 @dataclass(frozen=True)

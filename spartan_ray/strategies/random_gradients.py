@@ -13,6 +13,7 @@ The temperature shrinks the step as the parent's metric on the fitness images im
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from spartan_ray.strategies.base import (
     Members,
     Outcome,
     Phase,
+    Request,
     Score,
     Scores,
     Take,
@@ -34,6 +36,8 @@ from spartan_ray.strategies.base import (
     is_better,
     joined,
     noisy,
+    parts,
+    pooled,
 )
 
 NONE_BETTER = "no member is better than the parent"
@@ -55,7 +59,7 @@ class RandomGradients:
     def phase(self, run_seed: int, generation: int) -> Phase:
         seed_K = member_seeds(run_seed, generation, self.config.population)
         yield Gradient()
-        parent: Scores = yield Score(PARENT)
+        parent = yield from self._race(PARENT)
         return (yield from (self._best if self.config.accept == "best" else self._chain)(seed_K, generation, parent))
 
     def _members(self, seed_K: NDArray[np.uint64], generation: int, parent: Scores) -> Members:
@@ -71,10 +75,11 @@ class RandomGradients:
         config = self.config
         before = float(parent.fitness_K(config.fitness)[0])
         members = self._members(seed_K, generation, parent)
-        scores: Scores = yield Score(members, bar=before)
+        scores = yield from self._race(members, before)
         fitness_K = scores.fitness_K(config.fitness)
         outcome = Outcome(members, fitness_K, scores.images_K, np.zeros(len(members)), before, before)
-        best = int(np.argmax(np.where(np.isnan(fitness_K), -np.inf, fitness_K)))
+        lost_K = scores.images_K < (scores.images_K.max() if config.racing else 0)
+        best = int(np.argmax(np.where(np.isnan(fitness_K) | lost_K, -np.inf, fitness_K)))
         if not is_better(before, fitness_K[best]):
             return outcome.stay(NONE_BETTER)
         winner = members[best : best + 1]
@@ -85,6 +90,23 @@ class RandomGradients:
         yield Take(winner)
         outcome.weight_K[best], outcome.chosen, outcome.after = 1, best, float(fitness_K[best])
         return outcome
+
+    def _race(self, members: Members, bar: float = -math.inf) -> Generator[Request, Scores, Scores]:
+        """The members' scores. With `racing` all are scored on the first part of the images, the better half on the
+        next part too, and so on; one that is left has its means over the parts that it saw, and there is no bar."""
+        rounds = parts(self.config.racing)
+        if len(rounds) == 1:
+            return (yield Score(members, bar=bar))
+        scores = yield Score(members, part=rounds[0])
+        racing_R = np.arange(len(members))
+        for part in rounds[1:]:
+            fitness_R = scores[racing_R].fitness_K(self.config.fitness)
+            best_first_R = np.argsort(np.where(np.isnan(fitness_R), np.inf, -fitness_R), kind="stable")
+            racing_R = np.sort(racing_R[best_first_R[: -(-len(racing_R) // 2)]])
+            both = pooled(scores[racing_R], (yield Score(members[racing_R], part=part)))
+            for column_K, column_R in zip(vars(scores).values(), vars(both).values(), strict=True):
+                column_K[racing_R] = column_R
+        return scores
 
     def _chain(self, seed_K: NDArray[np.uint64], generation: int, parent: Scores) -> Phase:
         """In waves: the members of a wave descend from one parent; those after the first better one are

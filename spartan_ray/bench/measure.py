@@ -1,0 +1,335 @@
+"""The evaluator on real Ray workers, each measurement beside the machine's limit in the same repeat."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from spartan_ray.bench.bare import BATCHES, MEAN_C, PARENT, STD_C, Bare, forward, noise, random_images, sgd, sgemm
+from spartan_ray.bench.figures import Results, spread
+from spartan_ray.config import Cluster, Evolution, ImageSet, Parent
+from spartan_ray.data import Splits
+from spartan_ray.evaluator import EvaluatorSpec, LocalPool, ParentState, Scale
+from spartan_ray.evolve import Evolver
+from spartan_ray.fitness import Normaliser
+from spartan_ray.model import FlatModel, initial_model
+from spartan_ray.pool import Pool
+from spartan_ray.resources import resolve_cluster
+from spartan_ray.strategies import Members, make_strategy
+from spartan_ray.strategies.base import Part, Scores, noisy
+from spartan_ray.worker import Worker
+
+CPU = torch.device("cpu")
+SMALL = Parent(model="convnet", threads=1)
+MEGABYTE = 2**20
+SAMPLE_SECONDS = 0.1
+
+
+class FreeWorker(Worker):
+    """A worker whose members cost nothing."""
+
+    def evaluate(
+        self,
+        keys: tuple[int, int],
+        parent: ParentState,
+        scale: Scale,
+        members: Members,
+        images: ImageSet,
+        bar: float,
+        part: Part,
+    ) -> tuple[Scores, float, float]:
+        zero_K = np.zeros(len(members))
+        return Scores(zero_K, zero_K, np.ones(len(members), np.int64)), 0.0, 1e-9
+
+
+class Generation:
+    """What a generation of one network works on."""
+
+    def __init__(self, parent: Parent, images: int, precision: str = "fp32") -> None:
+        self.evolution = Evolution(every=1, population=16, fitness_images=images, precision=precision)  # type: ignore[arg-type]
+        all_images = random_images(images)
+        self.splits = Splits(all_images, all_images, all_images, all_images, tuple("0123456789"), MEAN_C, STD_C)
+        self.spec = EvaluatorSpec(parent, self.evolution, all_images, all_images, 10, MEAN_C, STD_C, threads=1)
+        self.model = FlatModel(initial_model(parent, 10, 0)[0], CPU)
+
+    def state(self, images: int) -> ParentState:
+        buffers = [buffer.numpy() for buffer in self.model.buffers]
+        return ParentState(self.model.theta_D.numpy(), buffers, {"fitness": np.arange(images)})
+
+    def pool(self, workers: int, kind: type[Worker] = Worker) -> Pool:
+        cluster = resolve_cluster(Cluster(workers=workers), [node["Resources"] for node in ray.nodes()])
+        pool = Pool(self.spec, cluster, print, lambda members, images: None, kind)
+        pool.wait_until_joined()
+        return pool
+
+    def score(self, pool: Pool, population: int, images: int) -> float:
+        """Seconds of a population's scoring, from the broadcast to the last score."""
+        members = noisy(np.arange(population, dtype=np.uint64), 0.0, 0.01)
+        started = time.perf_counter()
+        pool.broadcast(self.state(images))
+        pool.broadcast_scale(None)
+        pool.evaluate(members)
+        return time.perf_counter() - started
+
+    def update(self, pool: Pool, population: int) -> float:
+        """Seconds of a population's update."""
+        seed_K, weight_K = np.arange(population, dtype=np.uint64), np.ones(population, np.float32)
+        started = time.perf_counter()
+        pool.weighted_sum(seed_K, weight_K, self.model.theta_D.numel())
+        return time.perf_counter() - started
+
+    def phase(self, pool: Pool) -> dict[str, Any]:
+        """A whole evolve phase of evolution strategies: its record."""
+        strategy = make_strategy(self.evolution, 10)
+        assert strategy
+        normalise = Normaliser(MEAN_C, STD_C, CPU)
+        here = LocalPool(self.spec.make(CPU), self.spec.threads)
+        return Evolver(self.evolution, 0, strategy, self.model, self.splits, normalise, pool, here).evolve(1)[1]
+
+
+def stored_bytes() -> int:
+    """What was ever put into the object stores of this Ray. Ray has no public way to ask."""
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    return int(get_memory_info_reply(state).store_stats.cumulative_created_bytes)
+
+
+def pss(pid: int) -> float:
+    """Megabytes of memory of a process, what it shares divided among those that share it."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024 / MEGABYTE
+    raise OSError(f"no memory on record of process {pid}")
+
+
+@contextmanager
+def peak_memory(pids: list[int]) -> Iterator[list[float]]:
+    """The largest memory of each process while the block runs, in megabytes."""
+    gc.collect()
+    peaks, ended = [pss(pid) for pid in pids], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SAMPLE_SECONDS):
+            peaks[:] = [max(peak, pss(pid)) for peak, pid in zip(peaks, pids, strict=True)]
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        ended.set()
+        watcher.join()
+
+
+# Fitness images and members. A run takes minutes where the product is large.
+SCORING = ((256, 16), (512, 16), (512, 64), (2048, 16))
+FULL_SCORING = ((256, 16), (256, 64), (512, 16), (512, 64), (512, 256), (512, 1024), (2048, 16), (2048, 64))
+REPEATS, LONG_REPEATS, LONG_IMAGES = 5, 3, 100_000
+LIMIT_IMAGES = 8192
+UPDATE_MEMBERS = 1000
+FREE_MEMBERS, FREE_TASKS = 100_000, 2000
+MEMORY_POPULATIONS = (16, 1000, 10_000, 100_000)
+MEMORY_IMAGES = 2
+SGD_IMAGES = 2560
+TRAFFIC_IMAGES = 256
+
+Said = Callable[[str], None]
+
+
+def measure(workers: int, full: bool, say: Said) -> Results:
+    """All figures that this machine alone can give."""
+    # Idle pools of every size stand beside each other: logical cores, which cost nothing.
+    ray.init(
+        address="local",
+        num_cpus=8 * workers,
+        num_gpus=0,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    try:
+        return {
+            **measure_scoring(workers, FULL_SCORING if full else SCORING, say),
+            **measure_update(workers, say),
+            **measure_dispatch(workers, say),
+            "memory": measure_memory(workers, MEMORY_POPULATIONS if full else MEMORY_POPULATIONS[:3], say),
+        }
+    finally:
+        ray.shutdown()
+
+
+def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) -> Results:
+    """Scoring over images and population, and over workers, beside the bare forward pass in turn."""
+    resnet = Generation(PARENT, max(images for images, _ in grid))
+    sizes = sorted({1, min(2, workers), workers})
+    pools, bares = {size: resnet.pool(size) for size in sizes}, {size: Bare(size) for size in sizes}
+    whole, bare = pools[workers], bares[workers]
+    low = Generation(PARENT, max(images for images, _ in grid), "bf16")
+    low_pool = low.pool(workers)
+    batch = max(BATCHES, key=lambda size: bare.run(forward, LIMIT_IMAGES, size, "ours")["images"])
+    say(f"the fastest batch of the bare forward pass: {batch}")
+    for pool in (*pools.values(), low_pool):
+        resnet.score(pool, 2 * workers, 256)  # a warm-up
+    rates, ratios, limits = defaultdict(list), defaultdict(list), []
+    theirs, gflops, lows = [], [], []
+    alone: dict[int, list[float]] = defaultdict(list)
+
+    def limit() -> float:
+        limits.append(bare.run(forward, LIMIT_IMAGES * workers // 2, batch, "ours")["images"])
+        return limits[-1]
+
+    for repeat in range(REPEATS):
+        before = limit()
+        for images, population in grid:
+            if images * population > LONG_IMAGES and repeat >= LONG_REPEATS:
+                continue
+            rate = images * population / resnet.score(whole, population, images)
+            after = limit()
+            rates[images, population].append(rate)
+            ratios[images, population].append(2 * rate / (before + after))
+            share = ratios[images, population][-1]
+            say(f"{population} members x {images} images: {rate:.0f} images/s, of the limit {share:.3f}")
+            before = after
+        images, population = grid[-1]
+        for size in sizes:
+            alone[size].append(8 * size * 2048 / resnet.score(pools[size], 8 * size, 2048))
+        theirs.append(bare.run(forward, LIMIT_IMAGES * workers // 2, batch, "torchvision")["images"])
+        gflops.append(bare.run(sgemm)["gflops"])
+        lows.append(16 * 2048 / low.score(low_pool, 16, 2048))
+        say(
+            f"workers {dict(alone)}, torchvision {theirs[-1]:.0f} images/s, sgemm {gflops[-1]:.0f}, bf16 {lows[-1]:.0f}"
+        )
+    pids = [info.pid for info in whole.infos]
+    with peak_memory(pids) as worker_mb:
+        resnet.score(whole, 2 * workers, 2048)
+    stored = stored_bytes()
+    row = Generation(PARENT, TRAFFIC_IMAGES).phase(whole)
+    parent_bytes = resnet.model.theta_D.nbytes
+    traffic = stored_bytes() - stored
+    for pool in (*pools.values(), low_pool):
+        pool.close()
+    for one in bares.values():
+        one.close()
+    return {
+        "limit": {
+            "images_per_second": spread(limits),
+            "batch": batch,
+            "torchvision_images_per_second": spread(theirs),
+            "sgemm_gflops": spread(gflops),
+        },
+        "scoring": [
+            {
+                "fitness_images": images,
+                "population": population,
+                "workers": workers,
+                "members_per_second": spread(rate / images for rate in rates[images, population]),
+                "images_per_second": spread(rates[images, population]),
+                "efficiency": spread(ratios[images, population]),
+            }
+            for images, population in grid
+        ],
+        "over_torchvision": spread(own / their for own, their in zip(alone[workers], theirs, strict=True)),
+        "bf16": {"images_per_second": spread(lows)},
+        "scaling": [
+            {
+                "workers": size,
+                "images_per_second": spread(alone[size]),
+                "speedup": spread(own / one for own, one in zip(alone[size], alone[1], strict=True)),
+            }
+            for size in sizes
+        ],
+        "broadcast": {
+            "seconds": spread([row["broadcast_seconds"]]),
+            "bytes_per_generation": traffic,
+            "parents_per_generation": traffic / parent_bytes,
+        },
+        "resnet18_worker_mb": spread(worker_mb),
+    }
+
+
+def measure_update(workers: int, say: Said) -> Results:
+    """The sharded update beside noise alone, and gradient descent beside torchvision's module."""
+    resnet = Generation(PARENT, 256)
+    sizes = sorted({1, min(2, workers), workers})
+    pools, bare, trainer = {size: resnet.pool(size) for size in sizes}, Bare(workers), Bare(1, threads=workers)
+    seconds: dict[int, list[float]] = defaultdict(list)
+    alone, with_axpy = [], []
+    ours, theirs = [], []
+    elements = resnet.model.theta_D.numel()
+    for repeat in range(REPEATS + 1):
+        rates = bare.run(noise, 100, elements)
+        epoch = trainer.run(sgd, SGD_IMAGES)
+        for size in sizes:
+            once = resnet.update(pools[size], UPDATE_MEMBERS)
+            if repeat:  # the first is a warm-up
+                seconds[size].append(once)
+        if repeat:
+            alone.append(1000 / rates["noise"])
+            with_axpy.append(1000 / rates["accumulate"])
+            ours.append(epoch["ours"])
+            theirs.append(epoch["torchvision"])
+            say(f"update of {UPDATE_MEMBERS}: {dict(seconds)}, limit {with_axpy[-1]:.2f} s; SGD {epoch}")
+    trainer.close()
+    bare.close()
+    for pool in pools.values():
+        pool.close()
+    return {
+        "update": [{"workers": size, "seconds_per_1000_members": spread(seconds[size])} for size in sizes],
+        "update_limit": {
+            "workers": workers,
+            "noise_seconds_per_1000_members": spread(alone),
+            "noise_and_axpy_seconds_per_1000_members": spread(with_axpy),
+        },
+        "sgd": {
+            "images_per_second": spread(ours),
+            "torchvision_images_per_second": spread(theirs),
+            "ratio": spread(own / their for own, their in zip(ours, theirs, strict=True)),
+        },
+    }
+
+
+def measure_dispatch(workers: int, say: Said) -> Results:
+    """What Ray and the dispatcher take where members cost nothing."""
+    small = Generation(SMALL, MEMORY_IMAGES)
+    pool = small.pool(workers, FreeWorker)
+    members, answers = [], []
+    small.score(pool, FREE_TASKS, MEMORY_IMAGES)
+    for _ in range(REPEATS):
+        pool.cluster = pool.cluster.model_copy(update={"chunk": "auto"})
+        members.append(FREE_MEMBERS / small.score(pool, FREE_MEMBERS, MEMORY_IMAGES))
+        pool.cluster = pool.cluster.model_copy(update={"chunk": 1})
+        answers.append(FREE_TASKS / small.score(pool, FREE_TASKS, MEMORY_IMAGES))
+        say(f"free members: {members[-1]:.0f} a second; one a task: {answers[-1]:.0f} tasks a second")
+    pool.close()
+    return {"dispatch": {"members_per_second": spread(members), "tasks_per_second": spread(answers)}}
+
+
+def measure_memory(workers: int, populations: tuple[int, ...], say: Said) -> list[Results]:
+    """Peak memory of a generation of the small network over its population."""
+    small = Generation(SMALL, MEMORY_IMAGES)
+    pool = small.pool(workers)
+    small.score(pool, populations[1], MEMORY_IMAGES)
+    small.update(pool, populations[1])
+    found = []
+    for population in populations:
+        with peak_memory([os.getpid(), *(info.pid for info in pool.infos)]) as peaks:
+            small.score(pool, population, MEMORY_IMAGES)
+            small.update(pool, population)
+        driver_mb, *worker_mb = peaks
+        found.append({"population": population, "driver_mb": driver_mb, "worker_mb": max(worker_mb)})
+        say(f"memory of {population} members: {found[-1]}")
+    pool.close()
+    return found
