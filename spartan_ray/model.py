@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import pickle
 from collections.abc import Iterator
@@ -24,42 +25,58 @@ from spartan_ray.data import Splits
 
 
 class LiveConv2d(nn.Conv2d):
-    """A convolution that skips its dead taps: those that only ever meet padding.
+    """A convolution that computes with its live taps only: those that meet the map and not its padding.
 
-    On a 1x1 map a padded 3x3 kernel uses nothing but its centre. Same parameters, same function, same
-    gradient (zero for dead taps); on 32x32 images two thirds of ResNet18's parameters are dead.
-    """
+    Where a map has no more pixels than the kernel has taps, the convolution is the product with a dense matrix from
+    all pixels to all outputs. It is the same function with the same parameters and gradients (zero for taps
+    that never meet the map), in a fraction of the time: on 32x32 images that is the last two stages of
+    ResNet18, two thirds of whose parameters are dead."""
 
-    # Its live weights and its bias with the BatchNorm layer after it folded in, while `Folding` is on.
+    # Its weights as `arranged` and its bias, with the BatchNorm layer after it folded in, while `Folding` is on.
     folded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        height, width = input.shape[2:]
-        weight, bias = self.folded or (self.live_weight(height, width), self.bias)
-        padding = tuple(self._live_taps(size, axis)[1] for axis, size in enumerate((height, width)))
-        return F.conv2d(input, weight, bias, self.stride, padding)
+        size = input.shape[2:]
+        weight, bias = self.folded or (self.arranged(self.weight, size), self.bias)
+        if weight.dim() == 4:
+            return F.conv2d(input, weight, bias, self.stride, self.padding)
+        rows, columns = (len(windows) for windows in self._windows(size))
+        bias_R = None if bias is None else bias.repeat(rows * columns)
+        outputs_NR = F.linear(input.permute(0, 2, 3, 1).flatten(1), weight, bias_R)
+        return outputs_NR.view(len(input), rows, columns, self.out_channels).permute(0, 3, 1, 2)
 
-    def live_weight(self, height: int, width: int) -> torch.Tensor:
-        """The taps that meet a map of that size."""
-        return self.weight[:, :, self._live_taps(height, 0)[0], self._live_taps(width, 1)[0]]
+    def arranged(self, weight_OIHW: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """The weight for maps of a size: as it is, or as a matrix from pixels to outputs, both channels-last."""
+        if size.numel() > self.kernel_size[0] * self.kernel_size[1]:
+            return weight_OIHW
+        weight_OHWI = weight_OIHW.permute(0, 2, 3, 1)
+        blocks = []
+        for (rows, above), (columns, beside) in itertools.product(*self._windows(size)):
+            block = weight_OHWI[:, rows, columns]
+            blocks.append(F.pad(block, (0, 0, *beside, *above)) if any(above + beside) else block)
+        return torch.stack(blocks).flatten(2).flatten(0, 1)
 
-    def _live_taps(self, size: int, axis: int) -> tuple[slice, int]:
-        return live_taps(size, self.kernel_size[axis], self.stride[axis], int(self.padding[axis]))
+    def _windows(self, size: torch.Size) -> list[list[Window]]:
+        return [
+            windows(size[axis], self.kernel_size[axis], self.stride[axis], int(self.padding[axis])) for axis in (0, 1)
+        ]
+
+
+# The taps that meet the map, and the pixels before and after them that they do not meet.
+Window = tuple[slice, tuple[int, int]]
 
 
 @functools.cache
-def live_taps(size: int, taps: int, stride: int, padding: int) -> tuple[slice, int]:
-    """The taps that meet the input on an axis of this size, and the padding left before them."""
-    outputs = (size + 2 * padding - taps) // stride + 1
-    # Output o reads rows o * stride - padding + tap.
-    live = [tap for tap in range(taps) if any(0 <= o * stride - padding + tap < size for o in range(outputs))]
-    if not live:
-        return slice(None), padding
-    first, last = live[0], live[-1]
-    kept_padding = padding - first
-    if kept_padding < 0 or (size + 2 * kept_padding - (last - first + 1)) // stride + 1 != outputs:
-        return slice(None), padding
-    return slice(first, last + 1), kept_padding
+def windows(size: int, taps: int, stride: int, padding: int) -> list[Window]:
+    """What each output of a convolution sees on an axis of this size: output o meets pixel p with tap
+    p - o * stride + padding."""
+    found = []
+    for output in range((size + 2 * padding - taps) // stride + 1):
+        corner = output * stride - padding
+        first, last = min(max(corner, 0), size), max(0, min(corner + taps, size))
+        last = max(first, last)
+        found.append((slice(first - corner, last - corner), (first, size - last)))
+    return found
 
 
 class FoldedBatchNorm2d(nn.BatchNorm2d):
@@ -102,11 +119,14 @@ class Folding:
     @contextlib.contextmanager
     def __call__(self, dtype: torch.dtype) -> Iterator[None]:
         with torch.inference_mode():
-            for conv, norm, (height, width) in self.pairs:
+            for conv, norm, size in self.pairs:
                 assert norm.running_mean is not None
                 assert norm.running_var is not None
                 gain_O = norm.weight * (norm.running_var + norm.eps).rsqrt()
-                weight = conv.live_weight(height, width) * gain_O[:, None, None, None]
+                weight = conv.arranged(conv.weight, size)
+                # In place where it is a copy.
+                gain_R = gain_O.repeat(len(weight) // len(gain_O)).view(-1, *[1] * (weight.dim() - 1))
+                weight = weight * gain_R if weight.dim() == 4 else weight.mul_(gain_R)
                 bias_O = norm.bias - norm.running_mean * gain_O
                 conv.folded, norm.folded = (weight.to(dtype), bias_O.to(dtype)), True
         try:

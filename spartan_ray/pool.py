@@ -83,6 +83,7 @@ class _Slot:
     tasks: list[_Task] = field(default_factory=list)  # in the order in which it does them
     since: float = 0.0  # when it last answered, or began to have something to answer
     late: bool = False  # as it was when somebody last looked
+    seconds_per_member: float | None = None  # in the last chunk that it scored
 
 
 @dataclass(eq=False)
@@ -202,11 +203,11 @@ class Pool:
         range_ = Range(submit, self._chunk_size, deque([Span(0, len(members))]), len(members))
         if self.seconds_per_member:
             range_.seconds, range_.elements = self.seconds_per_member, 1
-        for (start, stop), result in self._cover(range_, 1, is_finite, give_up):
+        for slot, (start, stop), result in self._cover(range_, 1, is_finite, give_up):
             parts[start], seconds_to_load, seconds = result
             slowest_load = max(slowest_load, seconds_to_load)
             if seconds:
-                self.seconds_per_member = seconds / (stop - start)
+                self.seconds_per_member = slot.seconds_per_member = seconds / (stop - start)
             self.advance(stop - start, int(parts[start].images_K.sum()))
         self.counts["broadcast_seconds"] += slowest_load
         return joined(*(parts[start] for start in sorted(parts)))
@@ -228,10 +229,10 @@ class Pool:
         def is_finite(part: NDArray[np.float32]) -> bool:
             return bool(np.isfinite(part).all())
 
-        range_ = Range(submit, lambda left: slice_size, deque([Span(0, size_D)]), size_D)
+        range_ = Range(submit, lambda slot, left: slice_size, deque([Span(0, size_D)]), size_D)
         if self.seconds_per_noise:
             range_.seconds, range_.elements = self.seconds_per_noise * len(seed_K), 1
-        for (start, stop), part in self._cover(range_, slice_size, is_finite, give_up):
+        for _, (start, stop), part in self._cover(range_, slice_size, is_finite, give_up):
             sum_D[start:stop] = part
         self.seconds_per_noise = range_.seconds / (range_.elements * max(len(seed_K), 1))
         return sum_D
@@ -244,20 +245,21 @@ class Pool:
         self.tasks.clear()
         self.starts.clear()
 
-    def _chunk_size(self, left: int) -> int:
-        """Chunks shrink towards the end, so that the workers finish together."""
+    def _chunk_size(self, slot: _Slot, left: int) -> int:
+        """As much as the worker does in a while; chunks shrink towards the end, so that the workers finish together."""
         if self.cluster.chunk != "auto":
             return self.cluster.chunk
-        if self.seconds_per_member is None:
+        seconds_per_member = slot.seconds_per_member or self.seconds_per_member
+        if seconds_per_member is None:
             return 1
         share = -(-left // (2 * QUEUED_PER_WORKER * self.size))
         seconds = max(CHUNK_SECONDS, self.size / ANSWERS_PER_SECOND)
-        return max(1, min(share, int(seconds / max(self.seconds_per_member, 1e-9))))
+        return max(1, min(share, int(seconds / max(seconds_per_member, 1e-9))))
 
     def _cover(
         self, range_: Range, smallest: int, is_finite: Callable[[Any], bool], give_up: Callable[[int, str], Any]
-    ) -> Iterator[tuple[tuple[int, int], Any]]:
-        """Do a range in spans, in any order; yield each span's result once.
+    ) -> Iterator[tuple[_Slot, tuple[int, int], Any]]:
+        """Do a range in spans, in any order; yield each span's worker and result once.
 
         A span that failed is done again in parts of the smallest size, elsewhere if it can be; one that fails
         in that size on TRIES workers has the result that `give_up(start, reason)` returns. A result that is
@@ -298,7 +300,7 @@ class Pool:
                 self.failures_in_a_row = 0
                 span.done = True
                 range_.left -= len(span)
-                yield (span.start, span.stop), result
+                yield slot, (span.start, span.stop), result
 
     def _dispatch(self, range_: Range) -> None:
         """Queue spans on the workers that have joined, the idle ones first; where nothing is left to queue,
@@ -310,7 +312,7 @@ class Pool:
                     break
                 if len(slot.tasks) > queued:
                     continue
-                if span := range_.take(lambda span, slot=slot: may_do(span, slot, fit)):  # type: ignore[misc]
+                if span := range_.take(slot, lambda span, slot=slot: may_do(span, slot, fit)):  # type: ignore[misc]
                     self._queue(slot, span, range_)
         idle = [slot for slot in fit if not slot.tasks]
         late = [slot for slot in self.slots if slot.late] if idle else []

@@ -34,7 +34,7 @@ class Range:
     """A range that is being covered."""
 
     submit: Callable[[Any, int, int], Any]
-    next_size: Callable[[int], int]
+    next_size: Callable[[Any, int], int]  # for a worker, when so many elements wait
     waiting: deque[Span]
     left: int  # elements that are not done
     seconds: float = 0.0  # that so many elements took
@@ -44,15 +44,15 @@ class Range:
         """Seconds that a span should take, 0 if nothing is known."""
         return self.seconds * len(span) / max(self.elements, 1)
 
-    def take(self, accepts: Callable[[Span], bool]) -> Span | None:
-        """The next span that a worker accepts: a fresh one is cut to size, one that was tried stays as it is."""
+    def take(self, worker: Any, accepts: Callable[[Span], bool]) -> Span | None:
+        """The next span that a worker accepts: a fresh one is cut to its size, one that was tried stays as it is."""
         for span in self.waiting:
             if not accepts(span):
                 continue
             self.waiting.remove(span)
             if span.failed_on or span.doubtful:
                 return span
-            size = self.next_size(sum(map(len, self.waiting)) + len(span))
+            size = self.next_size(worker, sum(map(len, self.waiting)) + len(span))
             if size < len(span):
                 self.waiting.appendleft(Span(span.start + size, span.stop))
                 span = Span(span.start, span.start + size)

@@ -1,0 +1,158 @@
+"""More machines than there are: workers that sleep as long as a GPU would compute, and a model of a thousand.
+
+The dispatcher, Ray, the messages and their number are real; scoring is a sleep. Nodes are Ray nodes on this
+machine. Shapes: W workers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.cluster_utils import Cluster as RayCluster
+
+from spartan_ray.bench.figures import Results
+from spartan_ray.bench.measure import MEMORY_IMAGES, SMALL, Generation, Said, pss
+from spartan_ray.config import Cluster, ImageSet
+from spartan_ray.evaluator import EvaluatorSpec, ParentState, Scale
+from spartan_ray.pool import Pool
+from spartan_ray.resources import resolve_cluster
+from spartan_ray.strategies import Members
+from spartan_ray.strategies.base import Part, Scores, noisy
+from spartan_ray.worker import Worker
+
+WORKERS, NODES = 64, 4
+POPULATION = 100_000
+SECONDS_A_MEMBER = 0.02
+SLOW, SLOW_FACTOR = 3, 5.0
+
+
+class SleepingWorker(Worker):
+    """Scores by waiting; the fitness of a member is a function of its seed, so that a result can be checked."""
+
+    def __init__(self, spec: EvaluatorSpec) -> None:
+        super().__init__(spec)
+        self.seconds = SECONDS_A_MEMBER
+
+    def evaluate(
+        self,
+        keys: tuple[int, int],
+        parent: ParentState,
+        scale: Scale,
+        members: Members,
+        images: ImageSet,
+        bar: float,
+        part: Part,
+    ) -> tuple[Scores, float, float]:
+        seconds = len(members) * self.seconds
+        time.sleep(seconds)
+        loss_K = members.seed_K.astype(np.float64)
+        return Scores(loss_K, loss_K, np.ones(len(members), np.int64)), 0.0, seconds
+
+
+def slow_down(worker: Any) -> None:
+    """Run inside a worker: it takes several times as long from now on."""
+    worker.seconds = SECONDS_A_MEMBER * SLOW_FACTOR
+
+
+def recover(worker: Any) -> None:
+    """Run inside a worker: it is as fast as the others again."""
+    worker.seconds = SECONDS_A_MEMBER
+
+
+@dataclass
+class Team:
+    """A pool of sleeping workers, and what disturbs it when so many members are done."""
+
+    pool: Pool
+    capacity: float = 0.0  # members that the workers that are there could have scored
+    missing: float = 0.0  # workers that are there and do nothing
+    done: int = 0
+    disturb: Any = None
+    counted: float = 0.0
+
+    def able(self) -> float:
+        """Workers that are there; one that is slow counts as the part of one that it is."""
+        return len(self.pool.infos) - self.missing
+
+    def advance(self, members: int, images: int) -> None:
+        now = time.perf_counter()
+        self.capacity += (now - self.counted) * self.able() / SECONDS_A_MEMBER
+        self.counted = now
+        self.done += members
+        if self.disturb:
+            self.disturb(self.done)
+
+
+def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) -> list[Results]:
+    """A generation of the population undisturbed, with slow and stopped workers, and with nodes that come and go."""
+    per_node = workers // NODES
+    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": per_node + 1})
+    nodes = [cluster.add_node(num_cpus=per_node) for _ in range(NODES - 1)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    work = Generation(SMALL, MEMORY_IMAGES)
+    resolved = resolve_cluster(Cluster(cpus_per_worker=1, driver_cpus=1), [node["Resources"] for node in ray.nodes()])
+    team = Team(pool=None)  # type: ignore[arg-type]
+    notes: list[str] = []
+    started = time.perf_counter()
+    team.pool = Pool(work.spec, resolved, notes.append, team.advance, SleepingWorker)
+    while len(team.pool.infos) < workers:
+        team.pool.wait_until_joined()
+    say(f"{workers} workers on {NODES} nodes have joined after {time.perf_counter() - started:.0f} s")
+    members = noisy(np.arange(population, dtype=np.uint64), 0.0, 0.01)
+    stopped: list[int] = []
+    changed: list[str] = []
+
+    def stragglers(done: int) -> None:
+        if done > population // 10 and not stopped:
+            for slot in team.pool.slots[:SLOW]:
+                slot.worker.__ray_call__.remote(slow_down)
+            stopped.append(team.pool.infos[SLOW].pid)
+            os.kill(stopped[0], signal.SIGSTOP)
+            team.missing = SLOW * (1 - 1 / SLOW_FACTOR) + 1
+
+    def elastic(done: int) -> None:
+        if done > population // 4 and not changed:
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+            changed.append("lost")
+        elif done > population // 2 and len(changed) == 1:
+            nodes.append(cluster.add_node(num_cpus=per_node))
+            changed.append("joined")
+
+    found = []
+    for name, disturb in (("undisturbed", None), ("stragglers", stragglers), ("elastic", elastic)):
+        team.disturb, team.done, team.capacity = disturb, 0, 0.0
+        counts, processor = dict(team.pool.counts), time.process_time()
+        started = team.counted = time.perf_counter()
+        team.pool.broadcast(work.state(MEMORY_IMAGES))
+        team.pool.broadcast_scale(None)
+        scores = team.pool.evaluate(members)
+        seconds = time.perf_counter() - started
+        assert np.array_equal(scores.loss_K, members.seed_K), "every member once, in its place"
+        found.append(
+            {
+                "scenario": name,
+                "workers": workers,
+                "population": population,
+                "seconds": seconds,
+                "efficiency": population / team.capacity,
+                "driver_cpu_seconds": time.process_time() - processor,
+                "driver_mb": pss(os.getpid()),
+                **{key: team.pool.counts[key] - counts[key] for key in ("retries", "late_results")},
+            }
+        )
+        say(f"{found[-1]}")
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        stopped.clear()
+        team.missing = 0.0
+        ray.get([slot.worker.__ray_call__.remote(recover) for slot in team.pool.slots])
+    team.pool.close()
+    ray.shutdown()
+    cluster.shutdown()
+    return found
