@@ -71,6 +71,16 @@ def main() -> None:
         metavar="FILE",
         help="the descendant's weights (default: descendant-G-K.safetensors)",
     )
+    bench = commands.add_parser(
+        "bench", help="measure this machine: scoring, update, dispatch, memory, beside its limit"
+    )
+    bench.add_argument("--full", action="store_true", help="every population, and a simulated cluster: about an hour")
+    bench.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
+    bench.add_argument("--peers", type=Path, metavar="DIR", help="compare with the programs in this folder")
+    bench.add_argument("--readme", type=Path, metavar="FILE", help="write the table between the marks in this file")
+    bench.add_argument(
+        "-o", dest="folder", type=Path, metavar="DIR", default=Path("bench"), help="where to write (default: bench)"
+    )
     arguments, rest = parser.parse_known_args()
     if rest and arguments.command not in ("train", "resume"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -86,6 +96,8 @@ def main() -> None:
                 code = resume_run(arguments.run, rest)
             case "report":
                 code = write_report(arguments.runs, arguments.folder)
+            case "bench":
+                code = run_bench(arguments)
             case _:
                 code = replay_run(arguments)
     except InputError as error:
@@ -411,6 +423,24 @@ def write_report(folders: list[Path], out: Path | None) -> int:
     print(report.markdown(report.final_table(report.unique_frames(runs))[report.SHORT]))
     for path in paths:
         print(path)
+    return 0
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """`spartan bench`: what this machine does."""
+    import json
+
+    _make_token()
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    from spartan_ray.bench.command import bench
+    from spartan_ray.bench.figures import table
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    results = bench(arguments.folder, arguments.full, arguments.peers, arguments.readme, say)
+    print(json.dumps(results) if arguments.json else table(results))
+    say(f"{arguments.folder / 'results.json'}")
     return 0
 
 

@@ -1,13 +1,17 @@
-"""What a benchmark found: figures with their spread, the targets, the table and the picture."""
+"""What a benchmark found: figures with their spread, what was aimed at, the table and the pictures."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 Spread = dict[str, float]
 Results = dict[str, Any]
+
+# Where README.md has the table.
+BEGIN, END = "<!-- benchmark -->\n", "<!-- end of benchmark -->\n"
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -17,63 +21,172 @@ def spread(values: Iterable[float]) -> Spread:
     return {name: float(f"{value:.4g}") for name, value in figures.items()}
 
 
-def said(figure: Spread, digits: int = 3) -> str:
-    """`median (min - max)`, one number where they agree."""
+def number(value: float) -> str:
+    """To three digits, whole thousands with commas."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
-    def number(value: float) -> str:
-        return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
+def said(figure: Spread) -> str:
+    """Median (min - max), one number where they agree."""
     middle, low, high = (number(figure[name]) for name in ("median", "min", "max"))
     return middle if low == high else f"{middle} ({low} - {high})"
 
 
-# Name, figure, wanted, whether it is to be at least or at most that, and why it falls short where it does.
-Target = tuple[str, float, float, bool]
-
-
 def targets(results: Results) -> list[Results]:
     """What the project aims at, and whether this machine reached it."""
-    rates = {(row["fitness_images"], row["population"]): row for row in results["scoring"]}
 
-    def efficiency(images: int) -> float:
-        return max(float(row["efficiency"]["median"]) for (of, _), row in rates.items() if of == images)
+    def of_the_limit(images: int) -> float:
+        rows = [row for row in results["scoring"] if row["fitness_images"] == images]
+        return float(max(rows, key=lambda row: row["population"])["efficiency"]["median"])
 
-    workers = max(row["workers"] for row in results["update"])
-    (update,) = (row for row in results["update"] if row["workers"] == workers)
-    scoring_1000 = 1000 * 2048 / max(row["images_per_second"]["median"] for row in results["scaling"])
-    memory = results["memory"]
-    growth = max(memory[-1][part]["median"] / memory[0][part]["median"] - 1 for part in ("driver_mb", "worker_mb"))
+    most = max(row["workers"] for row in results["update"])
+    (update,) = (row for row in results["update"] if row["workers"] == most)
+    (rate,) = (row["images_per_second"]["median"] for row in results["scaling"] if row["workers"] == most)
+    first, last = results["memory"][0], results["memory"][-1]
+    growth = max(last[part] / first[part] - 1 for part in ("driver_mb", "worker_mb"))
     found = [
-        ("scoring, 2,048 images, over the bare forward pass", efficiency(2048), 0.97, True),
-        ("scoring, 2,048 images, over torchvision's module", results["over_torchvision"]["median"], 1.10, True),
-        ("scoring, 512 images, over the bare forward pass", efficiency(512), 0.94, True),
+        ("scoring 2,048 images, of the bare forward pass", of_the_limit(2048), 0.97, "least"),
+        ("the same, of torchvision's module", results["over_torchvision"]["median"], 1.10, "least"),
+        ("scoring 512 images, of the bare forward pass", of_the_limit(512), 0.94, "least"),
         (
-            "update of 1,000 members over scoring them on 2,048 images",
-            update["seconds_per_1000_members"]["median"] / scoring_1000,
+            "update of 1,000 members, of scoring them on 2,048 images",
+            update["seconds_per_1000_members"]["median"] * rate / 2_048_000,
             0.01,
-            False,
+            "most",
         ),
-        ("SGD epoch, over torchvision's module", results["sgd"]["ratio"]["median"], 1.6, True),
-        *(
-            (f"{row['workers']} workers over one", row["speedup"]["median"], 0.95 * row["workers"], True)
-            for row in results["scaling"]
-            if row["workers"] > 1
+        ("SGD epoch, of torchvision's module", results["sgd"]["ratio"]["median"], 1.6, "least"),
+        ("free members that the dispatcher takes a second", results["dispatch"]["members_per_second"]["median"], 50_000,
+         "least"),
+        (
+            "parents through the object store a generation, and one of them for the update",
+            results["broadcast"]["parents_per_generation"],
+            2.1,
+            "most",
         ),
-        ("free members a second", results["dispatch"]["members_per_second"]["median"], 50_000, True),
-        ("parents through the object store a generation", results["broadcast"]["parents_per_generation"], 2.1, False),
-        (f"memory at {memory[-1]['population']:,} members over {memory[0]['population']}, growth", growth, 0.05, False),
-        ("PSS of a ResNet18 worker, MB", results["resnet18_worker_mb"]["max"], 800, False),
+        (f"growth of memory from {first['population']} to {last['population']:,} members", growth, 0.05, "most"),
+        ("PSS of a worker with ResNet18, MB", results["resnet18_worker_mb"]["max"], 800, "most"),
+    ]  # fmt: skip
+    found += [
+        (f"{row['workers']} workers, of one", row["speedup"]["median"], 0.95 * row["workers"], "least")
+        for row in results["scaling"]
+        if row["workers"] > 1
     ]
-    peers = {peer["name"]: peer["members_per_second"]["median"] for peer in results.get("peers", [])}
-    if "EvoTorch" in peers:
-        found.append(("population 16, 512 images, over EvoTorch", peers["spartan-ray"] / peers["EvoTorch"], 6.0, True))
+    peers = {peer["name"]: peer["members_per_second"]["median"] for peer in results["peers"]}
+    found += [
+        ("16 members on 512 images, of EvoTorch", peers["Spartan Ray"] / theirs, 6, "least")
+        for name, theirs in peers.items()
+        if name.startswith("EvoTorch")
+    ]
     return [
         {
             "name": name,
             "figure": float(f"{figure:.4g}"),
             "wanted": wanted,
-            "at": "least" if at_least else "most",
-            "met": bool(figure >= wanted if at_least else figure <= wanted),
+            "at": at,
+            "met": bool(figure >= wanted if at == "least" else figure <= wanted),
         }
-        for name, figure, wanted, at_least in found
+        for name, figure, wanted, at in found
     ]
+
+
+def table(results: Results) -> str:
+    """The figures as Markdown."""
+    machine, limit, update = results["machine"], results["limit"], results["update_limit"]
+    workers = max(row["workers"] for row in results["scaling"])
+    lines = [
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['device']}; torch "
+        f"{machine['versions']['torch']}, Ray {machine['versions']['ray']}; {workers} workers of one thread, ResNet18, "
+        "32x32 images, fp32. Median (min - max) of the repeats of one run, each measured in turn with the limit.",
+        "",
+        "| | aim | here | |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {target['name']} | at {target['at']} {number(target['wanted'])} | {number(target['figure'])} "
+            f"| {'' if target['met'] else 'falls short'} |"
+            for target in results["targets"]
+        ),
+        "",
+        "| images a second | |",
+        "| --- | --- |",
+        f"| {workers} bare processes, forward pass of our module, batches of {limit['batch']} "
+        f"| {said(limit['images_per_second'])} |",
+        f"| the same of torchvision's module, channels-last | {said(limit['torchvision_images_per_second'])} |",
+        *(
+            f"| scoring: {row['population']:,} members on {row['fitness_images']:,} images "
+            f"| {said(row['images_per_second'])}, {said(row['efficiency'])} of the limit |"
+            for row in results["scoring"]
+        ),
+        *(
+            f"| scoring with {row['workers']} worker{'s' * (row['workers'] > 1)} | {said(row['images_per_second'])} |"
+            for row in results["scaling"]
+        ),
+        f"| scoring in bf16 (`evolution.precision`) | {said(results['bf16']['images_per_second'])} |",
+        f"| SGD, {workers} threads | {said(results['sgd']['images_per_second'])} |",
+        f"| SGD, torchvision's module | {said(results['sgd']['torchvision_images_per_second'])} |",
+        "",
+        "| seconds | |",
+        "| --- | --- |",
+        *(
+            f"| update of 1,000 members, {row['workers']} worker{'s' * (row['workers'] > 1)} "
+            f"| {said(row['seconds_per_1000_members'])} |"
+            for row in results["update"]
+        ),
+        f"| noise and sums alone, {update['workers']} bare processes "
+        f"| {said(update['noise_and_axpy_seconds_per_1000_members'])} |",
+        f"| noise alone | {said(update['noise_seconds_per_1000_members'])} |",
+        f"| broadcast of the parent | {said(results['broadcast']['seconds'])} |",
+        "",
+        "| peak memory, small network | driver, MB | a worker, MB |",
+        "| --- | --- | --- |",
+        *(
+            f"| {row['population']:,} members | {number(row['driver_mb'])} | {number(row['worker_mb'])} |"
+            for row in results["memory"]
+        ),
+    ]
+    if results["peers"]:
+        lines += [
+            "",
+            "| 16 members on 512 images, whole generations | members a second | peak memory of all processes, MB |",
+            "| --- | --- | --- |",
+            *(
+                f"| {peer['name']} {peer['version']} | {said(peer['members_per_second'])} | {number(peer['peak_mb'])} |"
+                for peer in results["peers"]
+            ),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def write_into(readme: Path, text: str) -> None:
+    """Replace what stands between the marks in a file."""
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(before + BEGIN + "\n" + text + "\n" + END + after)
+
+
+def draw(results: Results, path: Path) -> None:
+    """Members a second beside the peers, and memory over the population."""
+    from matplotlib import pyplot as plt
+
+    from spartan_ray.plots import COLOURS
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    peers = sorted(results["peers"], key=lambda peer: peer["members_per_second"]["median"])
+    medians = [peer["members_per_second"]["median"] for peer in peers]
+    errors = [
+        [abs(peer["members_per_second"][end] - median) for peer, median in zip(peers, medians, strict=True)]
+        for end in ("min", "max")
+    ]
+    colours = [COLOURS[0] if peer["name"] == "Spartan Ray" else "#9a9a9a" for peer in peers]
+    bars = left.barh([peer["name"] for peer in peers], medians, xerr=errors, color=colours)
+    left.bar_label(bars, labels=[number(median) for median in medians], padding=6)
+    left.margins(x=0.2)
+    left.set(xlabel="members a second: 16 members, 512 images, ResNet18")
+    population_K = [row["population"] for row in results["memory"]]
+    for part, label, colour in (("driver_mb", "driver", COLOURS[0]), ("worker_mb", "a worker", COLOURS[1])):
+        right.plot(population_K, [row[part] for row in results["memory"]], marker="o", color=colour, label=label)
+    right.set(xscale="log", ylim=(0, None), xlabel="members a generation", ylabel="peak memory, MB")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

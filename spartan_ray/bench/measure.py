@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import threading
 import time
@@ -147,28 +146,6 @@ SGD_IMAGES = 2560
 TRAFFIC_IMAGES = 256
 
 Said = Callable[[str], None]
-
-
-def measure(workers: int, full: bool, say: Said) -> Results:
-    """All figures that this machine alone can give."""
-    # Idle pools of every size stand beside each other: logical cores, which cost nothing.
-    ray.init(
-        address="local",
-        num_cpus=8 * workers,
-        num_gpus=0,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
-    try:
-        return {
-            **measure_scoring(workers, FULL_SCORING if full else SCORING, say),
-            **measure_update(workers, say),
-            **measure_dispatch(workers, say),
-            "memory": measure_memory(workers, MEMORY_POPULATIONS if full else MEMORY_POPULATIONS[:3], say),
-        }
-    finally:
-        ray.shutdown()
 
 
 def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) -> Results:

@@ -1,0 +1,73 @@
+"""`spartan bench`: measures, compares, writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from spartan_ray.bench.figures import Results, draw, table, targets, write_into
+from spartan_ray.bench.measure import (
+    FULL_SCORING,
+    MEMORY_POPULATIONS,
+    SCORING,
+    Said,
+    measure_dispatch,
+    measure_memory,
+    measure_scoring,
+    measure_update,
+)
+from spartan_ray.bench.peers import measure_peers
+from spartan_ray.bench.simulation import simulate
+from spartan_ray.record import environment
+
+
+def bench(out: Path, full: bool, peers: Path | None, readme: Path | None, say: Said) -> Results:
+    """Measure and write results.json and its picture to a folder, and the table into a README."""
+    workers = len(os.sched_getaffinity(0))
+    results: Results = {"machine": machine(workers)}
+    # Idle pools of every size stand beside each other: logical cores, which cost nothing.
+    ray.init(
+        address="local",
+        num_cpus=8 * workers,
+        num_gpus=0,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    try:
+        results |= measure_scoring(workers, FULL_SCORING if full else SCORING, say)
+        results |= measure_update(workers, say)
+        results |= measure_dispatch(workers, say)
+        results["memory"] = measure_memory(workers, MEMORY_POPULATIONS if full else MEMORY_POPULATIONS[:3], say)
+        results["peers"] = measure_peers(peers, workers, say) if peers else []
+    finally:
+        ray.shutdown()
+    if full:
+        results["simulation"] = simulate(say)
+    results["targets"] = targets(results)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    if results["peers"]:
+        draw(results, out / "throughput.png")
+    if readme:
+        write_into(readme, table(results))
+    return results
+
+
+def machine(workers: int) -> Results:
+    """What the figures depend on."""
+    facts: dict[str, Any] = environment()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        **{name: facts[name] for name in ("processor", "versions", "python", "git_commit")},
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": workers,
+        "memory_gb": round(memory / 1e9),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
+    }
