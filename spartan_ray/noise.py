@@ -13,6 +13,7 @@ Shapes: D parameters, K members, S elements of a slice.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
 import numpy as np
@@ -117,11 +118,17 @@ class Kernel(Protocol):
 
 
 def kernel_for(kind: NoiseKind, device: torch.device) -> Kernel:
-    """The fastest kernel for the device: numba on CPU, integer tensor operations elsewhere."""
+    """The fastest kernel for the device: numba on CPU, Triton on CUDA, integer tensor operations elsewhere
+    and where PyTorch came without Triton."""
     if device.type == "cpu":
         from spartan_ray.kernels.cpu import CpuKernel
 
         return CpuKernel(kind)
+    if device.type == "cuda":
+        with contextlib.suppress(ImportError):
+            from spartan_ray.kernels.cuda import CudaKernel
+
+            return CudaKernel(kind, device)
     from spartan_ray.kernels.portable import PortableKernel
 
     return PortableKernel(kind, device)

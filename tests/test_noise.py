@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from spartan_ray.config import NoiseKind
 from spartan_ray.kernels import portable
@@ -19,6 +26,7 @@ from spartan_ray.noise import (
     Kernel,
     fingerprint,
     fingerprint_agrees,
+    kernel_for,
     member_seeds,
     noise,
     philox4x32_10,
@@ -26,10 +34,24 @@ from spartan_ray.noise import (
 
 KINDS: tuple[NoiseKind, ...] = ("uniform", "gaussian", "rademacher")
 CPU = torch.device("cpu")
-KERNELS = {(kind, name): make(kind) for kind in KINDS for name, make in
-           (("cpu", CpuKernel), ("portable", lambda kind: PortableKernel(kind, CPU)))}  # fmt: skip
+HERE: dict[str, Callable[[NoiseKind], Kernel]] = {"cpu": CpuKernel, "portable": lambda kind: PortableKernel(kind, CPU)}
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    # In Triton's interpreter.
+    from spartan_ray.kernels.cuda import CudaKernel
+
+    HERE["cuda"] = lambda kind: CudaKernel(kind, CPU)
+KERNELS = {(kind, name): make(kind) for kind in KINDS for name, make in HERE.items()}
 seeds = st.integers(0, 2**64 - 1)
 factors = st.just(0.0) | st.floats(-10, 10, width=32)
+
+
+def agree(kind: NoiseKind, computed: torch.Tensor, expected: NDArray[np.float32], atol: float = 1e-6) -> None:
+    """To the bit, gaussian to atol."""
+    if kind == "gaussian":
+        np.testing.assert_allclose(computed.numpy(), expected, rtol=0, atol=atol)
+    else:
+        assert computed.numpy().tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -61,14 +83,10 @@ def test_uniform_is_what_torch_s_stateless_generator_draws(seed: int) -> None:
 def test_kernels_compute_the_definition(seed: int, start: int, size: int, which: tuple[NoiseKind, str]) -> None:
     expected = noise(which[0], seed, start, start + size)
     once = np.array([seed], np.uint64), np.ones(1, np.float32)
-    computed = KERNELS[which].accumulate(*once, start, start + size).numpy()
-    if which[0] == "gaussian":
-        np.testing.assert_allclose(computed, expected, rtol=0, atol=1e-6)
-    else:
-        assert computed.tobytes() == expected.tobytes()
+    agree(which[0], KERNELS[which].accumulate(*once, start, start + size), expected)
 
 
-@given(seeds, st.lists(st.integers(0, 20_000), min_size=2, max_size=5, unique=True), st.sampled_from(sorted(KERNELS)))
+@given(seeds, st.lists(st.integers(0, 5000), min_size=2, max_size=5, unique=True), st.sampled_from(sorted(KERNELS)))
 def test_slices_equal_the_whole(seed: int, cuts: list[int], which: tuple[NoiseKind, str]) -> None:
     kernel, cuts = KERNELS[which], sorted(cuts)
     seed_K = np.array([seed, seed ^ 1, 7], np.uint64)
@@ -111,24 +129,33 @@ def test_descend_adds_scaled_noise_to_the_parent(
     KERNELS[which].descend(theta, scale, seed, offset, gain, out)
     perturbation = np.float32(offset) + np.float32(gain) * noise(which[0], seed, 0, 5001)
     expected = theta.numpy() + (perturbation if scale is None else scale.numpy() * perturbation)
-    if which[0] == "gaussian":
-        np.testing.assert_allclose(out.numpy(), expected, rtol=0, atol=1e-5 * (1 + abs(gain)))
-    else:
-        assert out.numpy().tobytes() == expected.tobytes()
+    agree(which[0], out, expected, atol=1e-5 * (1 + abs(gain)))
     if offset == gain == 0:
         assert torch.equal(out, theta)
 
 
-def test_accumulate_adds_in_the_order_of_members() -> None:
+@pytest.mark.parametrize("which", sorted(KERNELS))
+def test_descend_in_place_changes_its_slice_alone(which: tuple[NoiseKind, str]) -> None:
+    """With a seed of 64 bits, across the block whose number outgrows 32, and over one tile more than its size fills."""
+    seed, start = 2**64 - 5, 2**34 - 1501
+    theta, scale = torch.linspace(-1, 1, 4106), torch.linspace(3, -1, 4096)
+    perturbation = np.float32(0.3) + np.float32(-0.7) * noise(which[0], seed, start, start + 4096)
+    expected = theta.numpy().copy()
+    expected[4:4100] += scale.numpy() * perturbation
+    KERNELS[which].descend(theta[4:4100], scale, seed, 0.3, -0.7, theta[4:4100], start)
+    agree(which[0], theta, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_accumulate_adds_in_the_order_of_members(name: str) -> None:
     """To the bit what a plain loop of float32 multiply and add gives."""
     seed_K = member_seeds(3, 5, 40)
     weight_K = np.random.default_rng(0).normal(size=40).astype(np.float32)
-    expected = np.zeros(9000, np.float32)
+    expected = np.zeros(5000, np.float32)
     for seed, weight in zip(seed_K, weight_K, strict=True):
-        expected += weight * noise("uniform", int(seed), 11, 9011)
-    for name in ("cpu", "portable"):
-        computed = KERNELS["uniform", name].accumulate(seed_K, weight_K, 11, 9011).numpy()
-        assert computed.tobytes() == expected.tobytes()
+        expected += weight * noise("uniform", int(seed), 11, 5011)
+    computed = KERNELS["uniform", name].accumulate(seed_K, weight_K, 11, 5011).numpy()
+    assert computed.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,9 +186,51 @@ def test_fingerprint_tells_a_kernel_that_is_right_from_one_that_is_not(which: tu
     assert not fingerprint_agrees(which[0], sample[:-1])
 
 
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=needs_triton), "mps"])
+def test_each_device_gets_its_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {"cpu": "CpuKernel", "cuda": "CudaKernel", "mps": "PortableKernel"}
+    assert type(kernel_for("uniform", torch.device(name))).__name__ == expected[name]
+    if name == "cuda":
+        monkeypatch.setitem(sys.modules, "triton", None)
+        monkeypatch.delitem(sys.modules, "spartan_ray.kernels.cuda")
+        assert isinstance(kernel_for("uniform", torch.device(name)), PortableKernel)
+
+
+@needs_triton
+def test_the_cuda_kernels_compile_once_a_kind_and_round_every_operation(tmp_path: Path) -> None:
+    """No fused multiply-add in float32, and nothing compiled anew for another seed or start."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ptx = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "compile_cuda.py")],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    assert ptx.count(".visible .entry _descend(") == ptx.count(".visible .entry _accumulate(") == len(KINDS)
+    assert "add.rn.f32" in ptx
+    assert "fma.rn.f32" not in ptx
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("start", [0, 2**34 - 5001])
+@pytest.mark.parametrize("name", [pytest.param("CudaKernel", marks=needs_triton), "PortableKernel"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_computes_the_definition(kind: NoiseKind) -> None:
-    kernel: Kernel = PortableKernel(kind, torch.device("cuda"))
+def test_a_gpu_computes_what_a_cpu_does(kind: NoiseKind, name: str, start: int) -> None:
+    device = torch.device("cuda")
+    kernel: Kernel = kernel_for(kind, device) if name == "CudaKernel" else PortableKernel(kind, device)
+    assert type(kernel).__name__ == name
     assert fingerprint_agrees(kind, fingerprint(kernel))
+
+    seed_K = np.array([0, 1, 2**31, 2**63, 2**64 - 1, *member_seeds(3, 5, 35)], np.uint64)
+    weight_K = np.random.default_rng(0).normal(size=40).astype(np.float32)
+    theta, scale = torch.linspace(-2, 2, 100_003), torch.linspace(3, -1, 100_003)
+    for factors in (None, scale):
+        for seed in seed_K[:5]:
+            expected, moved = theta.clone(), theta.to(device)
+            CpuKernel(kind).descend(theta, factors, int(seed), 0.3, -0.7, expected, start)
+            kernel.descend(moved, None if factors is None else factors.to(device), int(seed), 0.3, -0.7, moved, start)
+            agree(kind, moved.cpu(), expected.numpy(), atol=1e-5)
+    expected = CpuKernel(kind).accumulate(seed_K, weight_K, start, start + 100_003)
+    agree(kind, kernel.accumulate(seed_K, weight_K, start, start + 100_003).cpu(), expected.numpy(), atol=1e-4)

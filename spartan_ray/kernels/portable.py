@@ -1,4 +1,5 @@
-"""The noise kernels as integer tensor operations: the same numbers on any device torch runs on.
+"""The noise kernels as integer tensor operations: the same numbers on any device torch runs on,
+for those without a kernel of their own.
 
 Slower than a fused kernel, since every operation of the generator is a pass over memory, but exact
 (gaussian to 1e-6). Shapes: S elements of a slice, K members, N blocks of four elements.
