@@ -1,0 +1,110 @@
+"""How often successive halving misses the best member, and what it saves: `python benchmarks/racing.py IMAGES`.
+
+IMAGES is a folder as `data.name folder` takes it. A ResNet18 is trained for some epochs, random-gradient members
+of it are scored on eight parts of 2,048 evolution images each, and races among members drawn from them are run
+on those scores, so that every race is compared with what scoring everybody on everything would have chosen.
+Writes benchmarks/racing.json and prints the table.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from spartan_ray.config import Cluster, Config, Data, Evolution, Parent
+from spartan_ray.data import load_splits
+from spartan_ray.evaluator import EvaluatorSpec, ParentState
+from spartan_ray.fitness import Normaliser
+from spartan_ray.model import FlatModel, initial_model
+from spartan_ray.noise import member_seeds
+from spartan_ray.parent import Trainer, mean_gradient
+from spartan_ray.pool import Pool
+from spartan_ray.resources import resolve_cluster
+from spartan_ray.strategies.base import noisy
+
+SEED, EPOCHS, IMAGES, PARTS = 0, 10, 2048, 8
+MEMBERS, RACES, LR = 256, 2000, 0.05
+CPU = torch.device("cpu")
+
+
+def race(fitness_KP: NDArray[np.float64], halvings: int) -> tuple[int, int]:
+    """The winner of a race on fitnesses on equal parts of the images, and how many parts were scored."""
+    alive_R, scored = np.arange(len(fitness_KP)), 0
+    seen = 0
+    for halving in range(halvings, -1, -1):
+        until = PARTS >> halving
+        scored += len(alive_R) * (until - seen)
+        seen = until
+        fitness_R = fitness_KP[alive_R, :until].mean(axis=1)
+        if halving == 0:
+            return int(alive_R[np.argmax(fitness_R)]), scored
+        best_first_R = np.argsort(-fitness_R, kind="stable")
+        alive_R = np.sort(alive_R[best_first_R[: -(-len(alive_R) // 2)]])
+    raise AssertionError("the last round has no halving")
+
+
+def main() -> None:
+    config = Config(
+        data=Data(name="folder", root=sys.argv[1], sgd_images=10_000, evolution_images=IMAGES),
+        parent=Parent(threads=2),
+        evolution=Evolution(strategy="random-gradients", fitness_images=IMAGES),
+    )
+    splits = load_splits(config.data, SEED)
+    normalise = Normaliser(splits.mean_C, splits.std_C, CPU)
+    model = FlatModel(initial_model(config.parent, 10, SEED)[0], CPU)
+    trainer = Trainer(config.parent, model, splits.sgd, normalise, SEED, augment=False)
+    for epoch in range(1, EPOCHS + 1):
+        trainer.train_epoch(epoch, lambda count: None)
+        print(f"epoch {epoch}/{EPOCHS}", file=sys.stderr)
+    gradient_D = mean_gradient(model, splits.sgd[slice(0, 512)], normalise)
+
+    ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    cluster = resolve_cluster(Cluster(), [node["Resources"] for node in ray.nodes()])
+    pool = Pool(EvaluatorSpec.of(config, splits), cluster, print, lambda members, images: None)
+    pool.wait_until_joined()
+    buffers = [buffer.numpy() for buffer in model.buffers]
+    pool.broadcast(ParentState(model.theta_D.numpy(), buffers, {"fitness": np.arange(IMAGES)}))
+    pool.broadcast_scale(gradient_D.numpy())
+    found = []
+    random = np.random.default_rng(SEED)
+    for low in (-1.0, 0.0):
+        members = noisy(member_seeds(SEED, 1, MEMBERS), -LR * (1 + low) / 2, -LR * (1 - low) / 2)
+        parts = [pool.evaluate(members, part=(part / PARTS, (part + 1) / PARTS)) for part in range(PARTS)]
+        for fitness in ("loss", "accuracy"):
+            fitness_KP = np.stack([part.fitness_K(fitness) for part in parts], axis=1)  # type: ignore[arg-type]
+            mean_K = fitness_KP.mean(axis=1)
+            for population in (50, 200):
+                for halvings in (1, 2, 3):
+                    missed, lost, scored = 0, [], 0
+                    for _ in range(RACES):
+                        drawn_K = random.permutation(MEMBERS)[:population]
+                        winner, scored = race(fitness_KP[drawn_K], halvings)
+                        best = mean_K[drawn_K].max()
+                        missed += int(mean_K[drawn_K][winner] < best)
+                        lost.append((best - mean_K[drawn_K][winner]) / mean_K.std())
+                    found.append({
+                        "u": f"U({low:g}, 1)", "fitness": fitness, "population": population, "racing": halvings,
+                        "saved": 1 - scored / (population * PARTS), "missed": missed / RACES,
+                        "lost_deviations": float(np.mean(lost)), "spread": float(mean_K.std()),
+                    })  # fmt: skip
+    pool.close()
+    ray.shutdown()
+    (Path(__file__).parent / "racing.json").write_text(json.dumps(found, indent=1) + "\n")
+    print("| u | fitness | members | `racing` | images saved | best missed | lost, in deviations of the members |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in found:
+        print(
+            f"| {row['u']} | {row['fitness']} | {row['population']} | {row['racing']} | {row['saved']:.0%} "
+            f"| {row['missed']:.1%} | {row['lost_deviations']:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
