@@ -1,0 +1,147 @@
+"""The work that every peer does, and what it is measured by.
+
+The network is torchvision's ResNet18 with 10 classes as it is initialised, in evaluation mode and PyTorch's default
+memory layout; a descendant's fitness is minus its mean cross-entropy on the same 32x32 images for all. A worker
+computes with one thread; the driver may use as many as there are workers, which wait for it.
+Shapes: K members, N images, C colours, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+import torch.nn.functional as F
+import torchvision
+from numpy.typing import NDArray
+from torch import nn
+
+SIGMA = 0.01
+LR = 0.0005
+BATCH = 256
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """The size of the work; the driver's threads are set by it."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--workers", type=int, default=2, help="processes or threads, a core each")
+    parser.add_argument("--population", type=int, default=16)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--generations", type=int, default=3, help="timed ones, after one that is not")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.workers)
+    return arguments
+
+
+def start_ray(workers: int) -> None:
+    """A Ray of this program alone."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # of its workers: torch has read the driver's
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(
+        address="local", num_cpus=workers, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
+    )
+
+
+def initial_network() -> nn.Module:
+    """The parent, the same in every process."""
+    torch.manual_seed(0)
+    network: nn.Module = torchvision.models.resnet18(num_classes=10)
+    return network.eval()
+
+
+class Fitness:
+    """Minus the mean cross-entropy of a network on images of a fixed seed."""
+
+    def __init__(self, images: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.images_NCHW = torch.randn(images, 3, 32, 32, generator=generator)
+        self.labels_N = torch.randint(10, (images,), generator=generator)
+
+    @torch.inference_mode()
+    def __call__(self, network: nn.Module) -> float:
+        batches = zip(self.images_NCHW.split(BATCH), self.labels_N.split(BATCH), strict=True)
+        loss = sum(F.cross_entropy(network(images), labels, reduction="sum").item() for images, labels in batches)
+        return -loss / len(self.labels_N)
+
+
+def zscore(fitness_K: list[float]) -> NDArray[np.float64]:
+    """(f - mean) / std, with the population's own std."""
+    score_K: NDArray[np.float64] = (np.array(fitness_K) - np.mean(fitness_K)) / np.std(fitness_K)
+    return score_K
+
+
+def measure(
+    name: str, packages: list[str], arguments: argparse.Namespace, generation: Callable[[], float | None]
+) -> None:
+    """Time generations, which return the seconds of their scoring where that is a part of its own; print it as JSON.
+
+    Memory is that of one more generation, because looking at it takes a tenth of a core."""
+    generation()
+    rates, scoring_rates = [], []
+    for _ in range(arguments.generations):
+        started = time.perf_counter()
+        scoring_seconds = generation()
+        rates.append(round(arguments.population / (time.perf_counter() - started), 3))
+        if scoring_seconds is not None:
+            scoring_rates.append(round(arguments.population / scoring_seconds, 3))
+    peak_mb, peak_driver_mb = peak_memory_mb(generation)
+    result = {
+        "name": name,
+        "version": {package: version(package) for package in packages},
+        "members_per_second": rates,
+        **({"scoring_members_per_second": scoring_rates} if scoring_rates else {}),
+        "peak_mb": round(peak_mb),
+        "peak_driver_mb": round(peak_driver_mb),
+    }
+    print(json.dumps(result))
+
+
+def peak_memory_mb(work: Callable[[], object]) -> tuple[float, float]:
+    """The peaks, in 10^6 bytes, of this process with all that descend from it, and of it alone, during the work."""
+    peak_mb = peak_driver_mb = 0.0
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak_mb, peak_driver_mb
+        while True:
+            driver_mb, *others_mb = [pss_mb(process) for process in process_tree(os.getpid())]
+            peak_mb, peak_driver_mb = max(peak_mb, driver_mb + sum(others_mb)), max(peak_driver_mb, driver_mb)
+            if done.wait(0.2):
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    work()
+    done.set()
+    watcher.join()
+    return peak_mb, peak_driver_mb
+
+
+def process_tree(process: int) -> Iterator[int]:
+    """The process, then all that descend from it."""
+    yield process
+    with suppress(OSError):  # it ended
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            with suppress(OSError):
+                for child in (thread / "children").read_text().split():
+                    yield from process_tree(int(child))
+
+
+def pss_mb(process: int) -> float:
+    """Its memory, shared pages counted in equal parts by those that share them; 0 when it has ended."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    return 0.0
