@@ -78,7 +78,7 @@ def main() -> None:
         members = noisy(member_seeds(SEED, 1, MEMBERS), -LR * (1 + low) / 2, -LR * (1 - low) / 2)
         parts = [pool.evaluate(members, part=(part / PARTS, (part + 1) / PARTS)) for part in range(PARTS)]
         for fitness in ("loss", "accuracy"):
-            fitness_KP = np.stack([part.fitness_K(fitness) for part in parts], axis=1)  # type: ignore[arg-type]
+            fitness_KP = np.stack([part.fitness_K(fitness) for part in parts], axis=1)
             mean_K = fitness_KP.mean(axis=1)
             for population in (50, 200):
                 for halvings in (1, 2, 3):

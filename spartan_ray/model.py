@@ -49,12 +49,9 @@ class LiveConv2d(nn.Conv2d):
         """The weight for maps of a size: as it is, or as a matrix from pixels to outputs, both channels-last."""
         if size.numel() > self.kernel_size[0] * self.kernel_size[1]:
             return weight_OIHW
-        weight_OHWI = weight_OIHW.permute(0, 2, 3, 1)
-        blocks = []
-        for (rows, above), (columns, beside) in itertools.product(*self._windows(size)):
-            block = weight_OHWI[:, rows, columns]
-            blocks.append(F.pad(block, (0, 0, *beside, *above)) if any(above + beside) else block)
-        return torch.stack(blocks).flatten(2).flatten(0, 1)
+        windows = list(itertools.product(*self._windows(size)))
+        matrix: torch.Tensor = _Arrange.apply(weight_OIHW.permute(0, 2, 3, 1), size, windows)
+        return matrix
 
     def _windows(self, size: torch.Size) -> list[list[Window]]:
         return [
@@ -62,8 +59,37 @@ class LiveConv2d(nn.Conv2d):
         ]
 
 
-# The taps that meet the map, and the pixels before and after them that they do not meet.
-Window = tuple[slice, tuple[int, int]]
+class _Arrange(torch.autograd.Function):
+    """Taps into a matrix: for each output its window of them, and zeros at the pixels that they do not meet. With a
+    backward of its own, since the one of slices makes a whole gradient for each and adds them up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight_OHWI: torch.Tensor, size: torch.Size, windows: list[tuple[Window, Window]]
+    ) -> torch.Tensor:
+        ctx.shape, ctx.size, ctx.windows = weight_OHWI.shape, size, windows
+        outputs, _, _, inputs = weight_OHWI.shape
+        whole = all(rows.stop - rows.start == size[0] and columns.stop - columns.start == size[1]
+                    for (rows, _), (columns, _) in windows)  # fmt: skip
+        matrix_WOHWI = (weight_OHWI.new_empty if whole else weight_OHWI.new_zeros)(len(windows), outputs, *size, inputs)
+        for block_OHWI, window in zip(matrix_WOHWI, windows, strict=True):
+            (rows, above), (columns, beside) = window
+            block_OHWI[:, above, beside] = weight_OHWI[:, rows, columns]
+        return matrix_WOHWI.flatten(2).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        outputs, _, _, inputs = ctx.shape
+        blocks_WOHWI = gradient.view(len(ctx.windows), outputs, *ctx.size, inputs)
+        gradient_OHWI = gradient.new_zeros(ctx.shape)
+        for block_OHWI, window in zip(blocks_WOHWI, ctx.windows, strict=True):
+            (rows, above), (columns, beside) = window
+            gradient_OHWI[:, rows, columns] += block_OHWI[:, above, beside]
+        return gradient_OHWI, None, None
+
+
+# The taps that meet the map, and the pixels that they meet.
+Window = tuple[slice, slice]
 
 
 @functools.cache
@@ -75,7 +101,7 @@ def windows(size: int, taps: int, stride: int, padding: int) -> list[Window]:
         corner = output * stride - padding
         first, last = min(max(corner, 0), size), max(0, min(corner + taps, size))
         last = max(first, last)
-        found.append((slice(first - corner, last - corner), (first, size - last)))
+        found.append((slice(first - corner, last - corner), slice(first, last)))
     return found
 
 
