@@ -34,10 +34,12 @@ class LiveConv2d(nn.Conv2d):
 
     # Its weights as `arranged` and its bias, with the BatchNorm layer after it folded in, while `Folding` is on.
     folded: tuple[torch.Tensor, torch.Tensor] | None = None
+    # The part of the weight that holds its live taps, while that is what is trained, and where it begins.
+    live: tuple[torch.Tensor, tuple[int, int]] | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         size = input.shape[2:]
-        weight, bias = self.folded or (self.arranged(self.weight, size), self.bias)
+        weight, bias = self.folded or (self.arranged(size), self.bias)
         if weight.dim() == 4:
             return F.conv2d(input, weight, bias, self.stride, self.padding)
         rows, columns = (len(windows) for windows in self._windows(size))
@@ -45,17 +47,31 @@ class LiveConv2d(nn.Conv2d):
         outputs_NR = F.linear(input.permute(0, 2, 3, 1).flatten(1), weight, bias_R)
         return outputs_NR.view(len(input), rows, columns, self.out_channels).permute(0, 3, 1, 2)
 
-    def arranged(self, weight_OIHW: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    def arranged(self, size: torch.Size) -> torch.Tensor:
         """The weight for maps of a size: as it is, or as a matrix from pixels to outputs, both channels-last."""
-        if size.numel() > self.kernel_size[0] * self.kernel_size[1]:
-            return weight_OIHW
-        windows = list(itertools.product(*self._windows(size)))
-        matrix: torch.Tensor = _Arrange.apply(weight_OIHW.permute(0, 2, 3, 1), size, windows)
+        if not self._is_product(size):
+            return self.weight
+        weight_OHWI, corner = self.live or (self.weight.permute(0, 2, 3, 1), (0, 0))
+        matrix: torch.Tensor = _Arrange.apply(weight_OHWI, size, list(itertools.product(*self._windows(size, corner))))
         return matrix
 
-    def _windows(self, size: torch.Size) -> list[list[Window]]:
+    def live_taps(self, size: torch.Size) -> tuple[slice, slice]:
+        """The rows and columns of the kernel that meet maps of a size."""
+        if not self._is_product(size):
+            return slice(0, self.kernel_size[0]), slice(0, self.kernel_size[1])
+        rows, columns = (
+            slice(min(taps.start for taps, _ in windows), max(taps.stop for taps, _ in windows))
+            for windows in self._windows(size)
+        )
+        return rows, columns
+
+    def _is_product(self, size: torch.Size) -> bool:
+        return size.numel() <= self.kernel_size[0] * self.kernel_size[1]
+
+    def _windows(self, size: torch.Size, corner: tuple[int, int] = (0, 0)) -> list[list[Window]]:
         return [
-            windows(size[axis], self.kernel_size[axis], self.stride[axis], int(self.padding[axis])) for axis in (0, 1)
+            windows(size[axis], self.kernel_size[axis], self.stride[axis], int(self.padding[axis]), corner[axis])
+            for axis in (0, 1)
         ]
 
 
@@ -93,15 +109,15 @@ Window = tuple[slice, slice]
 
 
 @functools.cache
-def windows(size: int, taps: int, stride: int, padding: int) -> list[Window]:
+def windows(size: int, taps: int, stride: int, padding: int, first_tap: int) -> list[Window]:
     """What each output of a convolution sees on an axis of this size: output o meets pixel p with tap
-    p - o * stride + padding."""
+    p - o * stride + padding. Taps are counted from the first one."""
     found = []
     for output in range((size + 2 * padding - taps) // stride + 1):
         corner = output * stride - padding
         first, last = min(max(corner, 0), size), max(0, min(corner + taps, size))
-        last = max(first, last)
-        found.append((slice(first - corner, last - corner), slice(first, last)))
+        last, before = max(first, last), corner + first_tap
+        found.append((slice(first - before, last - before), slice(first, last)))
     return found
 
 
@@ -114,6 +130,26 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
         return input if self.folded else super().forward(input)
 
 
+Call = tuple[nn.Module, torch.Tensor, torch.Tensor]
+
+
+@torch.inference_mode()
+def calls(module: nn.Module, image_NCHW: torch.Tensor) -> list[Call]:
+    """The convolutions and BatchNorm layers of a network in the order in which they are used, with the input and the
+    output of each."""
+    found: list[Call] = []
+
+    def note(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        found.append((layer, inputs[0], output))
+
+    kinds = (LiveConv2d, FoldedBatchNorm2d)
+    hooks = [layer.register_forward_hook(note) for layer in module.modules() if isinstance(layer, kinds)]
+    module.eval()(image_NCHW)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 class Folding:
     """Folds the BatchNorm layers of a network of `build_model` into their convolutions, for scoring.
 
@@ -122,25 +158,13 @@ class Folding:
     they are then. `image_NCHW` shows which convolution feeds which layer, and the sizes of the maps."""
 
     def __init__(self, module: nn.Module, image_NCHW: torch.Tensor) -> None:
-        outputs: list[tuple[LiveConv2d, torch.Size, torch.Tensor]] = []
-        self.pairs: list[tuple[LiveConv2d, FoldedBatchNorm2d, torch.Size]] = []
-
-        def after_convolution(conv: LiveConv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            outputs.append((conv, inputs[0].shape[2:], output))
-
-        def before_batchnorm(norm: FoldedBatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
-            self.pairs += [(conv, norm, size) for conv, size, output in outputs if output is inputs[0]]
-
-        hooks: list[Any] = []
-        for layer in module.modules():
-            if isinstance(layer, LiveConv2d):
-                hooks.append(layer.register_forward_hook(after_convolution))
-            elif isinstance(layer, FoldedBatchNorm2d):
-                hooks.append(layer.register_forward_pre_hook(before_batchnorm))
-        with torch.inference_mode():
-            module.eval()(image_NCHW)
-        for hook in hooks:
-            hook.remove()
+        seen = calls(module, image_NCHW)
+        self.pairs = [
+            (conv, norm, input_NCHW.shape[2:])
+            for conv, input_NCHW, output_NCHW in seen
+            for norm, normalised_NCHW, _ in seen
+            if isinstance(conv, LiveConv2d) and isinstance(norm, FoldedBatchNorm2d) and normalised_NCHW is output_NCHW
+        ]
 
     @contextlib.contextmanager
     def __call__(self, dtype: torch.dtype) -> Iterator[None]:
@@ -149,7 +173,7 @@ class Folding:
                 assert norm.running_mean is not None
                 assert norm.running_var is not None
                 gain_O = norm.weight * (norm.running_var + norm.eps).rsqrt()
-                weight = conv.arranged(conv.weight, size)
+                weight = conv.arranged(size)
                 # In place where it is a copy.
                 gain_R = gain_O.repeat(len(weight) // len(gain_O)).view(-1, *[1] * (weight.dim() - 1))
                 weight = weight * gain_R if weight.dim() == 4 else weight.mul_(gain_R)
@@ -335,3 +359,47 @@ class FlatModel:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights as torchvision lays them out, on the CPU."""
         return {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
+
+
+class Leaves:
+    """What gradient descent moves: the parameters, but of a convolution with dead taps the part of its weight that
+    holds the live ones. The others' gradients are zero, and to hold and to add them takes a tenth of a step.
+
+    `with leaves():` makes the network compute with them; they share theta_D's memory. Dead taps stay as they are,
+    under weight decay too. `image_NCHW` shows the sizes of the maps."""
+
+    def __init__(self, model: FlatModel, image_NCHW: torch.Tensor) -> None:
+        self.model = model
+        self.live: dict[torch.Tensor, tuple[LiveConv2d, tuple[slice, slice]]] = {}
+        for conv, input_NCHW, _ in calls(model.module, image_NCHW):
+            if isinstance(conv, LiveConv2d):
+                rows, columns = conv.live_taps(input_NCHW.shape[2:])
+                if (rows.stop - rows.start, columns.stop - columns.start) != conv.kernel_size:
+                    self.live[conv.weight] = conv, (rows, columns)
+        parameters = list(model.module.parameters())
+        self.tensors = [
+            part.detach().requires_grad_() if parameter in self.live else parameter
+            for parameter, part in zip(parameters, self.parts(model.theta_D), strict=True)
+        ]
+
+    def parts(self, vector_D: torch.Tensor) -> list[torch.Tensor]:
+        """A vector of theta_D's layout as a tensor a leaf, which share its memory."""
+        parts = []
+        for parameter, view in zip(self.model.module.parameters(), self.model.views(vector_D), strict=True):
+            if parameter in self.live:
+                rows, columns = self.live[parameter][1]
+                view = view.permute(0, 2, 3, 1)[:, rows, columns]
+            parts.append(view)
+        return parts
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        for parameter, leaf in zip(self.model.module.parameters(), self.tensors, strict=True):
+            if parameter in self.live:
+                conv, (rows, columns) = self.live[parameter]
+                conv.live = leaf, (rows.start, columns.start)
+        try:
+            yield
+        finally:
+            for conv, _ in self.live.values():
+                conv.live = None

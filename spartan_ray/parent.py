@@ -13,7 +13,7 @@ from spartan_ray.config import BatchNormKind
 from spartan_ray.config import Parent as ParentConfig
 from spartan_ray.data import Images, permutation, random_key
 from spartan_ray.fitness import Normaliser, batches, statistics_of
-from spartan_ray.model import FlatModel
+from spartan_ray.model import FlatModel, Leaves
 from spartan_ray.noise import kernel_for
 
 # Purposes of the keys of `permutation` and of torch's generators, beside the seed.
@@ -29,7 +29,7 @@ MOMENT_IMAGES = 512
 MOMENT_POWERS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2}
 
 
-def make_optimizer(config: ParentConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(config: ParentConfig, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     """The optimizer of the configuration over all parameters."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -71,7 +71,8 @@ class Trainer:
         self.normalise = normalise
         self.seed = seed
         self.augment = augment
-        self.optimizer = make_optimizer(config, list(model.module.parameters()))
+        self.leaves = Leaves(model, normalise(images.pixels_NHWC[:1]))
+        self.optimizer = make_optimizer(config, self.leaves.tensors)
         self.steps = 0
         self.noise_kernel = kernel_for("gaussian", model.theta_D.device)
 
@@ -84,21 +85,22 @@ class Trainer:
         order_N = torch.from_numpy(permutation(len(self.images), self.seed, ORDER_OF_EPOCH + epoch)).to(device)
         random = torch.Generator().manual_seed(random_key(self.seed, AUGMENTATION_OF_EPOCH + epoch))
         trained = 0
-        for index_N in order_N.split(self.config.batch_size):
-            if len(index_N) == 1:
-                continue
-            batch = self.images[index_N]
-            pixels_NHWC = shift_and_flip(batch.pixels_NHWC, random) if self.augment else batch.pixels_NHWC
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                logits_NC = module(self.normalise(pixels_NHWC))
-            loss = F.cross_entropy(logits_NC.float(), batch.labels_N)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self._add_noise()
-            self.optimizer.step()
-            self.steps += 1
-            trained += len(index_N)
-            on_batch(len(index_N))
+        with self.leaves():
+            for index_N in order_N.split(self.config.batch_size):
+                if len(index_N) == 1:
+                    continue
+                batch = self.images[index_N]
+                pixels_NHWC = shift_and_flip(batch.pixels_NHWC, random) if self.augment else batch.pixels_NHWC
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                    logits_NC = module(self.normalise(pixels_NHWC))
+                loss = F.cross_entropy(logits_NC.float(), batch.labels_N)
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self._add_noise()
+                self.optimizer.step()
+                self.steps += 1
+                trained += len(index_N)
+                on_batch(len(index_N))
         return trained
 
     def _add_noise(self) -> None:
@@ -108,9 +110,9 @@ class Trainer:
         seed_1 = np.array([random_key(self.seed, NOISE_OF_STEP + self.steps)], np.uint64)
         weight_1 = np.array([noise_deviation(self.config.gradient_noise, self.steps)], np.float32)
         noise_D = self.noise_kernel.accumulate(seed_1, weight_1, 0, self.model.theta_D.numel())
-        for parameter, noise in zip(self.model.module.parameters(), self.model.views(noise_D), strict=True):
-            assert parameter.grad is not None
-            parameter.grad += noise
+        for leaf, noise in zip(self.leaves.tensors, self.leaves.parts(noise_D), strict=True):
+            assert leaf.grad is not None
+            leaf.grad += noise
 
     def gradient_norms(self) -> torch.Tensor:
         """The norm of each parameter tensor's gradient, T, on the same SGD images every time and with
@@ -125,8 +127,8 @@ class Trainer:
         new parent's larger gradients by the root of the old one's smaller squares."""
         after_T = self.gradient_norms()
         ratio_T = torch.where((before_T > 0) & (after_T > 0), after_T / before_T, torch.ones_like(after_T))
-        for parameter, ratio in zip(self.model.module.parameters(), ratio_T.tolist(), strict=True):
-            state = self.optimizer.state[parameter]
+        for leaf, ratio in zip(self.leaves.tensors, ratio_T.tolist(), strict=True):
+            state = self.optimizer.state[leaf]
             for name in MOMENT_POWERS.keys() & state.keys():
                 state[name] *= ratio ** MOMENT_POWERS[name]
 

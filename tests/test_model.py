@@ -9,6 +9,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -16,7 +17,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from spartan_ray.config import InputError, Parent
-from spartan_ray.model import FlatModel, FoldedBatchNorm2d, Folding, LiveConv2d, initial_model
+from spartan_ray.model import FlatModel, FoldedBatchNorm2d, Folding, Leaves, LiveConv2d, initial_model
 
 CPU = torch.device("cpu")
 
@@ -54,6 +55,28 @@ def test_most_of_resnet18_s_taps_are_dead_on_32_by_32_images() -> None:
     dead = sum(int((p.grad == 0).sum()) for p in network.parameters() if p.grad is not None and p.dim() == 4)
     assert total == 11_181_642
     assert dead > 6_800_000
+
+
+def test_leaves_are_what_has_a_gradient() -> None:
+    """A step along them is the step along all parameters, and theta_D has it."""
+    x, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    whole, live = (FlatModel(initial_model(Parent(), 10, 0)[0], CPU) for _ in range(2))
+    leaves = Leaves(live, x[:1])
+    assert sum(leaf.numel() for leaf in leaves.tensors) < 4_300_000
+    F.cross_entropy(whole.module.train()(x), labels).backward()
+    with leaves():
+        F.cross_entropy(live.module.train()(x), labels).backward()
+    gradient_D, moved_D = whole.gradient(), live.theta_D.clone()
+    for part, leaf in zip(leaves.parts(moved_D), leaves.tensors, strict=True):
+        assert leaf.grad is not None
+        part -= 0.1 * leaf.grad
+    torch.testing.assert_close(moved_D, whole.theta_D - 0.1 * gradient_D)
+    with torch.no_grad():
+        for leaf in leaves.tensors:
+            leaf -= 0.1 * leaf.grad  # type: ignore[operator]
+    assert torch.equal(live.theta_D, moved_D)
+    for conv in live.module.modules():
+        assert not isinstance(conv, LiveConv2d) or conv.live is None
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
