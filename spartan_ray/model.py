@@ -3,132 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import itertools
 import json
 import pickle
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 from urllib.error import URLError
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from spartan_ray.config import InputError, Parent
 from spartan_ray.data import Splits
-
-
-class LiveConv2d(nn.Conv2d):
-    """A convolution that computes with its live taps only: those that meet the map and not its padding.
-
-    Where a map has no more pixels than the kernel has taps, the convolution is the product with a dense matrix from
-    all pixels to all outputs. It is the same function with the same parameters and gradients (zero for taps
-    that never meet the map), in a fraction of the time: on 32x32 images that is the last two stages of
-    ResNet18, two thirds of whose parameters are dead."""
-
-    # Its weights as `arranged` and its bias, with the BatchNorm layer after it folded in, while `Folding` is on.
-    folded: tuple[torch.Tensor, torch.Tensor] | None = None
-    # The part of the weight that holds its live taps, while that is what is trained, and where it begins.
-    live: tuple[torch.Tensor, tuple[int, int]] | None = None
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        size = input.shape[2:]
-        weight, bias = self.folded or (self.arranged(size), self.bias)
-        if weight.dim() == 4:
-            return F.conv2d(input, weight, bias, self.stride, self.padding)
-        rows, columns = (len(windows) for windows in self._windows(size))
-        bias_R = None if bias is None else bias.repeat(rows * columns)
-        outputs_NR = F.linear(input.permute(0, 2, 3, 1).flatten(1), weight, bias_R)
-        return outputs_NR.view(len(input), rows, columns, self.out_channels).permute(0, 3, 1, 2)
-
-    def arranged(self, size: torch.Size) -> torch.Tensor:
-        """The weight for maps of a size: as it is, or as a matrix from pixels to outputs, both channels-last."""
-        if not self._is_product(size):
-            return self.weight
-        weight_OHWI, corner = self.live or (self.weight.permute(0, 2, 3, 1), (0, 0))
-        matrix: torch.Tensor = _Arrange.apply(weight_OHWI, size, list(itertools.product(*self._windows(size, corner))))
-        return matrix
-
-    def live_taps(self, size: torch.Size) -> tuple[slice, slice]:
-        """The rows and columns of the kernel that meet maps of a size."""
-        if not self._is_product(size):
-            return slice(0, self.kernel_size[0]), slice(0, self.kernel_size[1])
-        rows, columns = (
-            slice(min(taps.start for taps, _ in windows), max(taps.stop for taps, _ in windows))
-            for windows in self._windows(size)
-        )
-        return rows, columns
-
-    def _is_product(self, size: torch.Size) -> bool:
-        return size.numel() <= self.kernel_size[0] * self.kernel_size[1]
-
-    def _windows(self, size: torch.Size, corner: tuple[int, int] = (0, 0)) -> list[list[Window]]:
-        return [
-            windows(size[axis], self.kernel_size[axis], self.stride[axis], int(self.padding[axis]), corner[axis])
-            for axis in (0, 1)
-        ]
-
-
-class _Arrange(torch.autograd.Function):
-    """Taps into a matrix: for each output its window of them, and zeros at the pixels that they do not meet. With a
-    backward of its own, since the one of slices makes a whole gradient for each and adds them up."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight_OHWI: torch.Tensor, size: torch.Size, windows: list[tuple[Window, Window]]
-    ) -> torch.Tensor:
-        ctx.shape, ctx.size, ctx.windows = weight_OHWI.shape, size, windows
-        outputs, _, _, inputs = weight_OHWI.shape
-        whole = all(rows.stop - rows.start == size[0] and columns.stop - columns.start == size[1]
-                    for (rows, _), (columns, _) in windows)  # fmt: skip
-        matrix_WOHWI = (weight_OHWI.new_empty if whole else weight_OHWI.new_zeros)(len(windows), outputs, *size, inputs)
-        for block_OHWI, window in zip(matrix_WOHWI, windows, strict=True):
-            (rows, above), (columns, beside) = window
-            block_OHWI[:, above, beside] = weight_OHWI[:, rows, columns]
-        return matrix_WOHWI.flatten(2).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        outputs, _, _, inputs = ctx.shape
-        blocks_WOHWI = gradient.view(len(ctx.windows), outputs, *ctx.size, inputs)
-        gradient_OHWI = gradient.new_zeros(ctx.shape)
-        for block_OHWI, window in zip(blocks_WOHWI, ctx.windows, strict=True):
-            (rows, above), (columns, beside) = window
-            gradient_OHWI[:, rows, columns] += block_OHWI[:, above, beside]
-        return gradient_OHWI, None, None
-
-
-# The taps that meet the map, and the pixels that they meet.
-Window = tuple[slice, slice]
-
-
-@functools.cache
-def windows(size: int, taps: int, stride: int, padding: int, first_tap: int) -> list[Window]:
-    """What each output of a convolution sees on an axis of this size: output o meets pixel p with tap
-    p - o * stride + padding. Taps are counted from the first one."""
-    found = []
-    for output in range((size + 2 * padding - taps) // stride + 1):
-        corner = output * stride - padding
-        first, last = min(max(corner, 0), size), max(0, min(corner + taps, size))
-        last, before = max(first, last), corner + first_tap
-        found.append((slice(first - before, last - before), slice(first, last)))
-    return found
-
-
-class FoldedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that steps aside while it is folded into the convolution before it."""
-
-    folded = False
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return input if self.folded else super().forward(input)
-
+from spartan_ray.layers import FoldedBatchNorm2d, LiveConv2d
+from spartan_ray.resnet import ResNet18
 
 Call = tuple[nn.Module, torch.Tensor, torch.Tensor]
 
@@ -188,25 +79,13 @@ class Folding:
 
 def build_model(config: Parent, classes: int) -> nn.Module:
     """The network of the configuration with torch's current random state as its initial weights."""
-    if config.model == "convnet":
-        network: nn.Module = _convnet(classes)
-    else:
-        from torchvision.models import resnet18
-
-        network = resnet18(num_classes=classes)
-        if config.stem == "cifar":
-            network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-            network.maxpool = nn.Identity()
-    ours = {nn.Conv2d: LiveConv2d, nn.BatchNorm2d: FoldedBatchNorm2d}
-    for module in network.modules():
-        module.__class__ = ours.get(type(module), type(module))
-    return network
+    return ResNet18(classes, config.stem) if config.model == "resnet18" else _convnet(classes)
 
 
 def _convnet(classes: int) -> nn.Module:
     def block(channels_in: int, channels_out: int) -> list[nn.Module]:
-        convolution = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
-        return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]
+        convolution = LiveConv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
+        return [convolution, FoldedBatchNorm2d(channels_out), nn.ReLU()]
 
     return nn.Sequential(
         *block(3, 16), *block(16, 32), *block(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)

@@ -12,7 +12,7 @@ import spartan_ray
 PACKAGE = Path(spartan_ray.__file__).parent
 # A module may import what stands before it.
 ORDER = [
-    "config", "noise", "kernels", "data", "model", "fitness", "strategies", "evaluator", "parent",
+    "config", "noise", "kernels", "data", "layers", "resnet", "model", "fitness", "strategies", "evaluator", "parent",
     "checkpoint", "journal", "record", "resources", "spans", "worker", "pool", "evolve", "replay", "driver",
     "plots", "report", "bench", "cli", "__main__",
 ]  # fmt: skip

@@ -17,7 +17,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 from spartan_ray.config import InputError, Parent
-from spartan_ray.model import FlatModel, FoldedBatchNorm2d, Folding, Leaves, LiveConv2d, initial_model
+from spartan_ray.layers import FoldedBatchNorm2d, LiveConv2d
+from spartan_ray.model import FlatModel, Folding, Leaves, build_model, initial_model
 
 CPU = torch.device("cpu")
 
@@ -77,6 +78,15 @@ def test_leaves_are_what_has_a_gradient() -> None:
     assert torch.equal(live.theta_D, moved_D)
     for conv in live.module.modules():
         assert not isinstance(conv, LiveConv2d) or conv.live is None
+
+
+def test_resnet18_begins_as_torchvision_s() -> None:
+    torch.manual_seed(3)
+    ours = build_model(Parent(), 10).state_dict()
+    torch.manual_seed(3)
+    theirs = resnet18(num_classes=10).state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
