@@ -77,7 +77,9 @@ def main() -> None:
     bench.add_argument("--full", action="store_true", help="every population, and a simulated cluster: about an hour")
     bench.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
     bench.add_argument("--peers", type=Path, metavar="DIR", help="compare with the programs in this folder")
-    bench.add_argument("--readme", type=Path, metavar="FILE", help="write the table between the marks in this file")
+    bench.add_argument(
+        "--write-docs", action="store_true", help="put the tables into ./README.md and ./docs/scaling.md"
+    )
     bench.add_argument(
         "-o", dest="folder", type=Path, metavar="DIR", default=Path("bench"), help="where to write (default: bench)"
     )
@@ -438,7 +440,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    results = bench(arguments.folder, arguments.full, arguments.peers, arguments.readme, say)
+    results = bench(arguments.folder, arguments.full, arguments.peers, arguments.write_docs, say)
     print(json.dumps(results) if arguments.json else table(results))
     say(f"{arguments.folder / 'results.json'}")
     return 0

@@ -8,6 +8,7 @@ depends on nothing but its range, the outcome is the same to the bit.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -26,16 +27,12 @@ from spartan_ray.config import Cluster, ImageSet, RunError
 from spartan_ray.evaluator import EvaluatorSpec, ParentState, Scale
 from spartan_ray.noise import fingerprint_agrees
 from spartan_ray.resources import workers_that_fit
-from spartan_ray.spans import Range, Span
+from spartan_ray.spans import Range, Span, chunk_size, workers_worth
 from spartan_ray.strategies.base import WHOLE, Members, Part, Scores, joined
 from spartan_ray.worker import Worker, WorkerInfo, versions
 
 # Tasks on a worker: one that runs and one that is ready when it ends.
 QUEUED_PER_WORKER = 2
-# Length of an automatic chunk: long against Ray's overhead of a task, short against a generation. Where so many
-# workers would answer more often than this, chunks are longer: the driver can take a thousand answers a second.
-CHUNK_SECONDS = 2.0
-ANSWERS_PER_SECOND = 200.0
 # What fails alone on so many workers is given up.
 TRIES = 3
 # Failures in a row, for each worker of the pool, after which the fault is not a worker's.
@@ -200,7 +197,8 @@ class Pool:
         def is_finite(result: tuple[Scores, float, float]) -> bool:
             return bool(np.isfinite(result[0].loss_K).all())
 
-        range_ = Range(submit, self._chunk_size, deque([Span(0, len(members))]), len(members))
+        next_size = functools.partial(self._chunk_size, len(members))
+        range_ = Range(submit, next_size, deque([Span(0, len(members))]), len(members))
         if self.seconds_per_member:
             range_.seconds, range_.elements = self.seconds_per_member, 1
         for slot, (start, stop), result in self._cover(range_, 1, is_finite, give_up):
@@ -215,9 +213,10 @@ class Pool:
     def weighted_sum(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], size_D: int
     ) -> NDArray[np.float32]:
-        """sum_k weight_k * noise_k, D float32, computed by the workers in one slice each."""
+        """sum_k weight_k * noise_k, D float32, computed by the workers in one slice each, or by as many as pay."""
         seed_ref, weight_ref = ray.put(seed_K), ray.put(weight_K)
-        slice_size = -(-size_D // max(1, len(self.slots)))
+        usual = self.seconds_per_noise * len(seed_K) * size_D or math.inf
+        slice_size = -(-size_D // workers_worth(usual, max(1, len(self.slots))))
         sum_D = np.empty(size_D, np.float32)
 
         def submit(worker: ActorHandle[Any], start: int, stop: int) -> Any:
@@ -245,16 +244,10 @@ class Pool:
         self.tasks.clear()
         self.starts.clear()
 
-    def _chunk_size(self, slot: _Slot, left: int) -> int:
-        """As much as the worker does in a while; chunks shrink towards the end, so that the workers finish together."""
+    def _chunk_size(self, members: int, slot: _Slot, left: int) -> int:
         if self.cluster.chunk != "auto":
             return self.cluster.chunk
-        seconds_per_member = slot.seconds_per_member or self.seconds_per_member
-        if seconds_per_member is None:
-            return 1
-        share = -(-left // (2 * QUEUED_PER_WORKER * self.size))
-        seconds = max(CHUNK_SECONDS, self.size / ANSWERS_PER_SECOND)
-        return max(1, min(share, int(seconds / max(seconds_per_member, 1e-9))))
+        return chunk_size(left, members, self.size, slot.seconds_per_member or self.seconds_per_member)
 
     def _cover(
         self, range_: Range, smallest: int, is_finite: Callable[[Any], bool], give_up: Callable[[int, str], Any]

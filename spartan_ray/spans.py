@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+# An automatic chunk is long against Ray's overhead of a task, and short against a generation ...
+CHUNK_SECONDS = 2.0
+# ... but no shorter than what keeps the driver from more answers than this: it can take twice as many.
+ANSWERS_PER_SECOND = 500.0
+
+
+def workers_worth(seconds: float, workers: int) -> int:
+    """How many of the workers are worth an answer each, for work that one would do in so many seconds: n workers
+    take seconds / n, and n / ANSWERS_PER_SECOND to be told and heard."""
+    return max(1, int(min(workers, math.sqrt(seconds * ANSWERS_PER_SECOND))))
+
+
+def chunk_size(left: int, members: int, workers: int, seconds_per_member: float | None) -> int:
+    """Members of a worker's next chunk, when so many of all are left. Chunks shrink towards the end, so that the
+    workers finish together. 1 where nothing is known of the speed."""
+    if seconds_per_member is None:
+        return 1
+    seconds_per_member = max(seconds_per_member, 1e-9)
+    between_answers = workers / ANSWERS_PER_SECOND
+    longest = int(max(CHUNK_SECONDS, between_answers) / seconds_per_member)
+    share = -(-members // workers_worth(members * seconds_per_member, workers))
+    shortest = min(share, int(between_answers / seconds_per_member))
+    shrinking = -(-left // (4 * workers))
+    return max(1, min(max(shrinking, shortest), longest))
 
 
 @dataclass(eq=False)

@@ -19,6 +19,7 @@ from spartan_ray.fitness import Normaliser
 from spartan_ray.kernels.cpu import TILE, CpuKernel, _fill_noise
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.parent import Trainer, make_optimizer
+from spartan_ray.worker import keep_freed_memory
 
 Result = dict[str, float]
 BATCHES = (128, 256, 512)
@@ -66,6 +67,7 @@ class Bare:
 
 def _serve(end: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
+    keep_freed_memory()
     while True:
         try:
             task, arguments = end.recv()

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import torch
 
+from spartan_ray.bench import model
 from spartan_ray.bench.figures import Results, draw, table, targets, write_into
 from spartan_ray.bench.measure import (
     FULL_SCORING,
@@ -27,8 +28,9 @@ from spartan_ray.bench.simulation import simulate
 from spartan_ray.record import environment
 
 
-def bench(out: Path, full: bool, peers: Path | None, readme: Path | None, say: Said) -> Results:
-    """Measure and write results.json and its picture to a folder, and the table into a README."""
+def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> Results:
+    """Measure and write results.json and pictures to a folder; with `docs` the tables into README.md and
+    docs/scaling.md of the working directory, with `full` what takes long too."""
     workers = len(os.sched_getaffinity(0))
     results: Results = {"machine": machine(workers)}
     # Idle pools of every size stand beside each other: logical cores, which cost nothing.
@@ -48,15 +50,15 @@ def bench(out: Path, full: bool, peers: Path | None, readme: Path | None, say: S
         results["peers"] = measure_peers(peers, workers, say) if peers else []
     finally:
         ray.shutdown()
-    if full:
-        results["simulation"] = simulate(say)
+    results["simulation"] = simulate(say) if full else []
     results["targets"] = targets(results)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    if results["peers"]:
-        draw(results, out / "throughput.png")
-    if readme:
-        write_into(readme, table(results))
+    draw(results, out / "throughput.png")
+    model.draw(results, out / "scaling.png")
+    if docs:
+        write_into(Path("README.md"), table(results))
+        write_into(Path("docs/scaling.md"), model.table(results))
     return results
 
 

@@ -98,6 +98,14 @@ class Generation:
         return Evolver(self.evolution, 0, strategy, self.model, self.splits, normalise, pool, here).evolve(1)[1]
 
 
+def close(pool: Pool) -> None:
+    """End the workers of a pool and wait until they are gone: what a process shares weighs more on fewer."""
+    pids = [info.pid for info in pool.infos]
+    pool.close()
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(SAMPLE_SECONDS)
+
+
 def stored_bytes() -> int:
     """What was ever put into the object stores of this Ray. Ray has no public way to ask."""
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
@@ -197,7 +205,7 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
     parent_bytes = resnet.model.theta_D.nbytes
     traffic = stored_bytes() - stored
     for pool in (*pools.values(), low_pool):
-        pool.close()
+        close(pool)
     for one in bares.values():
         one.close()
     return {
@@ -262,7 +270,7 @@ def measure_update(workers: int, say: Said) -> Results:
     trainer.close()
     bare.close()
     for pool in pools.values():
-        pool.close()
+        close(pool)
     return {
         "update": [{"workers": size, "seconds_per_1000_members": spread(seconds[size])} for size in sizes],
         "update_limit": {
@@ -290,7 +298,7 @@ def measure_dispatch(workers: int, say: Said) -> Results:
         pool.cluster = pool.cluster.model_copy(update={"chunk": 1})
         answers.append(FREE_TASKS / small.score(pool, FREE_TASKS, MEMORY_IMAGES))
         say(f"free members: {members[-1]:.0f} a second; one a task: {answers[-1]:.0f} tasks a second")
-    pool.close()
+    close(pool)
     return {"dispatch": {"members_per_second": spread(members), "tasks_per_second": spread(answers)}}
 
 
@@ -308,5 +316,5 @@ def measure_memory(workers: int, populations: tuple[int, ...], say: Said) -> lis
         driver_mb, *worker_mb = peaks
         found.append({"population": population, "driver_mb": driver_mb, "worker_mb": max(worker_mb)})
         say(f"memory of {population} members: {found[-1]}")
-    pool.close()
+    close(pool)
     return found

@@ -1,42 +1,105 @@
-"""A model of a generation on many GPUs, from what was measured here and what is on paper. Shapes: W workers."""
+"""A model of a generation on many GPUs, from what was measured here and what is on paper."""
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+import math
+from collections.abc import Iterable
+from pathlib import Path
 
-# What a GPU and a network of 2024 do, for the model: NVIDIA's data sheet of the H100 SXM, and counts of ResNet18 at
-# 32x32 (see docs/scaling.md).
+from spartan_ray.bench.figures import Results, number
+from spartan_ray.spans import chunk_size, workers_worth
+
+# See docs/scaling.md for where they come from: one H100, 10,000 fitness images, bf16.
+SECONDS_A_MEMBER = 4e-3
+UPDATE_SECONDS_A_MEMBER = 20e-6
 PARENT_BYTES = 4 * 11_181_642
 NETWORK_BYTES_A_SECOND = 100e9 / 8
 GPUS_A_NODE = 8
+POPULATIONS = (1000, 10_000, 100_000, 1_000_000)
+WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 
 
-def seconds_of_generation(
-    workers_W: NDArray[np.float64],
-    population: int,
-    seconds_a_member: float,
-    update_seconds_a_member: float,
-    answers_a_second: float,
-    chunk_seconds: float,
-) -> dict[str, NDArray[np.float64]]:
-    """The parts of a generation's time over workers, none of which overlaps another.
+def seconds_of_generation(population: int, workers: int, answers_a_second: float) -> dict[str, float]:
+    """The parts of a generation's time, none of which is thought to overlap another.
 
-    broadcast  the parent goes from the driver's node to every other one, one after another: Ray may do better
-    scoring    every worker its share, and half a chunk until the last one is done
-    dispatch   what the driver needs for its answers beyond the time that scoring takes
-    update     every worker its slice of all members, and a parent's bytes back to the driver
+    broadcast  the parent from the driver's node to each other one, one after another; Ray may do better
+    scoring    a worker's share, and half of the last chunk until the slowest is done
+    dispatch   what the driver takes for its answers beyond that; chunks are cut by the pool's own rule
+    update     a worker's slice for all members, its answers, and a parent's bytes back to the driver
     """
-    nodes_W = np.ceil(workers_W / GPUS_A_NODE)
-    share_W = population / workers_W
-    chunk_W = np.clip(chunk_seconds / seconds_a_member, 1, np.maximum(1, share_W / 4))
-    scoring_W = seconds_a_member * (share_W + chunk_W / 2 * (workers_W > 1))
-    answers_W = np.maximum(population / chunk_W, workers_W)
+    left, chunks, size = population, 0, 0
+    while left > 0:
+        size = min(left, chunk_size(left, population, workers, SECONDS_A_MEMBER))
+        left, chunks = left - size, chunks + 1
+    busy = min(workers, chunks)
+    scoring = SECONDS_A_MEMBER * (population / busy + (size / 2 if busy > 1 else 0))
+    update = population * UPDATE_SECONDS_A_MEMBER
+    slices = workers_worth(update, workers)
+    nodes = math.ceil(workers / GPUS_A_NODE)
+    parent_seconds = PARENT_BYTES / NETWORK_BYTES_A_SECOND
     return {
-        "broadcast": (nodes_W - 1) * PARENT_BYTES / NETWORK_BYTES_A_SECOND,
-        "scoring": scoring_W,
-        "dispatch": np.maximum(0, answers_W / answers_a_second - scoring_W),
-        "update": share_W * update_seconds_a_member
-        + workers_W / answers_a_second
-        + PARENT_BYTES / NETWORK_BYTES_A_SECOND,
+        "broadcast": (nodes - 1) * parent_seconds,
+        "scoring": scoring,
+        "dispatch": max(0.0, chunks / answers_a_second - scoring),
+        "update": update / slices + slices / answers_a_second + parent_seconds,
     }
+
+
+def efficiency(population: int, workers: int, answers_a_second: float) -> float:
+    """Time of scoring and update shared equally, over the time it takes."""
+    ideal = population * (SECONDS_A_MEMBER + UPDATE_SECONDS_A_MEMBER) / workers
+    return ideal / sum(seconds_of_generation(population, workers, answers_a_second).values())
+
+
+def table(results: Results) -> str:
+    """What the model says of a thousand GPUs, and what the simulation showed, as Markdown."""
+    answers = results["dispatch"]["tasks_per_second"]["median"]
+    lines = [
+        f"The driver takes {number(answers)} answers a second here, on cores that it shares with the workers.",
+        "",
+        "| 1,000 GPUs, seconds | " + " | ".join(f"{population:,} members" for population in POPULATIONS) + " |",
+        "| --- " * (1 + len(POPULATIONS)) + "|",
+    ]
+    parts = [seconds_of_generation(population, 1000, answers) for population in POPULATIONS]
+    lines += [f"| {name} | " + " | ".join(number(part[name]) for part in parts) + " |" for name in parts[0]]
+    shares = (efficiency(population, 1000, answers) for population in POPULATIONS)
+    lines += ["| efficiency | " + " | ".join(f"{share:.0%}" for share in shares) + " |", ""]
+    lines += [
+        "| simulated | workers | members | seconds | of what those workers could do | driver, CPU seconds | driver, MB "
+        "| tasks done again |",
+        "| --- " * 8 + "|",
+    ]
+    lines += [
+        f"| {row['scenario']} | {row['workers']} | {row['population']:,} | {row['seconds']:.1f} "
+        f"| {row['efficiency']:.1%} | {row['driver_cpu_seconds']:.1f} | {number(row['driver_mb'])} | {row['retries']} |"
+        for row in results["simulation"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: Results, path: Path) -> None:
+    """Efficiency over GPUs for each population, and where the time of a thousand goes."""
+    from matplotlib import pyplot as plt
+
+    from spartan_ray.plots import COLOURS
+
+    answers = results["dispatch"]["tasks_per_second"]["median"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for population, colour in zip(POPULATIONS, COLOURS, strict=False):
+        shares = [efficiency(population, workers, answers) for workers in WORKERS]
+        left.plot(WORKERS, shares, color=colour, marker=".", label=f"{population:,}")
+    left.set(xscale="log", ylim=(0, 1.02), xlabel="GPUs", ylabel="efficiency (modelled)")
+    left.legend(title="members", frameon=False)
+    bottoms = [0.0] * len(POPULATIONS)
+    names: Iterable[str] = ("scoring", "broadcast", "dispatch", "update")
+    parts = [seconds_of_generation(population, 1000, answers) for population in POPULATIONS]
+    for name, colour in zip(names, COLOURS, strict=False):
+        shares = [part[name] / sum(part.values()) for part in parts]
+        right.bar([f"{population:,}" for population in POPULATIONS], shares, bottom=bottoms, color=colour, label=name)
+        bottoms = [bottom + share for bottom, share in zip(bottoms, shares, strict=True)]
+    right.set(xlabel="members, on 1,000 GPUs", ylabel="share of a generation's time (modelled)", ylim=(0, 1))
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from spartan_ray.bench.bare import PARENT
 from spartan_ray.bench.figures import Results, spread
-from spartan_ray.bench.measure import Generation, Said, peak_memory
+from spartan_ray.bench.measure import Generation, Said, close, peak_memory
 from spartan_ray.config import RunError
 
 # A program of each; EvoTorch has an environment of its own.
@@ -53,6 +53,6 @@ def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
         kept = {name: peer[name] for name in ("name", "version", "peak_mb")}
         found.append(kept | {"members_per_second": spread(peer["members_per_second"])})
     own()
-    pool.close()
+    close(pool)
     ours = {"name": "Spartan Ray", "version": importlib.metadata.version("spartan-ray"), "peak_mb": max(peaks)}
     return [ours | {"members_per_second": spread(rates)}, *found]
