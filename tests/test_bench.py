@@ -1,0 +1,206 @@
+"""What makes the evaluator fast, as ratios that no clock decides: bytes, allocations, passes, memory; and what the
+benchmark writes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from local import CPU, NORMALISE, PARENT, SPLITS, Phase, trained
+
+from spartan_ray.bench import figures, model
+from spartan_ray.bench.bare import PARENT as RESNET
+from spartan_ray.bench.measure import SMALL, FreeWorker, Generation, close, pss, stored_bytes
+from spartan_ray.config import Evolution
+from spartan_ray.evaluator import Evaluator, LocalPool, ParentState, reference_images
+from spartan_ray.kernels.cpu import CpuKernel
+from spartan_ray.model import initial_model
+from spartan_ray.pool import Pool
+from spartan_ray.spans import ANSWERS_PER_SECOND, CHUNK_SECONDS, chunk_size, workers_worth
+from spartan_ray.strategies.base import noisy
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def evaluator(**evolution: Any) -> Evaluator:
+    module = initial_model(PARENT, 10, 9)[0]
+    return Evaluator(Evolution(**evolution), module, SPLITS.evolution, reference_images(SPLITS), NORMALISE, CPU)
+
+
+def state(images: int) -> ParentState:
+    parent = trained()
+    return ParentState(parent.theta_D.numpy(), [b.numpy() for b in parent.buffers], {"fitness": np.arange(images)})
+
+
+@pytest.fixture
+def resnet(local_ray: None) -> Iterator[tuple[Generation, Pool]]:
+    generation = Generation(RESNET, 2)
+    generation.evolution = generation.evolution.model_copy(update={"population": 6})
+    pool = generation.pool(2)
+    yield generation, pool
+    close(pool)
+
+
+def test_a_generation_sends_a_parent_and_an_update_and_a_few_numbers_a_member(resnet: tuple[Generation, Pool]) -> None:
+    generation, pool = resnet
+    before = stored_bytes()
+    row = generation.phase(pool)
+    assert row["accepted"]
+    assert stored_bytes() - before < 2.1 * generation.model.theta_D.nbytes + 200 * row["population"]
+
+
+def test_memory_is_flat_over_a_hundred_thousand_members(local_ray: None) -> None:
+    small = Generation(SMALL, 2)
+    pool = small.pool(2, FreeWorker)
+    pids = [os.getpid(), *(info.pid for info in pool.infos)]
+    used = []
+    for population in (1000, 1000, 100_000):
+        small.score(pool, population, 2)
+        small.update(pool, population)
+        gc.collect()
+        used.append([pss(pid) for pid in pids])
+    close(pool)
+    for before, after in zip(used[1], used[2], strict=True):
+        assert after < 1.05 * before
+
+
+def test_an_update_takes_no_more_memory_for_more_members() -> None:
+    kernel, elements = CpuKernel("uniform"), 100_000
+    kernel.accumulate(np.zeros(1, np.uint64), np.ones(1, np.float32), 0, 8)
+    for members in (1, 300):
+        seed_K, weight_K = np.arange(members, dtype=np.uint64), np.ones(members, np.float32)
+        tracemalloc.start()
+        kernel.accumulate(seed_K, weight_K, 0, elements)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert 4 * elements <= peak < 4 * elements + 60_000  # its own tiles beside the result
+
+
+def test_a_member_costs_its_passes_and_no_copy_of_the_parent() -> None:
+    """The images are normalised and the weights folded once each, not once a pass."""
+    scoring, parent = evaluator(), state(600)
+    parent.theta_D.flags.writeable = False
+    scoring.load(parent)
+    assert scoring.theta_D.data_ptr() == parent.theta_D.ctypes.data
+    own, counts = scoring.model.theta_D.data_ptr(), {"passes": 0, "normalised": 0, "folded": 0}
+    scoring.model.module.register_forward_hook(lambda *_: counts.update(passes=counts["passes"] + 1))
+    normalise, folding = scoring.normalise, scoring.folding
+
+    def normalised(pixels_NHWC: torch.Tensor) -> torch.Tensor:
+        counts["normalised"] += 1
+        return normalise(pixels_NHWC)
+
+    def folded(dtype: torch.dtype) -> Any:
+        counts["folded"] += 1
+        return folding(dtype)
+
+    scoring.normalise, scoring.folding = normalised, folded  # type: ignore[assignment]
+    scoring.evaluate(noisy(np.arange(5, dtype=np.uint64), 0.0, 0.01), "fitness", -math.inf)
+    assert counts == {"passes": 5 * 3, "normalised": 3, "folded": 5}
+    assert scoring.model.theta_D.data_ptr() == own
+
+
+def test_the_score_of_an_update_is_the_driver_s_own_to_the_bit() -> None:
+    """And the update is then sent nowhere."""
+    sent, alone = Phase(lr=0.01), Phase(lr=0.01)
+    alone.evolver.here = LocalPool(evaluator(), threads=1)
+    rows = [phase.evolve()[1] for phase in (sent, alone)]
+    assert rows[0]["parent_fitness_after"] == rows[1]["parent_fitness_after"] != rows[1]["parent_fitness_before"]
+    assert (len(sent.pool.broadcasts), len(sent.pool.scales)) == (1, 2)
+    assert (len(alone.pool.broadcasts), alone.pool.scales) == (1, [None])
+    assert sent.theta_D.tobytes() == alone.theta_D.tobytes()
+
+
+def test_an_update_is_not_scored_by_a_driver_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    phase = Phase(lr=0.01)
+    here = LocalPool(evaluator())
+    monkeypatch.setattr(LocalPool, "devices", property(lambda pool: {"H100" if pool is here else "cpu"}))
+    phase.evolver.here = here
+    phase.evolve()
+    assert len(phase.pool.scales) == 2
+
+
+def test_bf16_scores_nearly_the_same_and_the_same_again() -> None:
+    members = noisy(np.arange(30, dtype=np.uint64), 0.0, 0.1)
+    scores = []
+    for precision in ("fp32", "bf16", "bf16"):
+        scoring = evaluator(precision=precision)
+        scoring.load(state(300))
+        scores.append(scoring.evaluate(members, "fitness", -math.inf))
+    assert np.corrcoef(scores[0].loss_K, scores[1].loss_K)[0, 1] > 0.99
+    assert not np.array_equal(scores[0].loss_K, scores[1].loss_K)
+    assert scores[1].loss_K.tobytes() == scores[2].loss_K.tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.05)])
+def test_a_gpu_scores_as_a_cpu_does(precision: str, tolerance: float) -> None:
+    members = noisy(np.arange(20, dtype=np.uint64), 0.0, 0.05)
+    generation = Generation(RESNET, 600, precision)
+    scores = []
+    for device in (CPU, torch.device("cuda"), torch.device("cuda")):
+        scoring = replace(generation.spec).make(device)
+        scoring.load(generation.state(600))
+        scores.append(scoring.evaluate(members, "fitness", -math.inf))
+    np.testing.assert_allclose(scores[0].loss_K, scores[1].loss_K, rtol=tolerance)
+    assert scores[1].loss_K.tobytes() == scores[2].loss_K.tobytes()
+
+
+@given(st.integers(1, 10**6), st.integers(1, 2000), st.floats(1e-6, 100))
+def test_chunks_shrink_and_are_neither_too_long_nor_more_than_the_driver_can_hear_of(
+    members: int, workers: int, seconds: float
+) -> None:
+    sizes: list[int] = []
+    left = members
+    while left and len(sizes) < 3000:
+        sizes.append(min(left, chunk_size(left, members, workers, seconds)))
+        left -= sizes[-1]
+    assert sizes == sorted(sizes, reverse=True)
+    between_answers = workers / ANSWERS_PER_SECOND
+    assert sizes[0] * seconds <= max(seconds, CHUNK_SECONDS, between_answers)
+    # All but the last, which is what is left, keep a worker busy for so long, or are its share.
+    share = members / workers_worth(members * seconds, workers)
+    assert all(size + 1 > min(share, between_answers / seconds) for size in sizes[:-1])
+    assert chunk_size(members, members, workers, None) == 1
+
+
+def test_workers_pay_where_their_share_is_longer_than_to_tell_and_to_hear_them() -> None:
+    assert [workers_worth(seconds, 1000) for seconds in (0, 0.01, 0.2, 40, math.inf)] == [1, 2, 10, 141, 1000]
+    assert workers_worth(math.inf, 3) == 3
+
+
+def test_the_model_s_one_gpu_is_busy_and_a_thousand_need_more_members() -> None:
+    for population in model.POPULATIONS:
+        shares = [model.efficiency(population, workers, 1000.0) for workers in model.WORKERS]
+        assert shares[0] > 0.99
+        assert shares == sorted(shares, reverse=True)
+    assert model.efficiency(1_000_000, 1000, 1000.0) > model.efficiency(10_000, 1000, 1000.0)
+
+
+def test_figures_are_said_with_their_spread() -> None:
+    assert figures.spread([3, 1, 2.00004]) == {"median": 2.0, "min": 1, "max": 3}
+    assert figures.said(figures.spread([1234.4, 999, 2000])) == "1,234 (999 - 2,000)"
+    assert figures.said(figures.spread([0.5])) == "0.5"
+
+
+def test_the_documents_have_the_tables_of_the_results() -> None:
+    results = json.loads((BENCHMARKS / "results.json").read_text())
+    readme, scaling = (BENCHMARKS.parent / name for name in ("README.md", "docs/scaling.md"))
+    assert figures.table(results) in readme.read_text()
+    assert model.table(results) in scaling.read_text()
+    assert results["targets"] == figures.targets(results)
+    for name in ("machine", "limit", "scoring", "update", "dispatch", "broadcast", "memory", "peers"):
+        assert results[name]
