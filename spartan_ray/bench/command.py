@@ -12,7 +12,7 @@ import ray
 import torch
 
 from spartan_ray.bench import model
-from spartan_ray.bench.figures import Results, draw, table, targets, write_into
+from spartan_ray.bench.figures import BEGIN, Results, draw, table, targets, write_into
 from spartan_ray.bench.measure import (
     FULL_SCORING,
     MEMORY_POPULATIONS,
@@ -23,14 +23,19 @@ from spartan_ray.bench.measure import (
     measure_scoring,
     measure_update,
 )
-from spartan_ray.bench.peers import measure_peers
+from spartan_ray.bench.peers import PROGRAMS, measure_peers
 from spartan_ray.bench.simulation import simulate
+from spartan_ray.config import InputError
 from spartan_ray.record import environment
+
+DOCS = {Path("README.md"): table, Path("docs/scaling.md"): model.table}
 
 
 def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> Results:
     """Measure and write results.json and pictures to a folder; with `docs` the tables into README.md and
-    docs/scaling.md of the working directory, with `full` what takes long too."""
+    docs/scaling.md of the working directory, with `full` what takes long too. Raises InputError for what it could
+    not read or write at the end."""
+    _check(out, peers, docs)
     workers = len(os.sched_getaffinity(0))
     results: Results = {"machine": machine(workers)}
     # Idle pools of every size stand beside each other: logical cores, which cost nothing.
@@ -52,14 +57,29 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
         ray.shutdown()
     results["simulation"] = simulate(say) if full else []
     results["targets"] = targets(results)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(results, out / "throughput.png")
     model.draw(results, out / "scaling.png")
     if docs:
-        write_into(Path("README.md"), table(results))
-        write_into(Path("docs/scaling.md"), model.table(results))
+        for path, text in DOCS.items():
+            write_into(path, text(results))
     return results
+
+
+def _check(out: Path, peers: Path | None, docs: bool) -> None:
+    """Before what takes long: is there what it needs, and where to write?"""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").open("a").close()
+    except OSError as error:
+        raise InputError(f"-o {out}: not a folder to write to: {error.strerror}") from None
+    for program, python in PROGRAMS.items() if peers else ():
+        for path in (peers / program, peers / python):  # type: ignore[operator]
+            if not path.is_file():
+                raise InputError(f"--peers {peers}: {path} is not there (benchmarks/peers/setup makes EvoTorch's)")
+    for path in DOCS if docs else ():
+        if not path.is_file() or BEGIN not in path.read_text():
+            raise InputError(f"--write-docs: {path} is not there or has no {BEGIN.strip()}")
 
 
 def machine(workers: int) -> Results:
