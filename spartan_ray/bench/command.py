@@ -73,7 +73,7 @@ def _check(out: Path, peers: Path | None, docs: bool) -> None:
         (out / "results.json").open("a").close()
     except OSError as error:
         raise InputError(f"-o {out}: not a folder to write to: {error.strerror}") from None
-    for program, python in PROGRAMS.items() if peers else ():
+    for program, python, _ in PROGRAMS.values() if peers else ():
         for path in (peers / program, peers / python):  # type: ignore[operator]
             if not path.is_file():
                 raise InputError(f"--peers {peers}: {path} is not there (benchmarks/peers/setup makes EvoTorch's)")

@@ -149,7 +149,7 @@ def table(results: Results) -> str:
             "| 16 members on 512 images, whole generations | members a second | peak memory of all processes, MB |",
             "| --- | --- | --- |",
             *(
-                f"| {peer['name']} {peer['version']} | {said(peer['members_per_second'])} | {number(peer['peak_mb'])} |"
+                f"| {peer['name']} ({peer['version']}) | {said(peer['members_per_second'])} | {number(peer['peak_mb'])} |"
                 for peer in results["peers"]
             ),
         ]

@@ -14,11 +14,11 @@ from spartan_ray.bench.figures import Results, spread
 from spartan_ray.bench.measure import Generation, Said, close, peak_memory
 from spartan_ray.config import RunError
 
-# A program of each; EvoTorch has an environment of its own.
+# The program of each, its python - EvoTorch has an environment of its own - and the package whose version counts.
 PROGRAMS = {
-    "evotorch_pgpe.py": ".venv/bin/python",
-    "thread_pool_es.py": sys.executable,
-    "naive_ray.py": sys.executable,
+    "EvoTorch PGPE": ("evotorch_pgpe.py", ".venv/bin/python", "evotorch"),
+    "thread-pool ES": ("thread_pool_es.py", sys.executable, "torch"),
+    "naive Ray": ("naive_ray.py", sys.executable, "ray"),
 }
 GENERATIONS = 3
 POPULATION, IMAGES = 16, 512
@@ -40,7 +40,7 @@ def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
             peaks.append(sum(now))
         say(f"Spartan Ray: {rates[-GENERATIONS:]} members a second")
 
-    for program, python in PROGRAMS.items():
+    for name, (program, python, package) in PROGRAMS.items():
         own()
         command = [str(folder / python), str(folder / program), "--workers", str(workers), "--population"]
         command += [str(POPULATION), "--images", str(IMAGES), "--generations", str(GENERATIONS)]
@@ -49,10 +49,12 @@ def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
         if done.returncode:
             raise RunError(f"{' '.join(command)} ended with {done.returncode}")
         peer = json.loads(done.stdout.splitlines()[-1])
-        say(f"{peer['name']}: {peer['members_per_second']} members a second, {peer['peak_mb']:.0f} MB")
-        kept = {name: peer[name] for name in ("name", "version", "peak_mb")}
-        found.append(kept | {"members_per_second": spread(peer["members_per_second"])})
+        say(f"{name}: {peer['members_per_second']} members a second, {peer['peak_mb']:.0f} MB")
+        rate = spread(peer["members_per_second"])
+        version = f"{package} {peer['version'][package]}"
+        found.append({"name": name, "version": version, "members_per_second": rate, "peak_mb": peer["peak_mb"]})
     own()
     close(pool)
-    ours = {"name": "Spartan Ray", "version": importlib.metadata.version("spartan-ray"), "peak_mb": max(peaks)}
-    return [ours | {"members_per_second": spread(rates)}, *found]
+    version = importlib.metadata.version("spartan-ray")
+    ours = {"name": "Spartan Ray", "version": version, "members_per_second": spread(rates), "peak_mb": max(peaks)}
+    return [ours, *found]
