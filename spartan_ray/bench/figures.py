@@ -33,7 +33,7 @@ def said(figure: Spread) -> str:
 
 
 def targets(results: Results) -> list[Results]:
-    """What the project aims at, and whether this machine reached it."""
+    """What the project aims at, whether this machine reached it, and if not, why."""
 
     def of_the_limit(images: int) -> float:
         rows = [row for row in results["scoring"] if row["fitness_images"] == images]
@@ -44,49 +44,68 @@ def targets(results: Results) -> list[Results]:
     (rate,) = (row["images_per_second"]["median"] for row in results["scaling"] if row["workers"] == most)
     first, last = results["memory"][0], results["memory"][-1]
     growth = max(last[part] / first[part] - 1 for part in ("driver_mb", "worker_mb"))
-    found = [
-        ("scoring 2,048 images, of the bare forward pass", of_the_limit(2048), 0.97, "least"),
-        ("the same, of torchvision's module", results["over_torchvision"]["median"], 1.10, "least"),
-        ("scoring 512 images, of the bare forward pass", of_the_limit(512), 0.94, "least"),
+    found: list[tuple[str, float, float, str, str]] = [
+        ("scoring 2,048 images, of the bare forward pass", of_the_limit(2048), 0.97, "least", ""),
+        ("the same, of torchvision's module", results["over_torchvision"]["median"], 1.10, "least", ""),
+        ("scoring 512 images, of the bare forward pass", of_the_limit(512), 0.94, "least", ""),
         (
             "update of 1,000 members, of scoring them on 2,048 images",
             update["seconds_per_1000_members"]["median"] * rate / 2_048_000,
             0.01,
             "most",
+            "",
         ),
-        ("SGD epoch, of torchvision's module", results["sgd"]["ratio"]["median"], 1.6, "least"),
-        ("free members that the dispatcher takes a second", results["dispatch"]["members_per_second"]["median"], 50_000,
-         "least"),
         (
-            "parents through the object store a generation, and one of them for the update",
+            "SGD epoch, of torchvision's module",
+            results["sgd"]["ratio"]["median"],
+            1.6,
+            "least",
+            f"{said(results['sgd']['ratio'])} in the repeats; half of a step is convolutions that both leave to oneDNN",
+        ),
+        ("free members a second", results["dispatch"]["members_per_second"]["median"], 50_000, "least", ""),
+        (
+            "parents through the object store a generation, its update included",
             results["broadcast"]["parents_per_generation"],
             2.1,
             "most",
+            "",
         ),
-        (f"growth of memory from {first['population']} to {last['population']:,} members", growth, 0.05, "most"),
-        ("PSS of a worker with ResNet18, MB", results["resnet18_worker_mb"]["max"], 800, "most"),
-    ]  # fmt: skip
+        (f"growth of memory from {first['population']} to {last['population']:,} members", growth, 0.05, "most", ""),
+        ("PSS of a worker with ResNet18, MB", results["resnet18_worker_mb"]["max"], 800, "most", ""),
+    ]
     found += [
-        (f"{row['workers']} workers, of one", row["speedup"]["median"], 0.95 * row["workers"], "least")
+        (
+            f"{row['workers']} workers, of one",
+            row["speedup"]["median"],
+            0.95 * row["workers"],
+            "least",
+            f"as many bare processes reach {said(row['bare_speedup'])} times one",
+        )
         for row in results["scaling"]
         if row["workers"] > 1
     ]
     peers = {peer["name"]: peer["members_per_second"]["median"] for peer in results["peers"]}
+    limit = results["limit"]["torchvision_images_per_second"]["median"] / 512
     found += [
-        ("16 members on 512 images, of EvoTorch", peers["Spartan Ray"] / theirs, 6, "least")
+        (
+            "16 members on 512 images, of EvoTorch",
+            peers["Spartan Ray"] / theirs,
+            6,
+            "least",
+            "EvoTorch is faster here than where the aim was set: bare processes with torchvision's module alone, without "
+            f"any noise, would be {number(limit / theirs)} times it",
+        )
         for name, theirs in peers.items()
         if name.startswith("EvoTorch")
     ]
-    return [
-        {
-            "name": name,
-            "figure": float(f"{figure:.4g}"),
-            "wanted": wanted,
-            "at": at,
-            "met": bool(figure >= wanted if at == "least" else figure <= wanted),
-        }
-        for name, figure, wanted, at in found
-    ]
+    judged = []
+    for name, figure, wanted, at, reason in found:
+        met = bool(figure >= wanted if at == "least" else figure <= wanted)
+        figure = float(f"{figure:.4g}")
+        judged.append({"name": name, "figure": figure, "wanted": wanted, "at": at, "met": met})
+        if not met:
+            judged[-1]["reason"] = reason
+    return judged
 
 
 def table(results: Results) -> str:
@@ -102,7 +121,7 @@ def table(results: Results) -> str:
         "| --- | --- | --- | --- |",
         *(
             f"| {target['name']} | at {target['at']} {number(target['wanted'])} | {number(target['figure'])} "
-            f"| {'' if target['met'] else 'falls short'} |"
+            f"| {'' if target['met'] else 'falls short' + (': ' + target['reason']) * bool(target['reason'])} |"
             for target in results["targets"]
         ),
         "",
@@ -149,7 +168,8 @@ def table(results: Results) -> str:
             "| 16 members on 512 images, whole generations | members a second | peak memory of all processes, MB |",
             "| --- | --- | --- |",
             *(
-                f"| {peer['name']} ({peer['version']}) | {said(peer['members_per_second'])} | {number(peer['peak_mb'])} |"
+                f"| {peer['name']} ({peer['version']}) | {said(peer['members_per_second'])} "
+                f"| {number(peer['peak_mb'])} |"
                 for peer in results["peers"]
             ),
         ]

@@ -171,6 +171,7 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
     rates, ratios, limits = defaultdict(list), defaultdict(list), []
     theirs, gflops, lows = [], [], []
     alone: dict[int, list[float]] = defaultdict(list)
+    bare_alone: dict[int, list[float]] = defaultdict(list)
 
     def limit() -> float:
         limits.append(bare.run(forward, LIMIT_IMAGES * workers // 2, batch, "ours")["images"])
@@ -191,6 +192,7 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
         images, population = grid[-1]
         for size in sizes:
             alone[size].append(8 * size * 2048 / resnet.score(pools[size], 8 * size, 2048))
+            bare_alone[size].append(bares[size].run(forward, LIMIT_IMAGES, batch, "ours")["images"])
         theirs.append(bare.run(forward, LIMIT_IMAGES * workers // 2, batch, "torchvision")["images"])
         gflops.append(bare.run(sgemm)["gflops"])
         lows.append(16 * 2048 / low.score(low_pool, 16, 2048))
@@ -233,6 +235,7 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
                 "workers": size,
                 "images_per_second": spread(alone[size]),
                 "speedup": spread(own / one for own, one in zip(alone[size], alone[1], strict=True)),
+                "bare_speedup": spread(own / one for own, one in zip(bare_alone[size], bare_alone[1], strict=True)),
             }
             for size in sizes
         ],
