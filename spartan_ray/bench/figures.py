@@ -92,7 +92,7 @@ def targets(results: Results) -> list[Results]:
             peers["Spartan Ray"] / theirs,
             6,
             "least",
-            "EvoTorch is faster here than where the aim was set: bare processes with torchvision's module alone, without "
+            "EvoTorch is faster here than where the aim was set: bare processes with torchvision's module, without "
             f"any noise, would be {number(limit / theirs)} times it",
         )
         for name, theirs in peers.items()
