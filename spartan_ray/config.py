@@ -248,6 +248,8 @@ class Evolution(Section):
             )
         if self.mirrored and self.population % 2:
             raise ValueError(f"evolution.population ({self.population}) must be even when mirrored")
+        if self.fitness_images:
+            self.image_counts(2**53)
         if self.low >= self.high:
             raise ValueError(f"evolution.low ({self.low:g}) must be below evolution.high ({self.high:g})")
         return self
@@ -278,7 +280,13 @@ class Evolution(Section):
                 purposes = " and ".join(name for name in counts if name != "fitness")
                 wanted += f" and evolution.confirm_images ({self.confirm_images or 'the rest'}) to {purposes}"
             raise ValueError(f"{wanted} do not fit data.evolution_images ({available})")
-        return {name: count or share for name, count in counts.items()}
+        shares = {name: count or share for name, count in counts.items()}
+        if shares["fitness"] >> self.racing < 2:
+            raise ValueError(
+                f"evolution.racing ({self.racing}) leaves {shares['fitness'] >> self.racing} of "
+                f"evolution.fitness_images ({shares['fitness']}) to the first round: 2 are the least"
+            )
+        return shares
 
 
 class Cluster(Section):

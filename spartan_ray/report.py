@@ -76,7 +76,7 @@ class EvolvePhase(Epoch):
     """Norm of the phase's move over the norm of one mutation."""
     images_scored: Count = 0
     images_saved: Count = 0
-    """By early rejection."""
+    """By early rejection, or by racing."""
     images_discarded: Count = 0
     """Scored for members of a wave that were drawn again; depends on the wave."""
     scoring_seconds: Real
