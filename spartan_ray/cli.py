@@ -76,7 +76,7 @@ def main() -> None:
     )
     bench.add_argument("--full", action="store_true", help="every population, and a simulated cluster: about an hour")
     bench.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
-    bench.add_argument("--peers", type=Path, metavar="DIR", help="compare with the programs in this folder")
+    bench.add_argument("--peers", type=Path, metavar="DIR", help="compare with the programs of benchmarks/peers")
     bench.add_argument(
         "--write-docs", action="store_true", help="put the tables into ./README.md and ./docs/scaling.md"
     )
@@ -434,6 +434,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
     _make_token()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from spartan_ray.bench.command import bench
     from spartan_ray.bench.figures import table
 

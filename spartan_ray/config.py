@@ -221,7 +221,7 @@ class Evolution(Section):
     wave: PositiveInt | None = None
     """random-gradients with `accept` chain: members scored at once (default: one a worker); changes no result."""
     racing: Annotated[int, Field(ge=0, le=8)] = 0
-    """random-gradients with `accept` best: rounds that halve the members and double the images of the rest."""
+    """random-gradients with `accept` best: n halvings (8 at most), from all members on 1 / 2^n of the images."""
     early_rejection: bool = True
     """random-gradients: ask after each 256 images (GPU: 2,048) if a member can still win; changes no result."""
 
@@ -231,6 +231,8 @@ class Evolution(Section):
             return self
         chosen = self.resolved()
         for name, (switch, wanted) in ONLY_WITH.items():
+            if switch == "accept" and wanted not in ACCEPT[self.strategy]:
+                switch, wanted = "strategy", "random-gradients"
             value, setting = getattr(self, name), getattr(chosen, switch)
             if value != type(self).model_fields[name].default and setting != wanted:
                 raise ValueError(

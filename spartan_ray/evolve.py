@@ -153,19 +153,23 @@ class Evolver:
 
     def _score(self, request: Score) -> Scores:
         members = request.members
-        pool: Pool | LocalPool = self.pool
+        bar = request.bar if self.config.early_rejection else -math.inf
         without_noise = len(members) == 1 and not members.gain_K[0]
         if self.here and without_noise and self.scale_changed and self.pool.devices == self.here.devices:
             # An update's score keeps one worker busy, and all else that it would cost is to send the update.
-            pool = self.here
-            pool.broadcast(self._parent_state())
-            pool.broadcast_scale(self._scale())
-        else:
-            self.broadcast()
+            try:
+                with self._timed("scoring"):
+                    self.here.broadcast(self._parent_state())
+                    self.here.broadcast_scale(self._scale())
+                    scores = self.here.evaluate(members, request.images, bar, request.part)
+                self.images_scored += int(scores.images_K.sum())
+                return scores
+            except torch.OutOfMemoryError:  # a driver has little of a GPU
+                self.here = None
+        self.broadcast()
         self.mutation_norm = self.mutation_norm or self._mutation_norm(members)
         with self._timed("scoring"):
-            bar = request.bar if self.config.early_rejection else -math.inf
-            scores = pool.evaluate(members, request.images, bar, request.part)
+            scores = self.pool.evaluate(members, request.images, bar, request.part)
         self.images_scored += int(scores.images_K.sum())
         return scores
 

@@ -20,6 +20,11 @@ class LiveConv2d(nn.Conv2d):
     that never meet the map), in a fraction of the time: on 32x32 images that is the last two stages of
     ResNet18, two thirds of whose parameters are dead."""
 
+    def __init__(
+        self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, padding: int = 0, bias: bool = True
+    ) -> None:
+        super().__init__(channels_in, channels_out, kernel, stride, padding, bias=bias)
+
     # Its weights as `arranged` and its bias, with the BatchNorm layer after it folded in, while `Folding` is on.
     folded: tuple[torch.Tensor, torch.Tensor] | None = None
     # The part of the weight that holds its live taps, while that is what is trained, and where it begins.

@@ -35,9 +35,11 @@ def calls(module: nn.Module, image_NCHW: torch.Tensor) -> list[Call]:
 
     kinds = (LiveConv2d, FoldedBatchNorm2d)
     hooks = [layer.register_forward_hook(note) for layer in module.modules() if isinstance(layer, kinds)]
-    module.eval()(image_NCHW)
-    for hook in hooks:
-        hook.remove()
+    try:
+        module.eval()(image_NCHW)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return found
 
 
@@ -59,22 +61,29 @@ class Folding:
 
     @contextlib.contextmanager
     def __call__(self, dtype: torch.dtype) -> Iterator[None]:
-        with torch.inference_mode():
-            for conv, norm, size in self.pairs:
-                assert norm.running_mean is not None
-                assert norm.running_var is not None
-                gain_O = norm.weight * (norm.running_var + norm.eps).rsqrt()
-                weight = conv.arranged(size)
-                # In place where it is a copy.
-                gain_R = gain_O.repeat(len(weight) // len(gain_O)).view(-1, *[1] * (weight.dim() - 1))
-                weight = weight * gain_R if weight.dim() == 4 else weight.mul_(gain_R)
-                bias_O = norm.bias - norm.running_mean * gain_O
-                conv.folded, norm.folded = (weight.to(dtype), bias_O.to(dtype)), True
         try:
+            with torch.inference_mode():
+                for conv, norm, size in self.pairs:
+                    conv.folded, norm.folded = self._folded(conv, norm, size, dtype), True
             yield
         finally:
             for conv, norm, _ in self.pairs:
                 conv.folded, norm.folded = None, False
+
+    @staticmethod
+    def _folded(
+        conv: LiveConv2d, norm: FoldedBatchNorm2d, size: torch.Size, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The convolution's weight, arranged, and its bias with those of the layer after it."""
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert conv.bias is None, "one more would be nothing but a part of BatchNorm's mean"
+        gain_O = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight = conv.arranged(size)
+        gain_R = gain_O.repeat(len(weight) // len(gain_O)).view(-1, *[1] * (weight.dim() - 1))
+        # A matrix of taps is a copy, and may be changed in place.
+        weight = weight * gain_R if weight.dim() == 4 else weight.mul_(gain_R)
+        return weight.to(dtype), (norm.bias - norm.running_mean * gain_O).to(dtype)
 
 
 def build_model(config: Parent, classes: int) -> nn.Module:

@@ -66,7 +66,7 @@ def test_memory_is_flat_over_a_hundred_thousand_members(local_ray: None) -> None
     pool = small.pool(2, FreeWorker)
     pids = [os.getpid(), *(info.pid for info in pool.infos)]
     used = []
-    for population in (1000, 1000, 100_000):
+    for population in (100_000, 1000, 100_000):
         small.score(pool, population, 2)
         small.update(pool, population)
         gc.collect()
@@ -144,6 +144,20 @@ def test_bf16_scores_nearly_the_same_and_the_same_again() -> None:
     assert scores[1].loss_K.tobytes() == scores[2].loss_K.tobytes()
 
 
+def test_a_driver_without_memory_for_it_sends_the_update_to_be_scored() -> None:
+    sent, without = Phase(lr=0.01), Phase(lr=0.01)
+    here = LocalPool(evaluator())
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("a tenth of a GPU")
+
+    here.evaluator.evaluate = full  # type: ignore[method-assign, assignment]
+    without.evolver.here = here
+    rows = [phase.evolve()[1] for phase in (sent, without)]
+    assert rows[0]["parent_fitness_after"] == rows[1]["parent_fitness_after"]
+    assert len(without.pool.scales) == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.05)])
@@ -196,11 +210,19 @@ def test_figures_are_said_with_their_spread() -> None:
     assert figures.said(figures.spread([0.5])) == "0.5"
 
 
+def test_a_table_goes_between_its_marks_and_nowhere_else(tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text(f"head\n{figures.BEGIN}old\n{figures.END}tail\n")
+    for text in ("new\n", "newer\n"):
+        figures.write_into(file, text)
+    assert file.read_text() == f"head\n{figures.BEGIN}\nnewer\n\n{figures.END}tail\n"
+
+
 def test_the_documents_have_the_tables_of_the_results() -> None:
     results = json.loads((BENCHMARKS / "results.json").read_text())
     readme, scaling = (BENCHMARKS.parent / name for name in ("README.md", "docs/scaling.md"))
     assert figures.table(results) in readme.read_text()
     assert model.table(results) in scaling.read_text()
     assert results["targets"] == figures.targets(results)
-    for name in ("machine", "limit", "scoring", "update", "dispatch", "broadcast", "memory", "peers"):
+    for name in ("machine", "limit", "scoring", "update", "dispatch", "broadcast", "memory", "peers", "simulation"):
         assert results[name]

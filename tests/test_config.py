@@ -107,12 +107,19 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
             [*RANDOM_GRADIENTS, "--evolution.accept", "always"],
             "evolution.accept (always) does not go with evolution.strategy random-gradients: best or chain",
         ),
-        (["--evolution.racing", "2"], "evolution.racing (2) has no effect with evolution.accept always: it needs best"),
+        (
+            ["--evolution.racing", "2"],
+            "evolution.racing (2) has no effect with evolution.strategy es: it needs random-",
+        ),
+        (
+            [*RANDOM_GRADIENTS, "--evolution.accept", "chain", "--evolution.racing", "2"],
+            "evolution.racing (2) has no effect with evolution.accept chain: it needs best",
+        ),
         (
             ["--evolution.strategy", "random-gradients", "--evolution.racing", "3", "--evolution.fitness-images", "15"],
             "evolution.racing (3) leaves 1 of evolution.fitness_images (15) to the first round: 2 are the least",
         ),
-        (["--evolution.wave", "4"], "evolution.wave (4) has no effect with evolution.accept always: it needs chain"),
+        (["--evolution.wave", "4"], "evolution.wave (4) has no effect with evolution.strategy es: it needs random-"),
         (
             ["--evolution.step-ratio", "1"],
             "evolution.step_ratio (1.0) has no effect with evolution.step lr: it needs ratio",

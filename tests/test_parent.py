@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from local import scored
 
+from spartan_ray.checkpoint import load_optimizer, optimizer_tensors
 from spartan_ray.config import Data, Evolution, Parent
 from spartan_ray.data import load_splits, permutation
 from spartan_ray.evaluator import Evaluator, ParentState
@@ -178,6 +179,39 @@ def test_the_gradient_is_torch_s_in_the_layout_of_theta() -> None:
     model.theta_D -= step * gradient_D
     expected = step * float(gradient_D.square().sum())
     assert abs((before - score(model.module, images, NORMALISE).loss) / expected - 1) < 0.05
+
+
+def test_dead_taps_stay_and_live_ones_are_trained_with_all_that_belongs_to_a_gradient() -> None:
+    """ResNet18 has both: noise on gradients, moments that follow each tensor, and the same way from a checkpoint."""
+    config = Parent(optimizer="adam", gradient_noise=0.01, batch_size=8, threads=1)
+    images = SPLITS.sgd[slice(0, 24)]
+    model = FlatModel(initial_model(config, 10, 0)[0], CPU)
+    trainer = Trainer(config, model, images, NORMALISE, 0, augment=False)
+    begun_D = model.theta_D.clone()
+    trainer.train_epoch(1, lambda count: None)
+    live_D = torch.zeros_like(begun_D)
+    for part in trainer.leaves.parts(live_D):
+        part += 1
+    assert 4_200_000 < int(live_D.sum()) < 4_300_000
+    moved_D = model.theta_D != begun_D
+    assert not moved_D[live_D == 0].any()
+    assert moved_D[live_D == 1].float().mean() > 0.999
+    before_T = trainer.gradient_norms()
+    moments = [trainer.optimizer.state[leaf]["exp_avg"].clone() for leaf in trainer.leaves.tensors]
+    model.theta_D.mul_(1.1)
+    trainer.rescale_moments(before_T)
+    for leaf, moment, ratio in zip(trainer.leaves.tensors, moments, trainer.gradient_norms() / before_T, strict=True):
+        torch.testing.assert_close(trainer.optimizer.state[leaf]["exp_avg"], moment * ratio, rtol=1e-4, atol=1e-9)
+
+    other = FlatModel(initial_model(config, 10, 5)[0], CPU)
+    resumed = Trainer(config, other, images, NORMALISE, 0, augment=False)
+    other.module.load_state_dict(model.state_dict())
+    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(trainer.optimizer).items()}
+    load_optimizer(resumed.optimizer, tensors)
+    resumed.steps = trainer.steps
+    for one in (trainer, resumed):
+        one.train_epoch(2, lambda count: None)
+    assert model.digest() == other.digest()
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])

@@ -281,6 +281,33 @@ def test_a_worker_that_is_stuck_in_an_update_does_not_hold_up_what_follows(runni
     assert not running.notes
 
 
+def test_a_slow_worker_has_smaller_chunks_and_a_small_update_fewer_slices(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, slots = running.pool, running.pool.slots
+    pool.seconds_per_member, slots[0].seconds_per_member, slots[1].seconds_per_member = None, 0.5, 0.1
+    assert [pool._chunk_size(1000, slot, 1000) for slot in slots] == [4, 20]
+    assert same(pool.evaluate(MEMBERS), running.expected)
+    assert all(slot.seconds_per_member for slot in slots)
+    assert slots[0].seconds_per_member != 0.5
+    slices: list[int] = []
+    queue = Pool._queue
+
+    def counted(pool: Pool, slot: _Slot, span: Span, range_: Any) -> None:
+        slices.append(len(span))
+        queue(pool, slot, span, range_)
+
+    monkeypatch.setattr(Pool, "_queue", counted)
+    seed_K, weight_K, size = np.arange(3, dtype=np.uint64), np.ones(3, np.float32), running.state.theta_D.size
+    sums = []
+    for seconds_per_noise in (0.0, 1.0, 1e-12):
+        pool.seconds_per_noise = seconds_per_noise
+        sums.append(pool.weighted_sum(seed_K, weight_K, size).tobytes())
+    half = -(-size // 2)
+    assert slices == [half, size - half, half, size - half, size]
+    assert sums[0] == sums[1] == sums[2]
+
+
 def test_without_any_worker_the_run_waits_and_then_stops(local_ray: None) -> None:
     """All cores are somebody else's."""
 

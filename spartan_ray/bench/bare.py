@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 
 import numba
@@ -12,17 +14,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import resnet18
 
 from spartan_ray.config import Parent
 from spartan_ray.data import Images
 from spartan_ray.fitness import Normaliser
 from spartan_ray.kernels.cpu import TILE, CpuKernel, _fill_noise
-from spartan_ray.model import FlatModel, initial_model
+from spartan_ray.model import FlatModel, Folding, initial_model
 from spartan_ray.parent import Trainer, make_optimizer
 from spartan_ray.worker import keep_freed_memory
 
-Result = dict[str, float]
+Rates = dict[str, float]
 BATCHES = (128, 256, 512)
+KINDS = ("ours", "folded", "torchvision")
 SGEMM_SIDE = 1024
 PARENT = Parent(lr=0.01, momentum=0.9)
 MEAN_C, STD_C = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -48,7 +52,7 @@ class Bare:
             self.ends.append(here)
             self.processes.append(process)
 
-    def run(self, task: Callable[..., Callable[[], Result]], *arguments: object) -> Result:
+    def run(self, task: Callable[..., Callable[[], Rates]], *arguments: object) -> Rates:
         """What the processes reach together: the sums of the rates that each returns."""
         for end in self.ends:
             end.send((task, arguments))
@@ -56,7 +60,7 @@ class Bare:
             assert end.recv() == "ready"
         for end in self.ends:
             end.send("go")
-        results: list[Result] = [end.recv() for end in self.ends]
+        results: list[Rates] = [end.recv() for end in self.ends]
         return {name: sum(result[name] for result in results) for name in results[0]}
 
     def close(self) -> None:
@@ -66,6 +70,7 @@ class Bare:
 
 
 def _serve(end: Connection, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent's to answer
     torch.set_num_threads(threads)
     keep_freed_memory()
     while True:
@@ -86,36 +91,36 @@ def _rate(amount: float, work: Callable[[], object], times: int) -> float:
     return amount * times / (time.perf_counter() - started)
 
 
-def forward(images: int, batch: int, whose: str) -> Callable[[], Result]:
-    """Images a second through the network in evaluation mode: `ours` as scoring has it, or `torchvision` as
-    published, in channels-last too."""
-    module: nn.Module
-    if whose == "ours":
-        module = FlatModel(initial_model(PARENT, 10, 0)[0], torch.device("cpu")).module.eval()
-    else:
-        from torchvision.models import resnet18
-
-        module = resnet18(num_classes=10).eval().to(memory_format=torch.channels_last)
+def forward(images: int, batch: int, kind: str) -> Callable[[], Rates]:
+    """Images a second through the network in evaluation mode, channels-last: `ours` as it is, `folded` with BatchNorm
+    folded in beforehand, or `torchvision`'s."""
     images_NCHW = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    module: nn.Module
+    if kind == "torchvision":
+        module = resnet18(num_classes=10).eval().to(memory_format=torch.channels_last)
+    else:
+        module = FlatModel(initial_model(PARENT, 10, 0)[0], torch.device("cpu")).module.eval()
+    folding = Folding(module, images_NCHW[:1])(torch.float32) if kind == "folded" else nullcontext()
 
     @torch.inference_mode()
-    def work() -> Result:
-        return {"images": _rate(batch, lambda: module(images_NCHW), max(1, images // batch))}
+    def work() -> Rates:
+        with folding:
+            module(images_NCHW)
+            return {"images": _rate(batch, lambda: module(images_NCHW), max(1, images // batch))}
 
     with torch.inference_mode():
-        for _ in range(2):
-            module(images_NCHW)
+        module(images_NCHW)
     return work
 
 
-def sgemm() -> Callable[[], Result]:
+def sgemm() -> Callable[[], Rates]:
     """Billions of operations a second in a product of two matrices that fit the cache."""
     a, b = torch.randn(SGEMM_SIDE, SGEMM_SIDE), torch.randn(SGEMM_SIDE, SGEMM_SIDE)
     torch.mm(a, b)
     return lambda: {"gflops": _rate(2 * SGEMM_SIDE**3 / 1e9, lambda: torch.mm(a, b), 60)}
 
 
-def noise(members: int, elements: int) -> Callable[[], Result]:
+def noise(members: int, elements: int) -> Callable[[], Rates]:
     """Vectors a second of that size: of noise alone, and of noise with its part of the update."""
     kernel, seed_K, weight_K = CpuKernel("uniform"), np.arange(members, dtype=np.uint64), np.ones(members, np.float32)
     _noise_alone(seed_K[:1], TILE)
@@ -134,26 +139,32 @@ def _noise_alone(seed_K, elements):  # type: ignore[no-untyped-def]
             _fill_noise(0, pair_P, radius_P, noise_T, start // 4, seed_K[k])
 
 
-def sgd(images: int) -> Callable[[], Result]:
-    """Images a second of gradient descent: ours, and torchvision's module trained the same way."""
-    from torchvision.models import resnet18
-
+def sgd(images: int) -> Callable[[], Rates]:
+    """Images a second of gradient descent: ours, and torchvision's module trained the same way in its default and in
+    channels-last layout."""
     device = torch.device("cpu")
     training, normalise = random_images(images), Normaliser(MEAN_C, STD_C, device)
     model = FlatModel(initial_model(PARENT, 10, 0)[0], device)
     trainer = Trainer(PARENT, model, training, normalise, 0, augment=False)
-    theirs = resnet18(num_classes=10).train()
-    optimizer = make_optimizer(PARENT, list(theirs.parameters()))
 
-    def their_epoch() -> None:
-        for index_N in torch.randperm(images).split(PARENT.batch_size):
-            batch = training[index_N]
-            loss = F.cross_entropy(theirs(normalise(batch.pixels_NHWC).contiguous()), batch.labels_N)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+    def epoch_of(layout: torch.memory_format) -> Callable[[], None]:
+        theirs = resnet18(num_classes=10).train().to(memory_format=layout)
+        optimizer = make_optimizer(PARENT, list(theirs.parameters()))
 
+        def epoch() -> None:
+            for index_N in torch.randperm(images).split(PARENT.batch_size):
+                batch = training[index_N]
+                images_NCHW = normalise(batch.pixels_NHWC).contiguous(memory_format=layout)
+                loss = F.cross_entropy(theirs(images_NCHW), batch.labels_N)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+
+        return epoch
+
+    default, channels_last = epoch_of(torch.contiguous_format), epoch_of(torch.channels_last)
     return lambda: {
         "ours": _rate(images, lambda: trainer.train_epoch(1, lambda count: None), 1),
-        "torchvision": _rate(images, their_epoch, 1),
+        "torchvision": _rate(images, default, 1),
+        "torchvision_channels_last": _rate(images, channels_last, 1),
     }

@@ -12,7 +12,7 @@ import ray
 import torch
 
 from spartan_ray.bench import model
-from spartan_ray.bench.figures import BEGIN, Results, draw, table, targets, write_into
+from spartan_ray.bench.figures import BEGIN, END, Results, draw, table, targets, write_into
 from spartan_ray.bench.measure import (
     FULL_SCORING,
     MEMORY_POPULATIONS,
@@ -28,6 +28,8 @@ from spartan_ray.bench.simulation import simulate
 from spartan_ray.config import InputError
 from spartan_ray.record import environment
 
+# Load a core above which a machine is not idle.
+BUSY = 0.5
 DOCS = {Path("README.md"): table, Path("docs/scaling.md"): model.table}
 
 
@@ -35,9 +37,12 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
     """Measure and write results.json and pictures to a folder; with `docs` the tables into README.md and
     docs/scaling.md of the working directory, with `full` what takes long too. Raises InputError for what it could
     not read or write at the end."""
-    _check(out, peers, docs)
+    _check(out, full, peers, docs)
     workers = len(os.sched_getaffinity(0))
     results: Results = {"machine": machine(workers)}
+    if results["machine"]["load"] > BUSY * workers:
+        say(f"something else is running here (load {results['machine']['load']:.1f}): the figures will be low")
+    say("starting Ray; the parts: peers, scoring, update, dispatch, memory, simulation")
     # Idle pools of every size stand beside each other: logical cores, which cost nothing.
     ray.init(
         address="local",
@@ -48,11 +53,12 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
         log_to_driver=False,
     )
     try:
+        # What may fail comes first.
+        results["peers"] = measure_peers(peers, workers, say) if peers else []
         results |= measure_scoring(workers, FULL_SCORING if full else SCORING, say)
         results |= measure_update(workers, say)
         results |= measure_dispatch(workers, say)
         results["memory"] = measure_memory(workers, MEMORY_POPULATIONS if full else MEMORY_POPULATIONS[:3], say)
-        results["peers"] = measure_peers(peers, workers, say) if peers else []
     finally:
         ray.shutdown()
     results["simulation"] = simulate(say) if full else []
@@ -66,7 +72,7 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
     return results
 
 
-def _check(out: Path, peers: Path | None, docs: bool) -> None:
+def _check(out: Path, full: bool, peers: Path | None, docs: bool) -> None:
     """Before what takes long: is there what it needs, and where to write?"""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -77,9 +83,11 @@ def _check(out: Path, peers: Path | None, docs: bool) -> None:
         for path in (peers / program, peers / python):  # type: ignore[operator]
             if not path.is_file():
                 raise InputError(f"--peers {peers}: {path} is not there (benchmarks/peers/setup makes EvoTorch's)")
+    if docs and not (full and peers):
+        raise InputError("--write-docs: the documents show what --full and --peers measure")
     for path in DOCS if docs else ():
-        if not path.is_file() or BEGIN not in path.read_text():
-            raise InputError(f"--write-docs: {path} is not there or has no {BEGIN.strip()}")
+        if not path.is_file() or not 0 <= path.read_text().find(BEGIN) < path.read_text().find(END):
+            raise InputError(f"--write-docs: {path} is not there or has no {BEGIN.strip()} ... {END.strip()}")
 
 
 def machine(workers: int) -> Results:
@@ -91,5 +99,6 @@ def machine(workers: int) -> Results:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": workers,
         "memory_gb": round(memory / 1e9),
+        "load": os.getloadavg()[0],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
     }

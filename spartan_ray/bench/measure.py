@@ -8,7 +8,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,19 @@ import numpy as np
 import ray
 import torch
 
-from spartan_ray.bench.bare import BATCHES, MEAN_C, PARENT, STD_C, Bare, forward, noise, random_images, sgd, sgemm
+from spartan_ray.bench.bare import (
+    BATCHES,
+    KINDS,
+    MEAN_C,
+    PARENT,
+    STD_C,
+    Bare,
+    forward,
+    noise,
+    random_images,
+    sgd,
+    sgemm,
+)
 from spartan_ray.bench.figures import Results, spread
 from spartan_ray.config import Cluster, Evolution, ImageSet, Parent
 from spartan_ray.data import Splits
@@ -32,7 +44,7 @@ from spartan_ray.worker import Worker
 
 CPU = torch.device("cpu")
 SMALL = Parent(model="convnet", threads=1)
-MEGABYTE = 2**20
+MEGABYTE = 10**6
 SAMPLE_SECONDS = 0.1
 
 
@@ -122,6 +134,16 @@ def pss(pid: int) -> float:
     raise OSError(f"no memory on record of process {pid}")
 
 
+def process_tree(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    found = [pid]
+    with suppress(OSError):  # it ended
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in (thread / "children").read_text().split():
+                found += process_tree(int(child))
+    return found
+
+
 @contextmanager
 def peak_memory(pids: list[int]) -> Iterator[list[float]]:
     """The largest memory of each process while the block runs, in megabytes."""
@@ -147,9 +169,9 @@ FULL_SCORING = ((256, 16), (256, 64), (512, 16), (512, 64), (512, 256), (512, 10
 REPEATS, LONG_REPEATS, LONG_IMAGES = 5, 3, 100_000
 LIMIT_IMAGES = 8192
 UPDATE_MEMBERS = 1000
-FREE_MEMBERS, FREE_TASKS = 100_000, 2000
+FREE_MEMBERS, FREE_CHUNK, FREE_TASKS = 100_000, 200, 2000
 MEMORY_POPULATIONS = (16, 1000, 10_000, 100_000)
-MEMORY_IMAGES = 2
+MEMORY_IMAGES, WARM_MEMBERS = 2, 4000
 SGD_IMAGES = 2560
 TRAFFIC_IMAGES = 256
 
@@ -164,17 +186,20 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
     whole, bare = pools[workers], bares[workers]
     low = Generation(PARENT, max(images for images, _ in grid), "bf16")
     low_pool = low.pool(workers)
-    batch = max(BATCHES, key=lambda size: bare.run(forward, LIMIT_IMAGES, size, "ours")["images"])
-    say(f"the fastest batch of the bare forward pass: {batch}")
+    batch_of = {
+        kind: max(BATCHES, key=lambda size: bare.run(forward, LIMIT_IMAGES, size, kind)["images"]) for kind in KINDS
+    }
+    batch = batch_of["ours"]
+    say(f"the fastest batches of the bare forward passes: {batch_of}")
     for pool in (*pools.values(), low_pool):
         resnet.score(pool, 2 * workers, 256)  # a warm-up
     rates, ratios, limits = defaultdict(list), defaultdict(list), []
-    theirs, gflops, lows = [], [], []
+    theirs, folded, gflops, lows = [], [], [], []
     alone: dict[int, list[float]] = defaultdict(list)
     bare_alone: dict[int, list[float]] = defaultdict(list)
 
     def limit() -> float:
-        limits.append(bare.run(forward, LIMIT_IMAGES * workers // 2, batch, "ours")["images"])
+        limits.append(bare.run(forward, LIMIT_IMAGES, batch, "ours")["images"])
         return limits[-1]
 
     for repeat in range(REPEATS):
@@ -187,18 +212,21 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
             rates[images, population].append(rate)
             ratios[images, population].append(2 * rate / (before + after))
             share = ratios[images, population][-1]
-            say(f"{population} members x {images} images: {rate:.0f} images/s, of the limit {share:.3f}")
+            say(
+                f"scoring {repeat + 1}/{REPEATS}: {population} members on {images} images, {rate:.0f} images/s, "
+                f"{share:.2f} of the bare pass"
+            )
             before = after
         images, population = grid[-1]
         for size in sizes:
             alone[size].append(8 * size * 2048 / resnet.score(pools[size], 8 * size, 2048))
             bare_alone[size].append(bares[size].run(forward, LIMIT_IMAGES, batch, "ours")["images"])
-        theirs.append(bare.run(forward, LIMIT_IMAGES * workers // 2, batch, "torchvision")["images"])
+        folded.append(bare.run(forward, LIMIT_IMAGES, batch_of["folded"], "folded")["images"])
+        theirs.append(bare.run(forward, LIMIT_IMAGES, batch_of["torchvision"], "torchvision")["images"])
         gflops.append(bare.run(sgemm)["gflops"])
         lows.append(16 * 2048 / low.score(low_pool, 16, 2048))
-        say(
-            f"workers {dict(alone)}, torchvision {theirs[-1]:.0f} images/s, sgemm {gflops[-1]:.0f}, bf16 {lows[-1]:.0f}"
-        )
+        by_size = ", ".join(f"{size}: {alone[size][-1]:.0f}" for size in sizes)
+        say(f"scoring {repeat + 1}/{REPEATS}: images/s by workers, {by_size}; bf16 {lows[-1]:.0f}")
     pids = [info.pid for info in whole.infos]
     with peak_memory(pids) as worker_mb:
         resnet.score(whole, 2 * workers, 2048)
@@ -214,6 +242,7 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
         "limit": {
             "images_per_second": spread(limits),
             "batch": batch,
+            "folded_images_per_second": spread(folded),
             "torchvision_images_per_second": spread(theirs),
             "sgemm_gflops": spread(gflops),
         },
@@ -229,6 +258,7 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
             for images, population in grid
         ],
         "over_torchvision": spread(own / their for own, their in zip(alone[workers], theirs, strict=True)),
+        "over_folded": spread(own / bare for own, bare in zip(alone[workers], folded, strict=True)),
         "bf16": {"images_per_second": spread(lows)},
         "scaling": [
             {
@@ -268,8 +298,10 @@ def measure_update(workers: int, say: Said) -> Results:
             alone.append(1000 / rates["noise"])
             with_axpy.append(1000 / rates["accumulate"])
             ours.append(epoch["ours"])
-            theirs.append(epoch["torchvision"])
-            say(f"update of {UPDATE_MEMBERS}: {dict(seconds)}, limit {with_axpy[-1]:.2f} s; SGD {epoch}")
+            theirs.append(max(epoch["torchvision"], epoch["torchvision_channels_last"]))
+            by_size = ", ".join(f"{size}: {seconds[size][-1]:.2f}" for size in sizes)
+            images = f"{ours[-1]:.0f} and torchvision's {theirs[-1]:.0f} images/s"
+            say(f"update {repeat}/{REPEATS}: seconds by workers, {by_size}; SGD {images}")
     trainer.close()
     bare.close()
     for pool in pools.values():
@@ -290,17 +322,17 @@ def measure_update(workers: int, say: Said) -> Results:
 
 
 def measure_dispatch(workers: int, say: Said) -> Results:
-    """What Ray and the dispatcher take where members cost nothing."""
+    """What Ray and the dispatcher take where members cost nothing, in chunks of two hundred and of one."""
     small = Generation(SMALL, MEMORY_IMAGES)
     pool = small.pool(workers, FreeWorker)
     members, answers = [], []
     small.score(pool, FREE_TASKS, MEMORY_IMAGES)
     for _ in range(REPEATS):
-        pool.cluster = pool.cluster.model_copy(update={"chunk": "auto"})
+        pool.cluster = pool.cluster.model_copy(update={"chunk": FREE_CHUNK})
         members.append(FREE_MEMBERS / small.score(pool, FREE_MEMBERS, MEMORY_IMAGES))
         pool.cluster = pool.cluster.model_copy(update={"chunk": 1})
         answers.append(FREE_TASKS / small.score(pool, FREE_TASKS, MEMORY_IMAGES))
-        say(f"free members: {members[-1]:.0f} a second; one a task: {answers[-1]:.0f} tasks a second")
+        say(f"dispatch: {members[-1]:.0f} free members a second; one a task, {answers[-1]:.0f} tasks a second")
     close(pool)
     return {"dispatch": {"members_per_second": spread(members), "tasks_per_second": spread(answers)}}
 
@@ -309,8 +341,8 @@ def measure_memory(workers: int, populations: tuple[int, ...], say: Said) -> lis
     """Peak memory of a generation of the small network over its population."""
     small = Generation(SMALL, MEMORY_IMAGES)
     pool = small.pool(workers)
-    small.score(pool, populations[1], MEMORY_IMAGES)
-    small.update(pool, populations[1])
+    small.score(pool, WARM_MEMBERS, MEMORY_IMAGES)
+    small.update(pool, WARM_MEMBERS)
     found = []
     for population in populations:
         with peak_memory([os.getpid(), *(info.pid for info in pool.infos)]) as peaks:
@@ -318,6 +350,6 @@ def measure_memory(workers: int, populations: tuple[int, ...], say: Said) -> lis
             small.update(pool, population)
         driver_mb, *worker_mb = peaks
         found.append({"population": population, "driver_mb": driver_mb, "worker_mb": max(worker_mb)})
-        say(f"memory of {population} members: {found[-1]}")
+        say(f"memory: {population} members, driver {driver_mb:.0f} MB, a worker {max(worker_mb):.0f} MB")
     close(pool)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,27 +21,30 @@ WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 
 
 def seconds_of_generation(population: int, workers: int, answers_a_second: float) -> dict[str, float]:
-    """The parts of a generation's time, none of which is thought to overlap another.
+    """The parts of a generation's time, one after another.
 
-    broadcast  the parent from the driver's node to each other one, one after another; Ray may do better
-    scoring    a worker's share, and half of the last chunk until the slowest is done
-    dispatch   what the driver takes for its answers beyond that; chunks are cut by the pool's own rule
-    update     a worker's slice for all members, its answers, and a parent's bytes back to the driver
+    broadcast  the parent from the driver's node to each other one in turn; Ray may do better
+    scoring    an equal share of the members for every worker
+    waiting    until the last chunk is done, beyond that: chunks are cut by the pool's own rule, given out one by one
+               as fast as the driver can, each to the worker that is free first
+    update     a slice for each worker that is worth an answer, the answers, and a parent's bytes back to the driver
     """
-    left, chunks, size = population, 0, 0
+    free_W = [0.0] * workers
+    left, driver, last = population, 0.0, 0.0
     while left > 0:
         size = min(left, chunk_size(left, population, workers, SECONDS_A_MEMBER))
-        left, chunks = left - size, chunks + 1
-    busy = min(workers, chunks)
-    scoring = SECONDS_A_MEMBER * (population / busy + (size / 2 if busy > 1 else 0))
+        left, driver = left - size, driver + 1 / answers_a_second
+        end = max(driver, heapq.heappop(free_W)) + size * SECONDS_A_MEMBER
+        heapq.heappush(free_W, end)
+        last = max(last, end)
+    share = SECONDS_A_MEMBER * population / workers
     update = population * UPDATE_SECONDS_A_MEMBER
     slices = workers_worth(update, workers)
-    nodes = math.ceil(workers / GPUS_A_NODE)
     parent_seconds = PARENT_BYTES / NETWORK_BYTES_A_SECOND
     return {
-        "broadcast": (nodes - 1) * parent_seconds,
-        "scoring": scoring,
-        "dispatch": max(0.0, chunks / answers_a_second - scoring),
+        "broadcast": (math.ceil(workers / GPUS_A_NODE) - 1) * parent_seconds,
+        "scoring": share,
+        "waiting": last - share,
         "update": update / slices + slices / answers_a_second + parent_seconds,
     }
 
@@ -91,7 +95,7 @@ def draw(results: Results, path: Path) -> None:
     left.set(xscale="log", ylim=(0, 1.02), xlabel="GPUs", ylabel="efficiency (modelled)")
     left.legend(title="members", frameon=False)
     bottoms = [0.0] * len(POPULATIONS)
-    names: Iterable[str] = ("scoring", "broadcast", "dispatch", "update")
+    names: Iterable[str] = ("scoring", "waiting", "broadcast", "update")
     parts = [seconds_of_generation(population, 1000, answers) for population in POPULATIONS]
     for name, colour in zip(names, COLOURS, strict=False):
         shares = [part[name] / sum(part.values()) for part in parts]

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from spartan_ray.bench.bare import PARENT
-from spartan_ray.bench.figures import Results, spread
-from spartan_ray.bench.measure import Generation, Said, close, peak_memory
+from spartan_ray.bench.figures import Results, said, spread
+from spartan_ray.bench.measure import Generation, Said, close, peak_memory, process_tree
 from spartan_ray.config import RunError
 
 # The program of each, its python - EvoTorch has an environment of its own - and the package whose version counts.
@@ -30,31 +30,33 @@ def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
     pool = resnet.pool(workers)
     resnet.score(pool, 2 * workers, IMAGES)
     resnet.update(pool, POPULATION)
-    rates, peaks, found = [], [0.0], []
+    rates, found = [], []
 
     def own() -> None:
         for _ in range(GENERATIONS):
-            with peak_memory([os.getpid(), *(info.pid for info in pool.infos)]) as now:
-                seconds = resnet.score(pool, POPULATION, IMAGES) + resnet.update(pool, POPULATION)
+            seconds = resnet.score(pool, POPULATION, IMAGES) + resnet.update(pool, POPULATION)
             rates.append(POPULATION / seconds)
-            peaks.append(sum(now))
-        say(f"Spartan Ray: {rates[-GENERATIONS:]} members a second")
+        say(f"peers: Spartan Ray, {said(spread(rates[-GENERATIONS:]))} members a second")
 
     for name, (program, python, package) in PROGRAMS.items():
         own()
         command = [str(folder / python), str(folder / program), "--workers", str(workers), "--population"]
         command += [str(POPULATION), "--images", str(IMAGES), "--generations", str(GENERATIONS)]
-        say(" ".join(command))
+        say(f"peers: {' '.join(command)}")
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise RunError(f"{' '.join(command)} ended with {done.returncode}")
         peer = json.loads(done.stdout.splitlines()[-1])
-        say(f"{name}: {peer['members_per_second']} members a second, {peer['peak_mb']:.0f} MB")
         rate = spread(peer["members_per_second"])
+        say(f"peers: {name}, {said(rate)} members a second, {peer['peak_mb']:.0f} MB")
         version = f"{package} {peer['version'][package]}"
         found.append({"name": name, "version": version, "members_per_second": rate, "peak_mb": peer["peak_mb"]})
     own()
+    # In a generation of its own and over all processes, Ray's too, as the peers do it.
+    with peak_memory(process_tree(os.getpid())) as peaks:
+        resnet.score(pool, POPULATION, IMAGES)
+        resnet.update(pool, POPULATION)
     close(pool)
     version = importlib.metadata.version("spartan-ray")
-    ours = {"name": "Spartan Ray", "version": version, "members_per_second": spread(rates), "peak_mb": max(peaks)}
+    ours = {"name": "Spartan Ray", "version": version, "members_per_second": spread(rates), "peak_mb": sum(peaks)}
     return [ours, *found]

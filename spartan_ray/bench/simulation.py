@@ -103,7 +103,7 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
     team.pool = Pool(work.spec, resolved, notes.append, team.advance, SleepingWorker)
     while len(team.pool.infos) < workers:
         team.pool.wait_until_joined()
-    say(f"{workers} workers on {NODES} nodes have joined after {time.perf_counter() - started:.0f} s")
+    say(f"simulation: {workers} workers on {NODES} nodes have joined after {time.perf_counter() - started:.0f} s")
     members = noisy(np.arange(population, dtype=np.uint64), 0.0, 0.01)
     stopped: list[int] = []
     changed: list[str] = []
@@ -146,7 +146,7 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
                 **{key: team.pool.counts[key] - counts[key] for key in ("retries", "late_results")},
             }
         )
-        say(f"{found[-1]}")
+        say(f"simulation: {name}, {seconds:.0f} s, {found[-1]['efficiency']:.3f} of what the workers could do")
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
         stopped.clear()

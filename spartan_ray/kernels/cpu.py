@@ -22,7 +22,7 @@ from spartan_ray.noise import KEY_STEPS, MULTIPLIERS, ROUNDS
 # LLVM's choice on processors with AVX-512 is half of their width; the whole one makes the update 1.7 times as
 # fast. It has to be said before anything is compiled.
 _compiler: Any = numba.config
-if _compiler.CPU_FEATURES is None and llvm.get_host_cpu_features().get("avx512f"):
+if _compiler.CPU_FEATURES is None and _compiler.CPU_NAME is None and llvm.get_host_cpu_features().get("avx512f"):
     _compiler.CPU_NAME = llvm.get_host_cpu_name()
     _compiler.CPU_FEATURES = llvm.get_host_cpu_features().flatten() + ",-prefer-256-bit"
 
