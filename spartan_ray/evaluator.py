@@ -22,7 +22,7 @@ from torch import nn
 from spartan_ray.config import Config, Evolution, ImageSet, Parent
 from spartan_ray.data import Images, Splits
 from spartan_ray.fitness import Batch, Normaliser, batches, recalibrate, tally
-from spartan_ray.model import FlatModel, Folding, build_model
+from spartan_ray.model import FlatModel, Folding, Leaves, build_model
 from spartan_ray.noise import kernel_for
 from spartan_ray.strategies.base import WHOLE, Members, Part, Scores
 
@@ -80,6 +80,7 @@ class Evaluator:
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.kernel = kernel_for(config.noise, device)
         self.folding = Folding(module, self.reference_NCHW[:1])
+        self.needed_R2 = Leaves(self.model, self.reference_NCHW[:1]).ranges()
         self.theta_D = self.model.theta_D
         self.scale_D: torch.Tensor | None = None
         self.image_sets: dict[ImageSet, NDArray[np.int64]] = {}
@@ -123,7 +124,7 @@ class Evaluator:
         folding = nullcontext if self.config.batchnorm == "batch" else functools.partial(self.folding, self.dtype)
         tallies = []
         for seed, offset, gain in zip(members.seed_K, members.offset_K, members.gain_K, strict=True):
-            self.descend(int(seed), offset, gain)
+            self.descend(int(seed), offset, gain, self.needed_R2)
             if self.config.batchnorm == "recalibrate":
                 recalibrate(self.model.module, self.reference_NCHW)
             with folding(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -135,9 +136,9 @@ class Evaluator:
         images_K = np.array([one.images for one in tallies])
         return Scores(loss_K / images_K, correct_K / images_K, images_K)
 
-    def descend(self, seed: int, offset: float, gain: float) -> None:
-        """Make the module a descendant of the parent."""
-        self.kernel.descend(self.theta_D, self.scale_D, seed, offset, gain, self.model.theta_D)
+    def descend(self, seed: int, offset: float, gain: float, needed_R2: NDArray[np.int64] | None = None) -> None:
+        """Make the module a descendant of the parent, or as much of it as is needed."""
+        self.kernel.descend(self.theta_D, self.scale_D, seed, offset, gain, self.model.theta_D, needed_R2=needed_R2)
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int

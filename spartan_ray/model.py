@@ -11,7 +11,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.error import URLError
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -279,6 +281,14 @@ class Leaves:
                 view = view.permute(0, 2, 3, 1)[:, rows, columns]
             parts.append(view)
         return parts
+
+    def ranges(self) -> NDArray[np.int64]:
+        """The elements of theta_D that reach the output, as R ranges [first, end)."""
+        live_D = torch.zeros(len(self.model.theta_D) + 2, dtype=torch.int8)
+        for part in self.parts(live_D[1:-1]):
+            part.fill_(1)
+        ends: NDArray[np.int64] = np.flatnonzero(np.diff(live_D.numpy())).reshape(-1, 2)
+        return ends
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:

@@ -106,9 +106,10 @@ class Kernel(Protocol):
         gain: float,
         out_S: torch.Tensor,
         start: int = 0,
+        needed_R2: NDArray[np.int64] | None = None,
     ) -> None:
         """out = theta + scale * (offset + gain * noise) in float32, one rounding an operation; no scale
-        is a scale of 1."""
+        is a scale of 1. Elements of the slice outside the needed ranges, R of [first, end), may be left as they are."""
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int

@@ -93,6 +93,8 @@ class Replay:
         )
         for others in more:
             scores = pooled(scores, others)
+        # The whole of it; what was scored has no dead taps.
+        self.pool.evaluator.descend(int(members.seed_K[0]), members.offset_K[0], members.gain_K[0])
         save_weights(file, self.pool.evaluator.model.state_dict(), self.description)
         return float(fitness_K[member]), float(scores.fitness_K(evolution.fitness)[0])
 

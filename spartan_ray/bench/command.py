@@ -28,6 +28,7 @@ from spartan_ray.bench.simulation import simulate
 from spartan_ray.config import InputError
 from spartan_ray.record import environment
 
+PARTIAL = "results-so-far.json"
 # Load a core above which a machine is not idle.
 BUSY = 0.5
 DOCS = {Path("README.md"): table, Path("docs/scaling.md"): model.table}
@@ -55,15 +56,19 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
     try:
         # What may fail comes first.
         results["peers"] = measure_peers(peers, workers, say) if peers else []
+        save(results, out)
         results |= measure_scoring(workers, FULL_SCORING if full else SCORING, say)
+        save(results, out)
         results |= measure_update(workers, say)
         results |= measure_dispatch(workers, say)
         results["memory"] = measure_memory(workers, MEMORY_POPULATIONS if full else MEMORY_POPULATIONS[:3], say)
     finally:
         ray.shutdown()
+    save(results, out)
     results["simulation"] = simulate(say) if full else []
     results["targets"] = targets(results)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    save(results, out)
+    (out / PARTIAL).rename(out / "results.json")
     draw(results, out / "throughput.png")
     model.draw(results, out / "scaling.png")
     if docs:
@@ -76,7 +81,7 @@ def _check(out: Path, full: bool, peers: Path | None, docs: bool) -> None:
     """Before what takes long: is there what it needs, and where to write?"""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").open("a").close()
+        (out / PARTIAL).touch()
     except OSError as error:
         raise InputError(f"-o {out}: not a folder to write to: {error.strerror}") from None
     for program, python, _ in PROGRAMS.values() if peers else ():
@@ -88,6 +93,11 @@ def _check(out: Path, full: bool, peers: Path | None, docs: bool) -> None:
     for path in DOCS if docs else ():
         if not path.is_file() or not 0 <= path.read_text().find(BEGIN) < path.read_text().find(END):
             raise InputError(f"--write-docs: {path} is not there or has no {BEGIN.strip()} ... {END.strip()}")
+
+
+def save(results: Results, out: Path) -> None:
+    """Keep what there is: an hour is long, and what comes later may fail."""
+    (out / PARTIAL).write_text(json.dumps(results, indent=1) + "\n")
 
 
 def machine(workers: int) -> Results:

@@ -114,24 +114,28 @@ def _fill_noise(kind, pair_P, radius_P, noise_T, first_block, seed):  # type: ig
 
 
 @jit
-def _descend(kind, theta_S, scale_S, offset, gain, seed, start, out_S):  # type: ignore[no-untyped-def]
+def _descend(kind, theta_S, scale_S, offset, gain, seed, start, out_S, needed_R2):  # type: ignore[no-untyped-def]
     """With an empty scale_S the scale is 1."""
     pair_P, radius_P, noise_T = np.empty(TILE // 2, np.uint64), np.empty(TILE // 2), np.empty(TILE, np.float32)
-    done = 0
-    while done < theta_S.size:
-        skip = (start + done) % 4
-        end = min(done + TILE - skip, theta_S.size)
-        _fill_noise(kind, pair_P, radius_P, noise_T, (start + done) // 4, seed)
-        # Slices, whose indices need no check for counting from the end.
-        theta_C, out_C, noise_C = theta_S[done:end], out_S[done:end], noise_T[skip:]
-        if scale_S.size:
-            scale_C = scale_S[done:end]
-            for i in range(theta_C.size):
-                out_C[i] = theta_C[i] + scale_C[i] * (offset + gain * noise_C[i])
-        else:
-            for i in range(theta_C.size):
-                out_C[i] = theta_C[i] + (offset + gain * noise_C[i])
-        done = end
+    for needed in range(needed_R2.shape[0]):
+        done, stop = needed_R2[needed, 0], needed_R2[needed, 1]
+        while done < stop:
+            skip = (start + done) % 4
+            end = min(done + TILE - skip, stop)
+            blocks = (skip + end - done + 3) // 4
+            _fill_noise(
+                kind, pair_P[: 2 * blocks], radius_P[: 2 * blocks], noise_T[: 4 * blocks], (start + done) // 4, seed
+            )
+            # Slices, whose indices need no check for counting from the end.
+            theta_C, out_C, noise_C = theta_S[done:end], out_S[done:end], noise_T[skip:]
+            if scale_S.size:
+                scale_C = scale_S[done:end]
+                for i in range(theta_C.size):
+                    out_C[i] = theta_C[i] + scale_C[i] * (offset + gain * noise_C[i])
+            else:
+                for i in range(theta_C.size):
+                    out_C[i] = theta_C[i] + (offset + gain * noise_C[i])
+            done = end
 
 
 @jit
@@ -165,10 +169,12 @@ class CpuKernel:
         gain: float,
         out_S: torch.Tensor,
         start: int = 0,
+        needed_R2: NDArray[np.int64] | None = None,
     ) -> None:
         scale = np.empty(0, np.float32) if scale_S is None else scale_S.numpy()
-        offset_32, gain_32 = np.float32(offset), np.float32(gain)
-        _descend(self.code, theta_S.numpy(), scale, offset_32, gain_32, np.uint64(seed), start, out_S.numpy())
+        needed = np.array([[0, theta_S.numel()]]) if needed_R2 is None else needed_R2
+        factors = np.float32(offset), np.float32(gain), np.uint64(seed)
+        _descend(self.code, theta_S.numpy(), scale, *factors, start, out_S.numpy(), needed)
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int

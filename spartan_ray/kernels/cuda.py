@@ -117,6 +117,7 @@ class CudaKernel:
         gain: float,
         out_S: torch.Tensor,
         start: int = 0,
+        needed_R2: NDArray[np.int64] | None = None,
     ) -> None:
         assert all(tensor is None or tensor.is_contiguous() for tensor in (theta_S, scale_S, out_S))
         self._launch(_descend, out_S, start, theta_S, scale_S, seed, float(offset), float(gain))

@@ -73,6 +73,7 @@ class PortableKernel:
         gain: float,
         out_S: torch.Tensor,
         start: int = 0,
+        needed_R2: NDArray[np.int64] | None = None,
     ) -> None:
         # The factors rounded to float32 as every kernel has them, and one operation at a time: a fused
         # multiply-add would round once less.
