@@ -112,6 +112,27 @@ def test_a_member_costs_its_passes_and_no_copy_of_the_parent() -> None:
     assert scoring.model.theta_D.data_ptr() == own
 
 
+def test_what_is_scored_is_built_without_dead_taps_and_scored_as_the_whole() -> None:
+    generation = Generation(RESNET, 40)
+    scoring = generation.spec.make(CPU)
+    scoring.load(generation.state(40))
+    first_R, end_R = scoring.needed_R2.T
+    assert 4_200_000 < (end_R - first_R).sum() < 4_300_000
+    members = noisy(np.array([7], np.uint64), 0.0, 0.05)
+    scoring.model.theta_D.fill_(math.nan)
+    scored = scoring.evaluate(members, "fitness", -math.inf)
+    built_D = scoring.model.theta_D.clone()
+    scoring.descend(7, 0.0, 0.05)
+    needed_D = torch.zeros(len(built_D), dtype=torch.bool)
+    for first, end in scoring.needed_R2:
+        needed_D[first:end] = True
+    assert torch.equal(built_D[needed_D], scoring.model.theta_D[needed_D])
+    assert built_D[~needed_D].isnan().all()
+    assert not scoring.model.theta_D.isnan().any()
+    again = scoring.evaluate(members, "fitness", -math.inf)
+    assert scored.loss_K.tobytes() == again.loss_K.tobytes()
+
+
 def test_the_score_of_an_update_is_the_driver_s_own_to_the_bit() -> None:
     """And the update is then sent nowhere."""
     sent, alone = Phase(lr=0.01), Phase(lr=0.01)
