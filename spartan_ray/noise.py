@@ -14,13 +14,15 @@ Shapes: D parameters, K members, S elements of a slice.
 from __future__ import annotations
 
 import contextlib
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from spartan_ray.config import NoiseKind
+
+if TYPE_CHECKING:  # the definition, and with it the strategies, needs no torch
+    import torch
 
 # Root mean square of one element: |noise| is RMS * sqrt(D) to one part in sqrt(D).
 RMS: dict[NoiseKind, float] = {"uniform": 3**-0.5, "gaussian": 1.0, "rademacher": 1.0}

@@ -25,11 +25,12 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from spartan_ray.config import Cluster, ImageSet, RunError
 from spartan_ray.evaluator import EvaluatorSpec, ParentState, Scale
+from spartan_ray.joining import WorkerInfo, versions
 from spartan_ray.noise import fingerprint_agrees
 from spartan_ray.resources import workers_that_fit
 from spartan_ray.spans import Range, Span, chunk_size, workers_worth
 from spartan_ray.strategies.base import WHOLE, Members, Part, Scores, joined
-from spartan_ray.worker import Worker, WorkerInfo, versions
+from spartan_ray.worker import Worker
 
 # Tasks on a worker: one that runs and one that is ready when it ends.
 QUEUED_PER_WORKER = 2
@@ -111,7 +112,7 @@ class Pool:
         cluster: Cluster,
         note: Callable[[str], None],
         advance: Callable[[int, int], None],
-        worker: type[Worker] = Worker,
+        worker: type[Any] = Worker,
     ) -> None:
         self.spec = ray.put(spec)
         self.noise = spec.evolution.noise

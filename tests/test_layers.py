@@ -13,7 +13,7 @@ PACKAGE = Path(spartan_ray.__file__).parent
 # A module may import what stands before it.
 ORDER = [
     "config", "noise", "kernels", "data", "layers", "resnet", "model", "fitness", "strategies", "evaluator", "parent",
-    "checkpoint", "journal", "record", "resources", "spans", "worker", "pool", "evolve", "replay", "driver",
+    "checkpoint", "journal", "record", "resources", "spans", "joining", "worker", "pool", "evolve", "replay", "driver",
     "plots", "report", "bench", "cli", "__main__",
 ]  # fmt: skip
 UPWARD = {("noise", "kernels")}  # the choice of a kernel, at the call

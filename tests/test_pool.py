@@ -19,6 +19,7 @@ from spartan_ray.config import Cluster, Data, Evolution, InputError, Parent
 from spartan_ray.data import load_splits
 from spartan_ray.evaluator import Evaluator, EvaluatorSpec, ParentState
 from spartan_ray.fitness import Normaliser
+from spartan_ray.joining import WorkerInfo, versions
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import noise
 from spartan_ray.pool import Pool, PoolError, _Slot, backoff, may_do
@@ -26,7 +27,6 @@ from spartan_ray.resources import resolve_cluster, workers_that_fit
 from spartan_ray.spans import Span
 from spartan_ray.strategies import Members
 from spartan_ray.strategies.base import Scores
-from spartan_ray.worker import WorkerInfo, versions
 
 CPU = torch.device("cpu")
 PARENT = Parent(model="convnet")

@@ -17,52 +17,17 @@ import ray
 from ray.cluster_utils import Cluster as RayCluster
 
 from spartan_ray.bench.figures import Results
-from spartan_ray.bench.measure import MEMORY_IMAGES, SMALL, Generation, Said, pss
-from spartan_ray.config import Cluster, ImageSet
-from spartan_ray.evaluator import EvaluatorSpec, ParentState, Scale
+from spartan_ray.bench.measure import Said, pss
+from spartan_ray.bench.model import PARENT_BYTES
+from spartan_ray.bench.sleeper import SECONDS_A_MEMBER, SLOW_FACTOR, Sleeper, Spec, recover, slow_down
+from spartan_ray.config import Cluster, Evolution
 from spartan_ray.pool import Pool
 from spartan_ray.resources import resolve_cluster
-from spartan_ray.strategies import Members
-from spartan_ray.strategies.base import Part, Scores, noisy
-from spartan_ray.worker import Worker
+from spartan_ray.strategies.base import noisy
 
 WORKERS, NODES = 64, 4
 POPULATION = 100_000
-SECONDS_A_MEMBER = 0.02
-SLOW, SLOW_FACTOR = 3, 5.0
-
-
-class SleepingWorker(Worker):
-    """Scores by waiting; the fitness of a member is a function of its seed, so that a result can be checked."""
-
-    def __init__(self, spec: EvaluatorSpec) -> None:
-        super().__init__(spec)
-        self.seconds = SECONDS_A_MEMBER
-
-    def evaluate(
-        self,
-        keys: tuple[int, int],
-        parent: ParentState,
-        scale: Scale,
-        members: Members,
-        images: ImageSet,
-        bar: float,
-        part: Part,
-    ) -> tuple[Scores, float, float]:
-        seconds = len(members) * self.seconds
-        time.sleep(seconds)
-        loss_K = members.seed_K.astype(np.float64)
-        return Scores(loss_K, loss_K, np.ones(len(members), np.int64)), 0.0, seconds
-
-
-def slow_down(worker: Any) -> None:
-    """Run inside a worker: it takes several times as long from now on."""
-    worker.seconds = SECONDS_A_MEMBER * SLOW_FACTOR
-
-
-def recover(worker: Any) -> None:
-    """Run inside a worker: it is as fast as the others again."""
-    worker.seconds = SECONDS_A_MEMBER
+SLOW = 3
 
 
 @dataclass
@@ -95,12 +60,13 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
     cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": per_node + 1})
     nodes = [cluster.add_node(num_cpus=per_node) for _ in range(NODES - 1)]
     ray.init(address=cluster.address, log_to_driver=False)
-    work = Generation(SMALL, MEMORY_IMAGES)
+    parent: Any = np.zeros(PARENT_BYTES, np.uint8)
+    spec: Any = Spec(Evolution())
     resolved = resolve_cluster(Cluster(cpus_per_worker=1, driver_cpus=1), [node["Resources"] for node in ray.nodes()])
     team = Team(pool=None)  # type: ignore[arg-type]
     notes: list[str] = []
     started = time.perf_counter()
-    team.pool = Pool(work.spec, resolved, notes.append, team.advance, SleepingWorker)
+    team.pool = Pool(spec, resolved, notes.append, team.advance, Sleeper)
     while len(team.pool.infos) < workers:
         team.pool.wait_until_joined()
     say(f"simulation: {workers} workers on {NODES} nodes have joined after {time.perf_counter() - started:.0f} s")
@@ -129,7 +95,7 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
         team.disturb, team.done, team.capacity = disturb, 0, 0.0
         counts, processor = dict(team.pool.counts), time.process_time()
         started = team.counted = time.perf_counter()
-        team.pool.broadcast(work.state(MEMORY_IMAGES))
+        team.pool.broadcast(parent)
         team.pool.broadcast_scale(None)
         scores = team.pool.evaluate(members)
         seconds = time.perf_counter() - started
