@@ -239,7 +239,6 @@ def test_a_table_goes_between_its_marks_and_nowhere_else(tmp_path: Path) -> None
     assert file.read_text() == f"head\n{figures.BEGIN}\nnewer\n\n{figures.END}tail\n"
 
 
-@pytest.mark.skipif(not (BENCHMARKS / "results.json").exists(), reason="scripts/bench has not been run")
 def test_the_documents_have_the_tables_of_the_results() -> None:
     results = json.loads((BENCHMARKS / "results.json").read_text())
     readme, scaling = (BENCHMARKS.parent / name for name in ("README.md", "docs/scaling.md"))
