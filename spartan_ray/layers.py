@@ -18,7 +18,8 @@ class LiveConv2d(nn.Conv2d):
     Where a map has no more pixels than the kernel has taps, the convolution is the product with a dense matrix from
     all pixels to all outputs. It is the same function with the same parameters and gradients (zero for taps
     that never meet the map), in a fraction of the time: on 32x32 images that is the last two stages of
-    ResNet18, two thirds of whose parameters are dead."""
+    ResNet18, two thirds of whose parameters are dead. One of a single tap is a product with the
+    pixels that it meets."""
 
     def __init__(
         self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, padding: int = 0, bias: bool = True
@@ -33,6 +34,10 @@ class LiveConv2d(nn.Conv2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         size = input.shape[2:]
         weight, bias = self.folded or (self.arranged(size), self.bias)
+        if weight.dim() == 4 and self.kernel_size == (1, 1) and self.padding == (0, 0):
+            met_NHWI = input[:, :, :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
+            outputs_RO = F.linear(met_NHWI.flatten(0, 2), weight.flatten(1), bias)
+            return outputs_RO.view(*met_NHWI.shape[:3], self.out_channels).permute(0, 3, 1, 2)
         if weight.dim() == 4:
             return F.conv2d(input, weight, bias, self.stride, self.padding)
         rows, columns = (len(windows) for windows in self._windows(size))

@@ -46,6 +46,9 @@ def test_live_taps_are_the_whole_convolution(size: tuple[int, int], kernel: int,
         (out * torch.arange(out.numel(), dtype=torch.float64).reshape(out.shape)).sum().backward()
     torch.testing.assert_close(x_live.grad, x_whole.grad)
     torch.testing.assert_close(live.weight.grad, whole.weight.grad)
+    assert live.bias is not None
+    assert whole.bias is not None
+    torch.testing.assert_close(live.bias.grad, whole.bias.grad)
 
 
 def test_most_of_resnet18_s_taps_are_dead_on_32_by_32_images() -> None:

@@ -43,7 +43,7 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
     results: Results = {"machine": machine(workers)}
     if results["machine"]["load"] > BUSY * workers:
         say(f"something else is running here (load {results['machine']['load']:.1f}): the figures will be low")
-    say("starting Ray; the parts: peers, scoring, update, dispatch, memory, simulation")
+    say("starting Ray; the parts: peers, memory, scoring, update, dispatch, simulation")
     # Idle pools of every size stand beside each other: logical cores, which cost nothing.
     ray.init(
         address="local",
@@ -57,11 +57,12 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
         # What may fail comes first.
         results["peers"] = measure_peers(peers, workers, say) if peers else []
         save(results, out)
+        # In a process that has not done anything larger.
+        results["memory"] = measure_memory(workers, MEMORY_POPULATIONS if full else MEMORY_POPULATIONS[:3], say)
         results |= measure_scoring(workers, FULL_SCORING if full else SCORING, say)
         save(results, out)
         results |= measure_update(workers, say)
         results |= measure_dispatch(workers, say)
-        results["memory"] = measure_memory(workers, MEMORY_POPULATIONS if full else MEMORY_POPULATIONS[:3], say)
     finally:
         ray.shutdown()
     save(results, out)

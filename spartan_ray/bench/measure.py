@@ -219,7 +219,7 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
             before = after
         images, population = grid[-1]
         for size in sizes:
-            alone[size].append(8 * size * 2048 / resnet.score(pools[size], 8 * size, 2048))
+            alone[size].append(16 * size * 2048 / resnet.score(pools[size], 16 * size, 2048))
             bare_alone[size].append(bares[size].run(forward, LIMIT_IMAGES, batch, "ours")["images"])
         folded.append(bare.run(forward, LIMIT_IMAGES, batch_of["folded"], "folded")["images"])
         theirs.append(bare.run(forward, LIMIT_IMAGES, batch_of["torchvision"], "torchvision")["images"])
