@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from ray.exceptions import RayTaskError
-from runs import bars_of, change, metrics, outcome, run, run_here, same_result
+from runs import bars_of, change, metrics, outcome, run_here, same_result
 from safetensors.torch import load_file
 
 from spartan_ray.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
@@ -293,44 +293,6 @@ def test_a_parent_that_diverged_is_recorded_to_the_end(local_ray: None, small_co
     runs = [read_run(folder)]
     assert final_table(unique_frames(runs))["train loss"].tolist() == ["not finite"]
     assert len(write_report(runs, folder / "report")) == 5
-
-
-def test_memory_does_not_grow_with_the_population(local_ray: None, small_config: Config) -> None:
-    """Peak resident size of driver and workers at 2,000 members within 5% of that at 50."""
-
-    def peaks(population: int) -> dict[str, float]:
-        high: dict[str, float] = {"driver": 0.0, "worker": 0.0}
-        workers: list[int] = []
-
-        def watch(progress: Any) -> None:
-            workers[:] = progress.worker_pids or workers
-            for pid in workers:
-                high["worker"] = max(high["worker"], peak_memory(pid))
-            high["driver"] = max(high["driver"], peak_memory(progress.driver_pid))
-
-        run(
-            change(
-                small_config,
-                run={"epochs": 2},
-                evolution={"population": population, "every": 1, "fitness_images": 16},
-            ),
-            watch,
-        )
-        return high
-
-    few, many = peaks(50), peaks(2000)
-    for who in ("driver", "worker"):
-        assert few[who] > 100e6
-        assert abs(many[who] / few[who] - 1) < 0.05, (who, few, many)
-
-
-def peak_memory(pid: int) -> float:
-    """Bytes of VmHWM, 0 for a process that is gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0.0
-    return next((1024.0 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0.0)
 
 
 def test_stop_ends_a_run_with_its_record_whole(local_ray: None, small_config: Config) -> None:
