@@ -56,7 +56,7 @@ def resnet(local_ray: None) -> Iterator[tuple[Generation, Pool]]:
 def test_a_generation_sends_a_parent_and_an_update_and_a_few_numbers_a_member(resnet: tuple[Generation, Pool]) -> None:
     generation, pool = resnet
     before = stored_bytes()
-    row = generation.phase(pool)
+    row = generation.phase(pool, 16)
     assert row["accepted"]
     assert stored_bytes() - before < 2.1 * generation.model.theta_D.nbytes + 200 * row["population"]
 
@@ -67,8 +67,7 @@ def test_memory_is_flat_over_a_hundred_thousand_members(local_ray: None) -> None
     pids = [os.getpid(), *(info.pid for info in pool.infos)]
     used = []
     for population in (100_000, 1000, 100_000):
-        small.score(pool, population, 2)
-        small.update(pool, population)
+        small.phase(pool, population)
         gc.collect()
         used.append([pss(pid) for pid in pids])
     close(pool)

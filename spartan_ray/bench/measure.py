@@ -101,13 +101,14 @@ class Generation:
         pool.weighted_sum(seed_K, weight_K, self.model.theta_D.numel())
         return time.perf_counter() - started
 
-    def phase(self, pool: Pool) -> dict[str, Any]:
+    def phase(self, pool: Pool, population: int) -> dict[str, Any]:
         """A whole evolve phase of evolution strategies: its record."""
-        strategy = make_strategy(self.evolution, 10)
+        evolution = self.evolution.model_copy(update={"population": population})
+        strategy = make_strategy(evolution, 10)
         assert strategy
         normalise = Normaliser(MEAN_C, STD_C, CPU)
         here = LocalPool(self.spec.make(CPU), self.spec.threads)
-        return Evolver(self.evolution, 0, strategy, self.model, self.splits, normalise, pool, here).evolve(1)[1]
+        return Evolver(evolution, 0, strategy, self.model, self.splits, normalise, pool, here).evolve(1)[1]
 
 
 def close(pool: Pool) -> None:
@@ -231,7 +232,7 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
     with peak_memory(pids) as worker_mb:
         resnet.score(whole, 2 * workers, 2048)
     stored = stored_bytes()
-    row = Generation(PARENT, TRAFFIC_IMAGES).phase(whole)
+    row = Generation(PARENT, TRAFFIC_IMAGES).phase(whole, 16)
     parent_bytes = resnet.model.theta_D.nbytes
     traffic = stored_bytes() - stored
     for pool in (*pools.values(), low_pool):
@@ -341,13 +342,11 @@ def measure_memory(workers: int, populations: tuple[int, ...], say: Said) -> lis
     """Peak memory of a generation of the small network over its population."""
     small = Generation(SMALL, MEMORY_IMAGES)
     pool = small.pool(workers)
-    small.score(pool, WARM_MEMBERS, MEMORY_IMAGES)
-    small.update(pool, WARM_MEMBERS)
+    small.phase(pool, WARM_MEMBERS)
     found = []
     for population in populations:
         with peak_memory([os.getpid(), *(info.pid for info in pool.infos)]) as peaks:
-            small.score(pool, population, MEMORY_IMAGES)
-            small.update(pool, population)
+            small.phase(pool, population)
         driver_mb, *worker_mb = peaks
         found.append({"population": population, "driver_mb": driver_mb, "worker_mb": max(worker_mb)})
         say(f"memory: {population} members, driver {driver_mb:.0f} MB, a worker {max(worker_mb):.0f} MB")
