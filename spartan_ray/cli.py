@@ -72,9 +72,9 @@ def main() -> None:
         help="the descendant's weights (default: descendant-G-K.safetensors)",
     )
     bench = commands.add_parser(
-        "bench", help="measure this machine: scoring, update, dispatch, memory, beside its limit"
+        "bench", help="measure this machine: scoring, update, dispatch, memory, beside its limit: ten minutes"
     )
-    bench.add_argument("--full", action="store_true", help="every population, and a simulated cluster: about an hour")
+    bench.add_argument("--full", action="store_true", help="every population, and a simulated cluster: half an hour")
     bench.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
     bench.add_argument("--peers", type=Path, metavar="DIR", help="compare with the programs of benchmarks/peers")
     bench.add_argument(
@@ -443,7 +443,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
     results = bench(arguments.folder, arguments.full, arguments.peers, arguments.write_docs, say)
     print(json.dumps(results) if arguments.json else table(results))
-    say(f"{arguments.folder / 'results.json'}")
+    say(", ".join(str(arguments.folder / name) for name in ("results.json", "throughput.png", "scaling.png")))
     return 0
 
 

@@ -17,8 +17,8 @@ class LiveConv2d(nn.Conv2d):
 
     Where a map has no more pixels than the kernel has taps, the convolution is the product with a dense matrix from
     all pixels to all outputs. It is the same function with the same parameters and gradients (zero for taps
-    that never meet the map), in a fraction of the time: on 32x32 images that is the last two stages of
-    ResNet18, two thirds of whose parameters are dead. One of a single tap is a product with the
+    that never meet the map), in a fraction of the time: on 32x32 images that is most of the last two
+    stages of ResNet18, two thirds of whose parameters are dead. One of a single tap is a product with the
     pixels that it meets."""
 
     def __init__(

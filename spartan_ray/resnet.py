@@ -67,7 +67,7 @@ class ResNet18(nn.Module):
 
     def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         # The largest of the positive parts is the positive part of the largest: torchvision's order takes four times
-        # as many of them, for the same bits and gradients.
+        # as many of them, for the same values and gradients.
         x_NCHW = self.relu(self.maxpool(self.bn1(self.conv1(x_NCHW))))
         x_NCHW = self.layer4(self.layer3(self.layer2(self.layer1(x_NCHW))))
         logits_NC: torch.Tensor = self.fc(self.avgpool(x_NCHW).flatten(1))

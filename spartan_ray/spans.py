@@ -10,7 +10,7 @@ from typing import Any
 
 # An automatic chunk is long against Ray's overhead of a task, and short against a generation ...
 CHUNK_SECONDS = 2.0
-# ... but no shorter than what keeps the driver from more answers than this: it can take twice as many.
+# ... but no shorter than what keeps the driver from more answers than this: it can take more than that.
 ANSWERS_PER_SECOND = 500.0
 
 

@@ -13,7 +13,7 @@ import pytest
 import thread_pool_es
 import torch
 from torch import nn
-from work import measure
+from work import initial_network, measure
 
 SIGMA, LR = 0.1, 0.02
 FITNESS_K = [-2.0, 0.5, -1.25, -0.25, -3.0]
@@ -67,6 +67,16 @@ def test_naive_ray_descends_and_moves() -> None:
 
     naive_ray.update(parent, noise_K, FITNESS_K, LR, SIGMA)
     np.testing.assert_allclose(flat(network), theta_D + expected_move(noise_KD), atol=1e-6)
+
+
+def test_the_parent_is_the_same_everywhere_and_costs_no_random_numbers() -> None:
+    """EvoTorch's actors build it from their first members on, and would all draw the same ones after it."""
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    first, second = initial_network(), initial_network()
+    assert torch.equal(torch.randn(3), expected)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def test_a_peer_prints_one_line_of_rates_and_memory(capsys: pytest.CaptureFixture[str]) -> None:

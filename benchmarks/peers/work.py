@@ -1,8 +1,9 @@
 """The work that every peer does, and what it is measured by.
 
 The network is torchvision's ResNet18 with 10 classes as it is initialised, in evaluation mode and PyTorch's default
-memory layout; a descendant's fitness is minus its mean cross-entropy on the same 32x32 images for all. A worker
-computes with one thread; the driver may use as many as there are workers, which wait for it.
+memory layout, in which no peer is slower than in channels-last; a descendant's fitness is minus its mean cross-entropy
+on the same 32x32 images for all. A worker computes with one thread; the driver may use as many as there are workers,
+which wait for it.
 Shapes: K members, N images, C colours, H x W pixels.
 """
 
@@ -54,9 +55,11 @@ def start_ray(workers: int) -> None:
 
 
 def initial_network() -> nn.Module:
-    """The parent, the same in every process."""
-    torch.manual_seed(0)
-    network: nn.Module = torchvision.models.resnet18(num_classes=10)
+    """The parent, the same in every process. The generator stays as it was: EvoTorch's actors, which build it, draw
+    members from it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network: nn.Module = torchvision.models.resnet18(num_classes=10)
     return network.eval()
 
 

@@ -43,7 +43,8 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
     results: Results = {"machine": machine(workers)}
     if results["machine"]["load"] > BUSY * workers:
         say(f"something else is running here (load {results['machine']['load']:.1f}): the figures will be low")
-    say("starting Ray; the parts: peers, memory, scoring, update, dispatch, simulation")
+    parts = ["memory", *["peers"] * bool(peers), "scoring", "update", "dispatch", *["simulation"] * full]
+    say(f"starting Ray; the parts: {', '.join(parts)}; what is measured is kept in {out / PARTIAL} until the end")
     # Idle pools of every size stand beside each other: logical cores, which cost nothing.
     ray.init(
         address="local",
@@ -54,11 +55,11 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
         log_to_driver=False,
     )
     try:
-        # What may fail comes first.
+        # First, while this process has done nothing larger.
+        results["memory"] = measure_memory(workers, MEMORY_POPULATIONS if full else MEMORY_POPULATIONS[:3], say)
+        save(results, out)
         results["peers"] = measure_peers(peers, workers, say) if peers else []
         save(results, out)
-        # In a process that has not done anything larger.
-        results["memory"] = measure_memory(workers, MEMORY_POPULATIONS if full else MEMORY_POPULATIONS[:3], say)
         results |= measure_scoring(workers, FULL_SCORING if full else SCORING, say)
         save(results, out)
         results |= measure_update(workers, say)
@@ -80,24 +81,26 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
 
 def _check(out: Path, full: bool, peers: Path | None, docs: bool) -> None:
     """Before what takes long: is there what it needs, and where to write?"""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / PARTIAL).touch()
-    except OSError as error:
-        raise InputError(f"-o {out}: not a folder to write to: {error.strerror}") from None
+    if peers and not peers.is_dir():
+        raise InputError(f"--peers {peers}: no such folder")
     for program, python, _ in PROGRAMS.values() if peers else ():
         for path in (peers / program, peers / python):  # type: ignore[operator]
             if not path.is_file():
                 raise InputError(f"--peers {peers}: {path} is not there (benchmarks/peers/setup makes EvoTorch's)")
     if docs and not (full and peers):
-        raise InputError("--write-docs: the documents show what --full and --peers measure")
+        raise InputError("--write-docs: needs --full and --peers DIR, whose figures the documents show")
     for path in DOCS if docs else ():
         if not path.is_file() or not 0 <= path.read_text().find(BEGIN) < path.read_text().find(END):
             raise InputError(f"--write-docs: {path} is not there or has no {BEGIN.strip()} ... {END.strip()}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / PARTIAL).touch()
+    except OSError as error:
+        raise InputError(f"-o {out}: not a folder to write to: {error.strerror}") from None
 
 
 def save(results: Results, out: Path) -> None:
-    """Keep what there is: an hour is long, and what comes later may fail."""
+    """Keep what there is: it took long, and what comes later may fail."""
     (out / PARTIAL).write_text(json.dumps(results, indent=1) + "\n")
 
 

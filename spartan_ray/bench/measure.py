@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -68,8 +67,10 @@ class FreeWorker(Worker):
 class Generation:
     """What a generation of one network works on."""
 
-    def __init__(self, parent: Parent, images: int, precision: str = "fp32") -> None:
-        self.evolution = Evolution(every=1, population=16, fitness_images=images, precision=precision)  # type: ignore[arg-type]
+    def __init__(self, parent: Parent, images: int, precision: str = "fp32", noise: str = "uniform") -> None:
+        self.evolution = Evolution.model_validate(
+            {"every": 1, "population": 16, "fitness_images": images, "precision": precision, "noise": noise}
+        )
         all_images = random_images(images)
         self.splits = Splits(all_images, all_images, all_images, all_images, tuple("0123456789"), MEAN_C, STD_C)
         self.spec = EvaluatorSpec(parent, self.evolution, all_images, all_images, 10, MEAN_C, STD_C, threads=1)
@@ -101,14 +102,14 @@ class Generation:
         pool.weighted_sum(seed_K, weight_K, self.model.theta_D.numel())
         return time.perf_counter() - started
 
-    def phase(self, pool: Pool, population: int) -> dict[str, Any]:
-        """A whole evolve phase of evolution strategies: its record."""
-        evolution = self.evolution.model_copy(update={"population": population})
+    def evolver(self, pool: Pool, population: int) -> Evolver:
+        """What does whole evolve phases of evolution strategies."""
+        evolution = self.evolution.model_copy(update={"population": population}).resolved()
         strategy = make_strategy(evolution, 10)
         assert strategy
         normalise = Normaliser(MEAN_C, STD_C, CPU)
         here = LocalPool(self.spec.make(CPU), self.spec.threads)
-        return Evolver(evolution, 0, strategy, self.model, self.splits, normalise, pool, here).evolve(1)[1]
+        return Evolver(evolution, 0, strategy, self.model, self.splits, normalise, pool, here)
 
 
 def close(pool: Pool) -> None:
@@ -128,11 +129,12 @@ def stored_bytes() -> int:
 
 
 def pss(pid: int) -> float:
-    """Megabytes of memory of a process, what it shares divided among those that share it."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024 / MEGABYTE
-    raise OSError(f"no memory on record of process {pid}")
+    """Megabytes of memory of a process, what it shares divided among those that share it; 0 of one that ended."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024 / MEGABYTE
+    return 0.0
 
 
 def process_tree(pid: int) -> list[int]:
@@ -140,20 +142,24 @@ def process_tree(pid: int) -> list[int]:
     found = [pid]
     with suppress(OSError):  # it ended
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            for child in (thread / "children").read_text().split():
-                found += process_tree(int(child))
+            with suppress(OSError):
+                for child in (thread / "children").read_text().split():
+                    found += process_tree(int(child))
     return found
 
 
 @contextmanager
 def peak_memory(pids: list[int]) -> Iterator[list[float]]:
-    """The largest memory of each process while the block runs, in megabytes."""
+    """The largest memory of each process while the block runs and at its end, in megabytes."""
     gc.collect()
-    peaks, ended = [pss(pid) for pid in pids], threading.Event()
+    peaks, ended = [0.0] * len(pids), threading.Event()
+
+    def look() -> None:
+        peaks[:] = [max(peak, pss(pid)) for peak, pid in zip(peaks, pids, strict=True)]
 
     def watch() -> None:
         while not ended.wait(SAMPLE_SECONDS):
-            peaks[:] = [max(peak, pss(pid)) for peak, pid in zip(peaks, pids, strict=True)]
+            look()
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -162,6 +168,7 @@ def peak_memory(pids: list[int]) -> Iterator[list[float]]:
     finally:
         ended.set()
         watcher.join()
+        look()
 
 
 # Fitness images and members. A run takes minutes where the product is large.
@@ -172,9 +179,8 @@ LIMIT_IMAGES = 8192
 UPDATE_MEMBERS = 1000
 FREE_MEMBERS, FREE_CHUNK, FREE_TASKS = 100_000, 200, 2000
 MEMORY_POPULATIONS = (16, 1000, 10_000, 100_000)
-MEMORY_IMAGES, WARM_MEMBERS = 2, 4000
+MEMORY_IMAGES = 2
 SGD_IMAGES = 2560
-TRAFFIC_IMAGES = 256
 
 Said = Callable[[str], None]
 
@@ -218,7 +224,6 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
                 f"{share:.2f} of the bare pass"
             )
             before = after
-        images, population = grid[-1]
         for size in sizes:
             alone[size].append(16 * size * 2048 / resnet.score(pools[size], 16 * size, 2048))
             bare_alone[size].append(bares[size].run(forward, LIMIT_IMAGES, batch, "ours")["images"])
@@ -228,17 +233,17 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
         lows.append(16 * 2048 / low.score(low_pool, 16, 2048))
         by_size = ", ".join(f"{size}: {alone[size][-1]:.0f}" for size in sizes)
         say(f"scoring {repeat + 1}/{REPEATS}: images/s by workers, {by_size}; bf16 {lows[-1]:.0f}")
-    pids = [info.pid for info in whole.infos]
-    with peak_memory(pids) as worker_mb:
-        resnet.score(whole, 2 * workers, 2048)
-    stored = stored_bytes()
-    row = Generation(PARENT, TRAFFIC_IMAGES).phase(whole, 16)
-    parent_bytes = resnet.model.theta_D.nbytes
-    traffic = stored_bytes() - stored
-    for pool in (*pools.values(), low_pool):
-        close(pool)
     for one in bares.values():
         one.close()
+    for pool in (*pools.values(), low_pool):
+        if pool is not whole:
+            close(pool)
+    stored = stored_bytes()
+    with peak_memory([info.pid for info in whole.infos]) as worker_mb:
+        row = resnet.evolver(whole, 16).evolve(1)[1]
+    traffic = stored_bytes() - stored
+    close(whole)
+    parent_bytes = resnet.model.theta_D.nbytes
     return {
         "limit": {
             "images_per_second": spread(limits),
@@ -339,14 +344,19 @@ def measure_dispatch(workers: int, say: Said) -> Results:
 
 
 def measure_memory(workers: int, populations: tuple[int, ...], say: Said) -> list[Results]:
-    """Peak memory of a generation of the small network over its population."""
+    """Peak memory of whole evolve phases of the small network over their population."""
     small = Generation(SMALL, MEMORY_IMAGES)
     pool = small.pool(workers)
-    small.phase(pool, WARM_MEMBERS)
+
+    def evolve(population: int) -> None:
+        row = small.evolver(pool, population).evolve(1)[1]
+        assert row["accepted"], row["note"]
+
+    evolve(populations[0])  # a warm-up
     found = []
     for population in populations:
         with peak_memory([os.getpid(), *(info.pid for info in pool.infos)]) as peaks:
-            small.phase(pool, population)
+            evolve(population)
         driver_mb, *worker_mb = peaks
         found.append({"population": population, "driver_mb": driver_mb, "worker_mb": max(worker_mb)})
         say(f"memory: {population} members, driver {driver_mb:.0f} MB, a worker {max(worker_mb):.0f} MB")

@@ -70,7 +70,7 @@ def table(results: Results) -> str:
     lines += ["| efficiency | " + " | ".join(f"{share:.0%}" for share in shares) + " |", ""]
     lines += [
         "| simulated | workers | members | seconds | of what those workers could do | driver, CPU seconds | driver, MB "
-        "| tasks done again |",
+        "| tasks lost and done again |",
         "| --- " * 8 + "|",
     ]
     lines += [

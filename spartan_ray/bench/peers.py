@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import numpy as np
 
 from spartan_ray.bench.bare import PARENT
 from spartan_ray.bench.figures import Results, said, spread
 from spartan_ray.bench.measure import Generation, Said, close, peak_memory, process_tree
 from spartan_ray.config import RunError
+from spartan_ray.evolve import Evolver
+from spartan_ray.noise import member_seeds
+from spartan_ray.strategies.base import SHAPING, Aim, Score, Scores, Take, line, noisy
 
 # The program of each, its python - EvoTorch has an environment of its own - and the package whose version counts.
 PROGRAMS = {
@@ -24,19 +31,40 @@ GENERATIONS = 3
 POPULATION, IMAGES = 16, 512
 
 
+def members_alone(evolver: Evolver, generation: int) -> None:
+    """What the peers do in a generation: score the members, shape, sum, move. A phase of evolution strategies scores
+    the parent before and after too."""
+    config = evolver.config
+    assert config.lr
+    evolver.begin(generation)
+    members = noisy(member_seeds(evolver.run_seed, generation, config.population), 0.0, config.sigma)
+    scores = evolver.answer(Score(members))
+    assert isinstance(scores, Scores)
+    weight_K = SHAPING[config.shaping](scores.fitness_K(config.fitness)) / (len(members) * config.sigma**2)
+    evolver.answer(Aim(members.seed_K, weight_K.astype(np.float32), config.lr))
+    evolver.answer(Take(line(1.0)))
+
+
+# Ours without what the peers do not do, and with it.
+OURS = {"Spartan Ray": members_alone, "Spartan Ray, parent scored too": Evolver.evolve}
+
+
 def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
-    """Members a second and memory of whole generations, ours first."""
-    resnet = Generation(PARENT, IMAGES)
+    """Members a second and memory of generations, ours first. All draw normal noise."""
+    resnet = Generation(PARENT, IMAGES, noise="gaussian")
     pool = resnet.pool(workers)
-    resnet.score(pool, 2 * workers, IMAGES)
-    resnet.update(pool, POPULATION)
-    rates, found = [], []
+    evolver, generations = resnet.evolver(pool, POPULATION), itertools.count(1)
+    evolver.evolve(next(generations))  # a warm-up
+    rates: dict[str, list[float]] = {name: [] for name in OURS}
+    found = []
 
     def own() -> None:
-        for _ in range(GENERATIONS):
-            seconds = resnet.score(pool, POPULATION, IMAGES) + resnet.update(pool, POPULATION)
-            rates.append(POPULATION / seconds)
-        say(f"peers: Spartan Ray, {said(spread(rates[-GENERATIONS:]))} members a second")
+        for name, generation in OURS.items():
+            for _ in range(GENERATIONS):
+                started = time.perf_counter()
+                generation(evolver, next(generations))
+                rates[name].append(POPULATION / (time.perf_counter() - started))
+            say(f"peers: {name}, {said(spread(rates[name][-GENERATIONS:]))} members a second")
 
     for name, (program, python, package) in PROGRAMS.items():
         own()
@@ -52,11 +80,14 @@ def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
         version = f"{package} {peer['version'][package]}"
         found.append({"name": name, "version": version, "members_per_second": rate, "peak_mb": peer["peak_mb"]})
     own()
-    # In a generation of its own and over all processes, Ray's too, as the peers do it.
-    with peak_memory(process_tree(os.getpid())) as peaks:
-        resnet.score(pool, POPULATION, IMAGES)
-        resnet.update(pool, POPULATION)
+    ours = []
+    for name, generation in OURS.items():
+        # In a generation of its own and over all processes, Ray's too, as the peers do it.
+        with peak_memory(process_tree(os.getpid())) as peaks:
+            generation(evolver, next(generations))
+        version = importlib.metadata.version("spartan-ray")
+        ours.append(
+            {"name": name, "version": version, "members_per_second": spread(rates[name]), "peak_mb": sum(peaks)}
+        )
     close(pool)
-    version = importlib.metadata.version("spartan-ray")
-    ours = {"name": "Spartan Ray", "version": version, "members_per_second": spread(rates), "peak_mb": sum(peaks)}
-    return [ours, *found]
+    return [*ours, *found]
