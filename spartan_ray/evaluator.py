@@ -122,19 +122,18 @@ class Evaluator:
         scored_batches = self._batches(images, part)
         count = sum(len(batch.labels_N) for batch in scored_batches)
         folding = nullcontext if self.config.batchnorm == "batch" else functools.partial(self.folding, self.dtype)
-        tallies = []
-        for seed, offset, gain in zip(members.seed_K, members.offset_K, members.gain_K, strict=True):
+        loss_K = torch.empty(len(members), dtype=torch.float64, device=self.device)
+        correct_K = torch.empty(len(members), dtype=torch.int64, device=self.device)
+        images_K = np.empty(len(members), np.int64)
+        for k, (seed, offset, gain) in enumerate(zip(members.seed_K, members.offset_K, members.gain_K, strict=True)):
             self.descend(int(seed), offset, gain, self.needed_R2)
             if self.config.batchnorm == "recalibrate":
                 recalibrate(self.model.module, self.reference_NCHW)
             with folding(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 one = tally(self.model.module, scored_batches, count, self.config.batchnorm, self.config.fitness, bar)
-            tallies.append(one)
+            loss_K[k], correct_K[k], images_K[k] = one
         # One wait for the device a call.
-        loss_K = torch.stack([one.loss for one in tallies]).cpu().numpy()
-        correct_K = torch.stack([one.correct for one in tallies]).cpu().numpy()
-        images_K = np.array([one.images for one in tallies])
-        return Scores(loss_K / images_K, correct_K / images_K, images_K)
+        return Scores(loss_K.cpu().numpy() / images_K, correct_K.cpu().numpy() / images_K, images_K)
 
     def descend(self, seed: int, offset: float, gain: float, needed_R2: NDArray[np.int64] | None = None) -> None:
         """Make the module a descendant of the parent, or as much of it as is needed."""

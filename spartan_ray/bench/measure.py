@@ -68,8 +68,9 @@ class Generation:
     """What a generation of one network works on."""
 
     def __init__(self, parent: Parent, images: int, precision: str = "fp32", noise: str = "uniform") -> None:
+        # The steps are too small to spoil the parent: a score that is NaN would be asked of two workers.
         self.evolution = Evolution.model_validate(
-            {"every": 1, "population": 16, "fitness_images": images, "precision": precision, "noise": noise}
+            {"every": 1, "lr": 1e-6, "fitness_images": images, "precision": precision, "noise": noise}
         )
         all_images = random_images(images)
         self.splits = Splits(all_images, all_images, all_images, all_images, tuple("0123456789"), MEAN_C, STD_C)
