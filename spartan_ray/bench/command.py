@@ -20,6 +20,7 @@ from spartan_ray.bench.measure import (
     Said,
     measure_dispatch,
     measure_memory,
+    measure_phases,
     measure_scoring,
     measure_update,
 )
@@ -43,7 +44,7 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
     results: Results = {"machine": machine(workers)}
     if results["machine"]["load"] > BUSY * workers:
         say(f"something else is running here (load {results['machine']['load']:.1f}): the figures will be low")
-    parts = ["memory", *["peers"] * bool(peers), "scoring", "update", "dispatch", *["simulation"] * full]
+    parts = ["memory", *["peers"] * bool(peers), "phases", "scoring", "update", "dispatch", *["simulation"] * full]
     say(f"starting Ray; the parts: {', '.join(parts)}; what is measured is kept in {out / PARTIAL} until the end")
     # Idle pools of every size stand beside each other: logical cores, which cost nothing.
     ray.init(
@@ -59,6 +60,8 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
         results["memory"] = measure_memory(workers, MEMORY_POPULATIONS if full else MEMORY_POPULATIONS[:3], say)
         save(results, out)
         results["peers"] = measure_peers(peers, workers, say) if peers else []
+        save(results, out)
+        results |= measure_phases(workers, say)
         save(results, out)
         results |= measure_scoring(workers, FULL_SCORING if full else SCORING, say)
         save(results, out)

@@ -181,6 +181,7 @@ UPDATE_MEMBERS = 1000
 FREE_MEMBERS, FREE_CHUNK, FREE_TASKS = 100_000, 200, 2000
 MEMORY_POPULATIONS = (16, 1000, 10_000, 100_000)
 MEMORY_IMAGES = 2
+PHASES, PHASE_MEMBERS, PHASE_IMAGES = 6, 16, 2048
 SGD_IMAGES = 2560
 
 Said = Callable[[str], None]
@@ -237,14 +238,7 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
     for one in bares.values():
         one.close()
     for pool in (*pools.values(), low_pool):
-        if pool is not whole:
-            close(pool)
-    stored = stored_bytes()
-    with peak_memory([info.pid for info in whole.infos]) as worker_mb:
-        row = resnet.evolver(whole, 16).evolve(1)[1]
-    traffic = stored_bytes() - stored
-    close(whole)
-    parent_bytes = resnet.model.theta_D.nbytes
+        close(pool)
     return {
         "limit": {
             "images_per_second": spread(limits),
@@ -276,10 +270,29 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
             }
             for size in sizes
         ],
+    }
+
+
+def measure_phases(workers: int, say: Said) -> Results:
+    """What whole evolve phases of ResNet18, one after another as in a run, send and take in memory."""
+    resnet = Generation(PARENT, PHASE_IMAGES)
+    pool = resnet.pool(workers)
+    evolver, seconds, traffic, worker_mb = resnet.evolver(pool, PHASE_MEMBERS), [], [], []
+    for phase in range(1, PHASES + 1):
+        stored = stored_bytes()
+        with peak_memory([info.pid for info in pool.infos]) as peaks:
+            row = evolver.evolve(phase)[1]
+        assert row["accepted"], row["note"]
+        seconds.append(row["broadcast_seconds"])
+        traffic.append(stored_bytes() - stored)
+        worker_mb.append(max(peaks))
+        say(f"phases {phase}/{PHASES}: a worker {worker_mb[-1]:.0f} MB, sent {traffic[-1] / 1e6:.1f} MB")
+    close(pool)
+    return {
         "broadcast": {
-            "seconds": spread([row["broadcast_seconds"]]),
-            "bytes_per_generation": traffic,
-            "parents_per_generation": traffic / parent_bytes,
+            "seconds": spread(seconds),
+            "bytes_per_generation": spread(traffic),
+            "parents_per_generation": spread(sent / resnet.model.theta_D.nbytes for sent in traffic),
         },
         "resnet18_worker_mb": spread(worker_mb),
     }
