@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
 
+from spartan_ray import cli
 from spartan_ray.config import Config, ImageSet
 from spartan_ray.driver import Driver, Progress, Supervisor
 from spartan_ray.replay import Replay
@@ -43,6 +48,23 @@ def run_here(config: Config, folder: Path | None = None) -> tuple[Path, list[str
     driver = Driver(config.model_copy(update={"cluster": resolve_cluster(config.cluster, [{"CPU": 2}])}), folder)
     assert driver.run()
     return Path(str(driver.progress.folder)), driver.progress.notes
+
+
+def command(*arguments: str, cwd: Path) -> tuple[int, str, str]:
+    """What `spartan` says where it starts no Ray, in this process, which saves the start of another one: exit code,
+    standard output and error."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        patch.object(sys, "argv", ["spartan", *arguments]),
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0), out.getvalue(), err.getvalue()
+    raise AssertionError("main exits")
 
 
 def attend(supervisor: Supervisor, watch: Callable[[Progress], None]) -> Path:

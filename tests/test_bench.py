@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +21,7 @@ from local import CPU, NORMALISE, PARENT, SPLITS, Phase, trained
 
 from spartan_ray.bench import figures, model
 from spartan_ray.bench.bare import PARENT as RESNET
-from spartan_ray.bench.measure import SMALL, FreeWorker, Generation, close, peak_memory, stored_bytes
+from spartan_ray.bench.measure import SMALL, FreeWorker, Generation, close, peak_memory, stored_bytes, worker_processes
 from spartan_ray.config import Evolution
 from spartan_ray.evaluator import Evaluator, LocalPool, ParentState, reference_images
 from spartan_ray.kernels.cpu import CpuKernel
@@ -71,10 +71,10 @@ def test_memory_is_flat_over_a_hundred_thousand_members(local_ray: None) -> None
 
     small = Generation(SMALL, 2)
     pool = small.pool(2, CheapWorker)
-    pids = [os.getpid(), *(info.pid for info in pool.infos)]
+    watched = [psutil.Process(), *worker_processes(pool)]
     used = []
     for population in (4000, 1000, 100_000):  # the first is a warm-up
-        with peak_memory(pids) as peaks:
+        with peak_memory(watched) as peaks:
             row = small.evolver(pool, population).evolve(1)[1]
         assert row["accepted"]
         used.append(peaks)

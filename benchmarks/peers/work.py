@@ -15,12 +15,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
+import psutil
 import ray
 import torch
 import torch.nn.functional as F
@@ -113,12 +113,12 @@ def measure(
 def peak_memory_mb(work: Callable[[], object]) -> tuple[float, float]:
     """The peaks, in 10^6 bytes, of this process with all that descend from it, and of it alone, during the work."""
     peak_mb = peak_driver_mb = 0.0
-    done = threading.Event()
+    here, done = psutil.Process(), threading.Event()
 
     def watch() -> None:
         nonlocal peak_mb, peak_driver_mb
         while True:
-            driver_mb, *others_mb = [pss_mb(process) for process in process_tree(os.getpid())]
+            driver_mb, *others_mb = [pss_mb(process) for process in (here, *here.children(recursive=True))]
             peak_mb, peak_driver_mb = max(peak_mb, driver_mb + sum(others_mb)), max(peak_driver_mb, driver_mb)
             if done.wait(0.2):
                 return
@@ -131,20 +131,8 @@ def peak_memory_mb(work: Callable[[], object]) -> tuple[float, float]:
     return peak_mb, peak_driver_mb
 
 
-def process_tree(process: int) -> Iterator[int]:
-    """The process, then all that descend from it."""
-    yield process
-    with suppress(OSError):  # it ended
-        for thread in Path(f"/proc/{process}/task").iterdir():
-            with suppress(OSError):
-                for child in (thread / "children").read_text().split():
-                    yield from process_tree(int(child))
-
-
-def pss_mb(process: int) -> float:
+def pss_mb(process: psutil.Process) -> float:
     """Its memory, shared pages counted in equal parts by those that share them; 0 when it has ended."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024 / 1e6
+    with suppress(psutil.Error):
+        return float(process.memory_full_info().pss) / 1e6
     return 0.0

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import torch
 
@@ -30,8 +31,8 @@ from spartan_ray.config import InputError
 from spartan_ray.record import environment
 
 PARTIAL = "results-so-far.json"
-# Load a core above which a machine is not idle.
-BUSY = 0.5
+# Share of the cores that others may use on a machine called idle, and for how long to look.
+BUSY, LOOK_SECONDS = 0.1, 2.0
 DOCS = {Path("README.md"): table, Path("docs/scaling.md"): model.table}
 
 
@@ -42,8 +43,8 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
     _check(out, full, peers, docs)
     workers = len(os.sched_getaffinity(0))
     results: Results = {"machine": machine(workers)}
-    if results["machine"]["load"] > BUSY * workers:
-        say(f"something else is running here (load {results['machine']['load']:.1f}): the figures will be low")
+    if results["machine"]["busy_cores"] > BUSY * workers:
+        say(f"something else is running here ({results['machine']['busy_cores']} cores): the figures will be low")
     parts = ["memory", *["peers"] * bool(peers), "phases", "scoring", "update", "dispatch", *["simulation"] * full]
     say(f"starting Ray; the parts: {', '.join(parts)}; what is measured is kept in {out / PARTIAL} until the end")
     # Idle pools of every size stand beside each other: logical cores, which cost nothing.
@@ -116,6 +117,6 @@ def machine(workers: int) -> Results:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": workers,
         "memory_gb": round(memory / 1e9),
-        "load": os.getloadavg()[0],
+        "busy_cores": round(psutil.cpu_percent(LOOK_SECONDS) / 100 * workers, 2),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
     }

@@ -21,9 +21,9 @@ def spread(values: Iterable[float]) -> Spread:
     return {name: float(f"{value:.4g}") for name, value in figures.items()}
 
 
-def number(value: float) -> str:
-    """To three digits, whole thousands with commas."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+def number(value: float, digits: int = 3) -> str:
+    """To so many digits, whole hundreds and more in full with commas."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
 
 
 def said(figure: Spread) -> str:
@@ -146,7 +146,7 @@ def table(results: Results) -> str:
         "| | aim | here | met |",
         "| --- | --- | --- | --- |",
         *(
-            f"| {target['name']} | at {target['at']} {number(target['wanted'])} | {number(target['figure'])} "
+            f"| {target['name']} | at {target['at']} {number(target['wanted'])} | {number(target['figure'], 4)} "
             f"| {'yes' if target['met'] else 'no' + (': ' + target['reason']) * bool(target['reason'])} |"
             for target in results["targets"]
         ),

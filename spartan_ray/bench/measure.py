@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import numpy as np
+import psutil
 import ray
 import torch
 
@@ -113,12 +112,15 @@ class Generation:
         return Evolver(evolution, 0, strategy, self.model, self.splits, normalise, pool, here)
 
 
+def worker_processes(pool: Pool) -> list[psutil.Process]:
+    return [psutil.Process(info.pid) for info in pool.infos]
+
+
 def close(pool: Pool) -> None:
     """End the workers of a pool and wait until they are gone: what a process shares weighs more on fewer."""
-    pids = [info.pid for info in pool.infos]
+    ended = worker_processes(pool)
     pool.close()
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        time.sleep(SAMPLE_SECONDS)
+    psutil.wait_procs(ended)
 
 
 def stored_bytes() -> int:
@@ -129,34 +131,21 @@ def stored_bytes() -> int:
     return int(get_memory_info_reply(state).store_stats.cumulative_created_bytes)
 
 
-def pss(pid: int) -> float:
+def pss(process: psutil.Process) -> float:
     """Megabytes of memory of a process, what it shares divided among those that share it; 0 of one that ended."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024 / MEGABYTE
+    with suppress(psutil.Error):
+        return float(process.memory_full_info().pss) / MEGABYTE
     return 0.0
 
 
-def process_tree(pid: int) -> list[int]:
-    """A process and all that descend from it."""
-    found = [pid]
-    with suppress(OSError):  # it ended
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            with suppress(OSError):
-                for child in (thread / "children").read_text().split():
-                    found += process_tree(int(child))
-    return found
-
-
 @contextmanager
-def peak_memory(pids: list[int]) -> Iterator[list[float]]:
+def peak_memory(processes: list[psutil.Process]) -> Iterator[list[float]]:
     """The largest memory of each process while the block runs and at its end, in megabytes."""
     gc.collect()
-    peaks, ended = [0.0] * len(pids), threading.Event()
+    peaks, ended = [0.0] * len(processes), threading.Event()
 
     def look() -> None:
-        peaks[:] = [max(peak, pss(pid)) for peak, pid in zip(peaks, pids, strict=True)]
+        peaks[:] = [max(peak, pss(process)) for peak, process in zip(peaks, processes, strict=True)]
 
     def watch() -> None:
         while not ended.wait(SAMPLE_SECONDS):
@@ -280,7 +269,7 @@ def measure_phases(workers: int, say: Said) -> Results:
     evolver, seconds, traffic, worker_mb = resnet.evolver(pool, PHASE_MEMBERS), [], [], []
     for phase in range(1, PHASES + 1):
         stored = stored_bytes()
-        with peak_memory([info.pid for info in pool.infos]) as peaks:
+        with peak_memory(worker_processes(pool)) as peaks:
             row = evolver.evolve(phase)[1]
         assert row["accepted"], row["note"]
         seconds.append(row["broadcast_seconds"])
@@ -369,7 +358,7 @@ def measure_memory(workers: int, populations: tuple[int, ...], say: Said) -> lis
     evolve(populations[0])  # a warm-up
     found = []
     for population in populations:
-        with peak_memory([os.getpid(), *(info.pid for info in pool.infos)]) as peaks:
+        with peak_memory([psutil.Process(), *worker_processes(pool)]) as peaks:
             evolve(population)
         driver_mb, *worker_mb = peaks
         found.append({"population": population, "driver_mb": driver_mb, "worker_mb": max(worker_mb)})

@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from spartan_ray.bench.bare import PARENT
 from spartan_ray.bench.figures import Results, said, spread
-from spartan_ray.bench.measure import Generation, Said, close, peak_memory, process_tree
+from spartan_ray.bench.measure import Generation, Said, close, peak_memory
 from spartan_ray.config import RunError
 from spartan_ray.evolve import Evolver
 from spartan_ray.noise import member_seeds
@@ -83,7 +83,8 @@ def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
     ours = []
     for name, generation in OURS.items():
         # In a generation of its own and over all processes, Ray's too, as the peers do it.
-        with peak_memory(process_tree(os.getpid())) as peaks:
+        here = psutil.Process()
+        with peak_memory([here, *here.children(recursive=True)]) as peaks:
             generation(evolver, next(generations))
         version = importlib.metadata.version("spartan-ray")
         ours.append(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 from ray.cluster_utils import Cluster as RayCluster
 
@@ -108,7 +109,7 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
                 "seconds": seconds,
                 "efficiency": population / team.capacity,
                 "driver_cpu_seconds": time.process_time() - processor,
-                "driver_mb": pss(os.getpid()),
+                "driver_mb": pss(psutil.Process()),
                 **{key: team.pool.counts[key] - counts[key] for key in ("retries", "late_results")},
             }
         )

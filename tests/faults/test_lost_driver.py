@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
-from runs import attend, change, run, run_here, same_result
+from runs import attend, change, command, run, run_here, same_result
 
 from spartan_ray.checkpoint import epochs_kept, latest_checkpoint, load_checkpoint
 from spartan_ray.config import Cluster, Config, Data, Evolution, InputError, Parent, Run, RunError, load_config
@@ -153,21 +153,20 @@ def test_sigterm_and_then_sigkill_leave_nothing_half_written(undisturbed: Path, 
 def test_resume_refuses_another_configuration_and_knows_a_finished_run(undisturbed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(undisturbed, tmp_path / "run"))
 
-    def resume(*flags: str) -> tuple[int, str]:
-        with spartan("resume", str(folder), *flags, cwd=tmp_path) as process:
-            said, _ = process.communicate(timeout=120)
-        return process.returncode, said
+    def resume(*flags: str) -> tuple[int, str, str]:
+        return command("resume", str(folder), *flags, cwd=tmp_path)
 
-    finished = (0, f"{folder}: finished, all {2 * KILLS} epochs are done\n")
+    finished = (0, f"{folder}: finished, all {2 * KILLS} epochs are done\n", "")
     assert resume("--cluster.workers", "2", "--run.keep", "1") == finished
     (folder / "checkpoints" / f"epoch-{2 * KILLS:06d}.json").unlink()
-    code, said = resume()
-    assert code == 0
+    with spartan("resume", str(folder), cwd=tmp_path) as process:
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
     assert said.index(f"going on after epoch {2 * KILLS - 1}\n") < said.index(f"epoch {2 * KILLS}/{2 * KILLS} evolve")
     assert same_result(folder, undisturbed)
-    code, said = resume("--evolution.sigma", "0.5", "--run.seed", "3")
+    code, _, said = resume("--evolution.sigma", "0.5", "--run.seed", "3")
     assert code == 2
     assert "only cluster and run.keep may change on resume: " in said
     assert "run.seed was 0 and is 3; evolution.sigma was 0.01 and is 0.5" in said
     shutil.rmtree(folder / "checkpoints")
-    assert resume() == (2, f"spartan: {folder}: no intact checkpoint to go on from\n")
+    assert resume() == (2, "", f"spartan: {folder}: no intact checkpoint to go on from\n")
