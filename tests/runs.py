@@ -6,12 +6,14 @@ import contextlib
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import ray
 
 from spartan_ray import cli
@@ -56,15 +58,17 @@ def command(*arguments: str, cwd: Path) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with (
         patch.object(sys, "argv", ["spartan", *arguments]),
+        patch.dict(os.environ, {"HOME": str(cwd)}),  # and what is set meanwhile goes again
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        try:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            del os.environ[name]
+        with pytest.raises(SystemExit) as end:
             cli.main()
-        except SystemExit as end:
-            return int(end.code or 0), out.getvalue(), err.getvalue()
-    raise AssertionError("main exits")
+    assert isinstance(end.value.code, int)
+    return end.value.code, out.getvalue(), err.getvalue()
 
 
 def attend(supervisor: Supervisor, watch: Callable[[Progress], None]) -> Path:

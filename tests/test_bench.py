@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+import subprocess
+import sys
+import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +25,17 @@ from local import CPU, NORMALISE, PARENT, SPLITS, Phase, trained
 
 from spartan_ray.bench import figures, model
 from spartan_ray.bench.bare import PARENT as RESNET
-from spartan_ray.bench.measure import SMALL, FreeWorker, Generation, close, peak_memory, stored_bytes, worker_processes
+from spartan_ray.bench.measure import (
+    SAMPLE_SECONDS,
+    SMALL,
+    FreeWorker,
+    Generation,
+    close,
+    peak_memory,
+    pss,
+    stored_bytes,
+    worker_processes,
+)
 from spartan_ray.config import Evolution
 from spartan_ray.evaluator import Evaluator, LocalPool, ParentState, reference_images
 from spartan_ray.kernels.cpu import CpuKernel
@@ -71,16 +85,40 @@ def test_memory_is_flat_over_a_hundred_thousand_members(local_ray: None) -> None
 
     small = Generation(SMALL, 2)
     pool = small.pool(2, CheapWorker)
-    watched = [psutil.Process(), *worker_processes(pool)]
+    watched = [[process] for process in (psutil.Process(), *worker_processes(pool))]
     used = []
     for population in (4000, 1000, 100_000):  # the first is a warm-up
-        with peak_memory(watched) as peaks:
+        with peak_memory(*watched) as peaks:
             row = small.evolver(pool, population).evolve(1)[1]
         assert row["accepted"]
         used.append(peaks)
     close(pool)
     for before, after in zip(used[1], used[2], strict=True):
         assert after < 1.05 * before
+
+
+def test_memory_is_the_peak_of_a_group_and_what_processes_share_counts_once(tmp_path: Path) -> None:
+    """A page that this process and another one map is half of each."""
+    size, here = 200_000_000, psutil.Process()
+    (tmp_path / "shared").write_bytes(bytes(size))
+    share = "import mmap; f = open('shared'); m = mmap.mmap(f.fileno(), 0, prot=1); sum(m[::4096]); print(); input()"
+    with (tmp_path / "shared").open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert sum(mapped[::4096]) == 0
+        alone = pss(here)
+        command = [sys.executable, "-c", share]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path) as other:
+            assert other.stdout
+            other.stdout.readline()
+            assert 0.4 * size < (alone - pss(here)) * 1e6 < 0.6 * size
+            until = time.monotonic() + 60
+            with peak_memory([here], [here, psutil.Process(other.pid)]) as peaks:
+                held = np.ones(size, np.int8)
+                while peaks[0] < alone and time.monotonic() < until:
+                    time.sleep(SAMPLE_SECONDS)
+                del held
+            assert pss(here) + 150 < peaks[0]
+            assert peaks[0] + 100 < peaks[1] < peaks[0] + 200
+            other.communicate(b"\n")
 
 
 def test_an_update_takes_no_more_memory_for_more_members() -> None:
@@ -234,9 +272,32 @@ def test_the_model_s_one_gpu_is_busy_and_a_thousand_need_more_members() -> None:
 
 
 def test_figures_are_said_with_their_spread() -> None:
-    assert figures.spread([3, 1, 2.00004]) == {"median": 2.0, "min": 1, "max": 3}
+    assert figures.spread([3, 1, 2.00004]) == {"median": 2.0, "min": 1, "max": 3, "repeats": 3}
     assert figures.said(figures.spread([1234.4, 999, 2000])) == "1,234 (999 - 2,000)"
     assert figures.said(figures.spread([0.5])) == "0.5"
+
+
+@pytest.mark.parametrize("met", [False, True])
+def test_a_target_that_is_missed_has_its_reason(met: bool) -> None:
+    results = json.loads((BENCHMARKS / "results.json").read_text())
+    good, little = (1e6, 1e-6) if met else (1e-6, 1e6)
+    results["over_torchvision"]["median"] = results["sgd"]["ratio"]["median"] = good
+    results["dispatch"]["members_per_second"]["median"] = good
+    results["broadcast"]["parents_per_generation"]["max"] = results["resnet18_worker_mb"]["max"] = little
+    results["memory"][-1]["worker_mb"] = little
+    for row in results["scoring"]:
+        row["efficiency"]["median"] = good
+    for row in results["update"]:
+        row["seconds_per_1000_members"]["median"] = little
+    for row in results["scaling"]:
+        row["speedup"]["median"] = good
+    for peer in results["peers"]:
+        peer.get("ours_over_it", {})["median"] = good
+    judged = figures.targets(results)
+    assert len(judged) == 11
+    for target in judged:
+        assert target["met"] is met, target
+        assert bool(target.get("reason")) is not met
 
 
 def test_a_table_goes_between_its_marks_and_nowhere_else(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import subprocess
+import sys
 import time
 
 import naive_ray
@@ -13,7 +15,7 @@ import pytest
 import thread_pool_es
 import torch
 from torch import nn
-from work import initial_network, measure
+from work import Fitness, initial_network, measure
 
 SIGMA, LR = 0.1, 0.02
 FITNESS_K = [-2.0, 0.5, -1.25, -0.25, -3.0]
@@ -69,6 +71,14 @@ def test_naive_ray_descends_and_moves() -> None:
     np.testing.assert_allclose(flat(network), theta_D + expected_move(noise_KD), atol=1e-6)
 
 
+def test_fitness_is_minus_the_loss_in_evaluation_mode() -> None:
+    network, fitness = initial_network(), Fitness(300)
+    assert not network.training
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(network(fitness.images_NCHW), fitness.labels_N)
+    assert fitness(network) == pytest.approx(-float(loss), rel=1e-5)
+
+
 def test_the_parent_is_the_same_everywhere_and_costs_no_random_numbers() -> None:
     """EvoTorch's actors build it from their first members on, and would all draw the same ones after it."""
     torch.manual_seed(5)
@@ -80,14 +90,23 @@ def test_the_parent_is_the_same_everywhere_and_costs_no_random_numbers() -> None
 
 
 def test_a_peer_prints_one_line_of_rates_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[int] = []
+
     def generation() -> float:
+        calls.append(1)
         time.sleep(0.25)
         return 0.125
 
-    measure("peer", ["numpy"], argparse.Namespace(population=10, generations=2), generation)
+    hold = f"held = b'x' * {10**8}; print(); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        measure("peer", ["numpy"], argparse.Namespace(population=10, generations=2), generation)
+        other.communicate(b"\n")
+    assert len(calls) == 4  # the first is a warm-up, in the last memory is looked at
     (line,) = capsys.readouterr().out.splitlines()
     result = json.loads(line)
     assert result["version"] == {"numpy": np.__version__}
     assert result["scoring_members_per_second"] == [80, 80]
     assert all(0 < rate <= 40 for rate in result["members_per_second"])
-    assert 20 < result["peak_driver_mb"] <= result["peak_mb"]
+    assert 20 < result["peak_driver_mb"] < result["peak_mb"] - 100

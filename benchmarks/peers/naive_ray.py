@@ -57,11 +57,10 @@ def main() -> None:
     workers = [actor.remote(Fitness(arguments.images)) for _ in range(arguments.workers)]
 
     def generation() -> None:
-        noise_K = [sample(parent) for _ in range(arguments.population)]
-        calls = [
-            workers[member % len(workers)].score.remote(descend(parent, noise, SIGMA))
-            for member, noise in enumerate(noise_K)
-        ]
+        noise_K, calls = [], []
+        for member in range(arguments.population):  # the first ones are scored while the next are drawn
+            noise_K.append(sample(parent))
+            calls.append(workers[member % len(workers)].score.remote(descend(parent, noise_K[member], SIGMA)))
         update(parent, noise_K, ray.get(calls), LR, SIGMA)
 
     measure("naive_ray", ["ray", "torch", "numpy"], arguments, generation)

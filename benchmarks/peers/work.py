@@ -133,6 +133,6 @@ def peak_memory_mb(work: Callable[[], object]) -> tuple[float, float]:
 
 def pss_mb(process: psutil.Process) -> float:
     """Its memory, shared pages counted in equal parts by those that share them; 0 when it has ended."""
-    with suppress(psutil.Error):
+    with suppress(psutil.NoSuchProcess):
         return float(process.memory_full_info().pss) / 1e6
     return 0.0

@@ -108,6 +108,12 @@ def save(results: Results, out: Path) -> None:
     (out / PARTIAL).write_text(json.dumps(results, indent=1) + "\n")
 
 
+def busy_cores() -> float:
+    """How many of the cores that are ours somebody uses now."""
+    percent = psutil.cpu_percent(LOOK_SECONDS, percpu=True)
+    return round(sum(percent[core] for core in os.sched_getaffinity(0)) / 100, 2)
+
+
 def machine(workers: int) -> Results:
     """What the figures depend on."""
     facts: dict[str, Any] = environment()
@@ -117,6 +123,6 @@ def machine(workers: int) -> Results:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": workers,
         "memory_gb": round(memory / 1e9),
-        "busy_cores": round(psutil.cpu_percent(LOOK_SECONDS) / 100 * workers, 2),
+        "busy_cores": busy_cores(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
     }

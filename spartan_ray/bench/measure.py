@@ -113,7 +113,12 @@ class Generation:
 
 
 def worker_processes(pool: Pool) -> list[psutil.Process]:
-    return [psutil.Process(info.pid) for info in pool.infos]
+    """Those that live: one that just ended is replaced."""
+    found = []
+    for info in pool.infos:
+        with suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(info.pid))
+    return found
 
 
 def close(pool: Pool) -> None:
@@ -133,19 +138,19 @@ def stored_bytes() -> int:
 
 def pss(process: psutil.Process) -> float:
     """Megabytes of memory of a process, what it shares divided among those that share it; 0 of one that ended."""
-    with suppress(psutil.Error):
+    with suppress(psutil.NoSuchProcess):
         return float(process.memory_full_info().pss) / MEGABYTE
     return 0.0
 
 
 @contextmanager
-def peak_memory(processes: list[psutil.Process]) -> Iterator[list[float]]:
-    """The largest memory of each process while the block runs and at its end, in megabytes."""
+def peak_memory(*groups: list[psutil.Process]) -> Iterator[list[float]]:
+    """The largest memory of each group of processes while the block runs and at its end, in megabytes."""
     gc.collect()
-    peaks, ended = [0.0] * len(processes), threading.Event()
+    peaks, ended = [0.0] * len(groups), threading.Event()
 
     def look() -> None:
-        peaks[:] = [max(peak, pss(process)) for peak, process in zip(peaks, processes, strict=True)]
+        peaks[:] = [max(peak, sum(map(pss, group))) for peak, group in zip(peaks, groups, strict=True)]
 
     def watch() -> None:
         while not ended.wait(SAMPLE_SECONDS):
@@ -170,10 +175,15 @@ UPDATE_MEMBERS = 1000
 FREE_MEMBERS, FREE_CHUNK, FREE_TASKS = 100_000, 200, 2000
 MEMORY_POPULATIONS = (16, 1000, 10_000, 100_000)
 MEMORY_IMAGES = 2
-PHASES, PHASE_MEMBERS, PHASE_IMAGES = 6, 16, 2048
+PHASES, PHASE_MEMBERS, PHASE_IMAGES = 5, 16, 2048
 SGD_IMAGES = 2560
 
 Said = Callable[[str], None]
+
+
+def ratios(over: list[float], under: list[float]) -> list[float]:
+    """Of what was measured in the same repeats."""
+    return [one / other for one, other in zip(over, under, strict=True)]
 
 
 def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) -> Results:
@@ -191,7 +201,7 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
     say(f"the fastest batches of the bare forward passes: {batch_of}")
     for pool in (*pools.values(), low_pool):
         resnet.score(pool, 2 * workers, 256)  # a warm-up
-    rates, ratios, limits = defaultdict(list), defaultdict(list), []
+    rates, efficiencies, limits = defaultdict(list), defaultdict(list), []
     theirs, folded, gflops, lows = [], [], [], []
     alone: dict[int, list[float]] = defaultdict(list)
     bare_alone: dict[int, list[float]] = defaultdict(list)
@@ -208,8 +218,8 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
             rate = images * population / resnet.score(whole, population, images)
             after = limit()
             rates[images, population].append(rate)
-            ratios[images, population].append(2 * rate / (before + after))
-            share = ratios[images, population][-1]
+            share = 2 * rate / (before + after)
+            efficiencies[images, population].append(share)
             say(
                 f"scoring {repeat + 1}/{REPEATS}: {population} members on {images} images, {rate:.0f} images/s, "
                 f"{share:.2f} of the bare pass"
@@ -243,19 +253,22 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
                 "workers": workers,
                 "members_per_second": spread(rate / images for rate in rates[images, population]),
                 "images_per_second": spread(rates[images, population]),
-                "efficiency": spread(ratios[images, population]),
+                "efficiency": spread(efficiencies[images, population]),
             }
             for images, population in grid
         ],
-        "over_torchvision": spread(own / their for own, their in zip(alone[workers], theirs, strict=True)),
-        "over_folded": spread(own / bare for own, bare in zip(alone[workers], folded, strict=True)),
+        "over_torchvision": spread(ratios(alone[workers], theirs)),
+        "over_folded": spread(ratios(alone[workers], folded)),
         "bf16": {"images_per_second": spread(lows)},
         "scaling": [
             {
                 "workers": size,
                 "images_per_second": spread(alone[size]),
-                "speedup": spread(own / one for own, one in zip(alone[size], alone[1], strict=True)),
-                "bare_speedup": spread(own / one for own, one in zip(bare_alone[size], bare_alone[1], strict=True)),
+                "speedup": spread(ratios(alone[size], alone[1])),
+                "bare_speedup": spread(ratios(bare_alone[size], bare_alone[1])),
+                "of_the_bare_speedup": spread(
+                    ratios(ratios(alone[size], alone[1]), ratios(bare_alone[size], bare_alone[1]))
+                ),
             }
             for size in sizes
         ],
@@ -269,11 +282,12 @@ def measure_phases(workers: int, say: Said) -> Results:
     evolver, seconds, traffic, worker_mb = resnet.evolver(pool, PHASE_MEMBERS), [], [], []
     for phase in range(1, PHASES + 1):
         stored = stored_bytes()
-        with peak_memory(worker_processes(pool)) as peaks:
-            row = evolver.evolve(phase)[1]
+        row = evolver.evolve(2 * phase)[1]
         assert row["accepted"], row["note"]
         seconds.append(row["broadcast_seconds"])
         traffic.append(stored_bytes() - stored)
+        with peak_memory(*([worker] for worker in worker_processes(pool))) as peaks:  # which costs time
+            evolver.evolve(2 * phase + 1)
         worker_mb.append(max(peaks))
         say(f"phases {phase}/{PHASES}: a worker {worker_mb[-1]:.0f} MB, sent {traffic[-1] / 1e6:.1f} MB")
     close(pool)
@@ -281,7 +295,7 @@ def measure_phases(workers: int, say: Said) -> Results:
         "broadcast": {
             "seconds": spread(seconds),
             "bytes_per_generation": spread(traffic),
-            "parents_per_generation": spread(sent / resnet.model.theta_D.nbytes for sent in traffic),
+            "parents_per_generation": spread(bytes_sent / resnet.model.theta_D.nbytes for bytes_sent in traffic),
         },
         "resnet18_worker_mb": spread(worker_mb),
     }
@@ -325,7 +339,7 @@ def measure_update(workers: int, say: Said) -> Results:
         "sgd": {
             "images_per_second": spread(ours),
             "torchvision_images_per_second": spread(theirs),
-            "ratio": spread(own / their for own, their in zip(ours, theirs, strict=True)),
+            "ratio": spread(ratios(ours, theirs)),
         },
     }
 
@@ -358,7 +372,7 @@ def measure_memory(workers: int, populations: tuple[int, ...], say: Said) -> lis
     evolve(populations[0])  # a warm-up
     found = []
     for population in populations:
-        with peak_memory([psutil.Process(), *worker_processes(pool)]) as peaks:
+        with peak_memory([psutil.Process()], *([worker] for worker in worker_processes(pool))) as peaks:
             evolve(population)
         driver_mb, *worker_mb = peaks
         found.append({"population": population, "driver_mb": driver_mb, "worker_mb": max(worker_mb)})

@@ -50,24 +50,32 @@ OURS = {"Spartan Ray": members_alone, "Spartan Ray, parent scored too": Evolver.
 
 
 def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
-    """Members a second and memory of generations, ours first. All draw normal noise."""
+    """Members a second and memory of generations, ours before and after each peer's, which have the machine to
+    themselves. All draw normal noise."""
     resnet = Generation(PARENT, IMAGES, noise="gaussian")
-    pool = resnet.pool(workers)
-    evolver, generations = resnet.evolver(pool, POPULATION), itertools.count(1)
-    evolver.evolve(next(generations))  # a warm-up
     rates: dict[str, list[float]] = {name: [] for name in OURS}
+    peak_mb: dict[str, list[float]] = {name: [] for name in OURS}
     found = []
 
     def own() -> None:
+        pool = resnet.pool(workers)
+        evolver, generations = resnet.evolver(pool, POPULATION), itertools.count(1)
+        evolver.evolve(next(generations))  # a warm-up
         for name, generation in OURS.items():
             for _ in range(GENERATIONS):
                 started = time.perf_counter()
                 generation(evolver, next(generations))
                 rates[name].append(POPULATION / (time.perf_counter() - started))
-            say(f"peers: {name}, {said(spread(rates[name][-GENERATIONS:]))} members a second")
+            # In a generation of its own and over all processes, Ray's too, as the peers do it.
+            here = psutil.Process()
+            with peak_memory([here, *here.children(recursive=True)]) as peaks:
+                generation(evolver, next(generations))
+            peak_mb[name] += peaks
+            say(f"peers: {name}, {said(spread(rates[name][-GENERATIONS:]))} members a second, {peaks[0]:.0f} MB")
+        close(pool)
 
+    own()
     for name, (program, python, package) in PROGRAMS.items():
-        own()
         command = [str(folder / python), str(folder / program), "--workers", str(workers), "--population"]
         command += [str(POPULATION), "--images", str(IMAGES), "--generations", str(GENERATIONS)]
         say(f"peers: {' '.join(command)}")
@@ -78,17 +86,21 @@ def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
         rate = spread(peer["members_per_second"])
         say(f"peers: {name}, {said(rate)} members a second, {peer['peak_mb']:.0f} MB")
         version = f"{package} {peer['version'][package]}"
-        found.append({"name": name, "version": version, "members_per_second": rate, "peak_mb": peer["peak_mb"]})
-    own()
-    ours = []
-    for name, generation in OURS.items():
-        # In a generation of its own and over all processes, Ray's too, as the peers do it.
-        here = psutil.Process()
-        with peak_memory([here, *here.children(recursive=True)]) as peaks:
-            generation(evolver, next(generations))
-        version = importlib.metadata.version("spartan-ray")
-        ours.append(
-            {"name": name, "version": version, "members_per_second": spread(rates[name]), "peak_mb": sum(peaks)}
+        own()
+        beside = rates["Spartan Ray"][-2 * GENERATIONS :]
+        found.append(
+            {
+                "name": name,
+                "version": version,
+                "members_per_second": rate,
+                "peak_mb": peer["peak_mb"],
+                # Ours just before and after it, over each of its own.
+                "ours_over_it": spread(own / their for own in beside for their in peer["members_per_second"]),
+            }
         )
-    close(pool)
+    version = importlib.metadata.version("spartan-ray")
+    ours = [
+        {"name": name, "version": version, "members_per_second": spread(rates[name]), "peak_mb": max(peak_mb[name])}
+        for name in OURS
+    ]
     return [*ours, *found]

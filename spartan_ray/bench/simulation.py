@@ -73,12 +73,14 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
     say(f"simulation: {workers} workers on {NODES} nodes have joined after {time.perf_counter() - started:.0f} s")
     members = noisy(np.arange(population, dtype=np.uint64), 0.0, 0.01)
     stopped: list[int] = []
+    slowed: list[Any] = []
     changed: list[str] = []
 
     def stragglers(done: int) -> None:
         if done > population // 10 and not stopped:
-            for slot in team.pool.slots[:SLOW]:
-                slot.worker.__ray_call__.remote(slow_down)
+            slowed.extend(slot.worker for slot in team.pool.slots[:SLOW])
+            for worker in slowed:
+                worker.__ray_call__.remote(slow_down)
             stopped.append(team.pool.infos[SLOW].pid)
             os.kill(stopped[0], signal.SIGSTOP)
             team.missing = SLOW * (1 - 1 / SLOW_FACTOR) + 1
@@ -94,7 +96,7 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
     found = []
     for name, disturb in (("undisturbed", None), ("stragglers", stragglers), ("elastic", elastic)):
         team.disturb, team.done, team.capacity = disturb, 0, 0.0
-        counts, processor = dict(team.pool.counts), time.process_time()
+        counts, processor, before_mb = dict(team.pool.counts), time.process_time(), pss(psutil.Process())
         started = team.counted = time.perf_counter()
         team.pool.broadcast(parent)
         team.pool.broadcast_scale(None)
@@ -109,7 +111,7 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
                 "seconds": seconds,
                 "efficiency": population / team.capacity,
                 "driver_cpu_seconds": time.process_time() - processor,
-                "driver_mb": pss(psutil.Process()),
+                "driver_grew_mb": pss(psutil.Process()) - before_mb,
                 **{key: team.pool.counts[key] - counts[key] for key in ("retries", "late_results")},
             }
         )
@@ -118,7 +120,8 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
             os.kill(pid, signal.SIGCONT)
         stopped.clear()
         team.missing = 0.0
-        ray.get([slot.worker.__ray_call__.remote(recover) for slot in team.pool.slots])
+        ray.get([worker.__ray_call__.remote(recover) for worker in slowed])
+        slowed.clear()
     team.pool.close()
     ray.shutdown()
     cluster.shutdown()
