@@ -111,12 +111,13 @@ def test_memory_is_the_peak_of_a_group_and_what_processes_share_counts_once(tmp_
             other.stdout.readline()
             assert 0.4 * size < (alone - pss(here)) * 1e6 < 0.6 * size
             until = time.monotonic() + 60
-            with peak_memory([here], [here, psutil.Process(other.pid)]) as peaks:
-                # Past the allocator, which reuses and keeps what is freed.
-                with mmap.mmap(-1, size) as held:
-                    held.write(b"x" * size)
-                    while peaks[0] < alone and time.monotonic() < until:
-                        time.sleep(SAMPLE_SECONDS)
+            both = [here, psutil.Process(other.pid)]
+            # Past the allocator, which reuses and keeps what is freed.
+            with peak_memory([here], both) as peaks, mmap.mmap(-1, size) as held:
+                for _ in range(size // 10**6):
+                    held.write(b"x" * 10**6)
+                while peaks[0] < alone and time.monotonic() < until:
+                    time.sleep(SAMPLE_SECONDS)
             assert pss(here) + 150 < peaks[0]
             assert peaks[0] + 100 < peaks[1] < peaks[0] + 200
             other.communicate(b"\n")
