@@ -110,16 +110,17 @@ def test_memory_is_the_peak_of_a_group_and_what_processes_share_counts_once(tmp_
             assert other.stdout
             other.stdout.readline()
             assert 0.4 * size < (alone - pss(here)) * 1e6 < 0.6 * size
-            until = time.monotonic() + 60
+            until = time.monotonic() + 20
             both = [here, psutil.Process(other.pid)]
             # Past the allocator, which reuses and keeps what is freed.
             with peak_memory([here], both) as peaks, mmap.mmap(-1, size) as held:
                 for _ in range(size // 10**6):
                     held.write(b"x" * 10**6)
-                while peaks[0] < alone and time.monotonic() < until:
+                full = pss(here)
+                while (peaks[0] < full - 10 or peaks[1] < full + 90) and time.monotonic() < until:
                     time.sleep(SAMPLE_SECONDS)
             assert pss(here) + 150 < peaks[0]
-            assert peaks[0] + 100 < peaks[1] < peaks[0] + 200
+            assert peaks[0] + 80 < peaks[1] < peaks[0] + 180
             other.communicate(b"\n")
 
 
