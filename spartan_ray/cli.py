@@ -108,9 +108,6 @@ def main() -> None:
     except RunError as error:
         print(f"spartan: {error}", file=sys.stderr)
         code = 1
-    except BrokenPipeError:  # what reads the output has enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     except KeyboardInterrupt:  # before there was a run to stop, or while it stopped
         print("stopped", flush=True)
         code = 130

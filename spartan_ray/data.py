@@ -184,7 +184,7 @@ def _torchvision(config: Data, note: Note) -> Dataset:
         try:
             part = kind(str(root), train=train, download=config.download)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError) as error:
-            advice = " and cannot be downloaded" if config.download else " (data.download is off)"
+            advice = "" if config.download else " (data.download is off)"
             lines = (str(error).strip() or type(error).__name__).splitlines()
             raise InputError(f"data.root {root}: {config.name} is missing or corrupt{advice}: {lines[0]}") from None
         pixels = np.asarray(part.data)

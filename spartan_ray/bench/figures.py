@@ -145,9 +145,9 @@ def table(results: Results) -> str:
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['device']}; torch "
         f"{machine['versions']['torch']}, Ray {machine['versions']['ray']}; {workers} workers of one thread, ResNet18, "
         f"32x32 images, fp32; others used {machine['busy_cores']} of the cores at the start. Median (min - max) of "
-        "the repeats of one run, five or, where a repeat takes minutes, three. What is said to be over, or of, the "
-        "bare pass, torchvision's module, one worker or EvoTorch is the median of quotients, each of what was measured "
-        "in the same repeat.",
+        "the repeats of one run: five, three where a repeat takes minutes, and a peer's three generations. What is "
+        "said to be over, or of, the bare pass, torchvision's module or one worker is the median of quotients, each of "
+        "what was measured in the same repeat; over EvoTorch's, of our generations just before and after by each of its.",
         "",
         "| | aim | here | met |",
         "| --- | --- | --- | --- |",
