@@ -146,8 +146,9 @@ def table(results: Results) -> str:
         f"{machine['versions']['torch']}, Ray {machine['versions']['ray']}; {workers} workers of one thread, ResNet18, "
         f"32x32 images, fp32; others used {machine['busy_cores']} of the cores at the start. Median (min - max) of "
         "the repeats of one run: five, three where a repeat takes minutes, and a peer's three generations. What is "
-        "said to be over, or of, the bare pass, torchvision's module or one worker is the median of quotients, each of "
-        "what was measured in the same repeat; over EvoTorch's, of our generations just before and after by each of its.",
+        "said to be over, or of, the bare pass, torchvision's module or one worker is the median of quotients, each "
+        "of what was measured in the same repeat; over EvoTorch's, of our generations just before and after by each "
+        "of its.",
         "",
         "| | aim | here | met |",
         "| --- | --- | --- | --- |",
