@@ -28,6 +28,7 @@ from spartan_ray.parent import Trainer, mean_gradient
 from spartan_ray.pool import Pool
 from spartan_ray.resources import resolve_cluster
 from spartan_ray.strategies.base import noisy
+from spartan_ray.transport import RayTransport
 
 SEED, EPOCHS, IMAGES, PARTS = 0, 10, 2048, 8
 MEMBERS, RACES, LR = 256, 2000, 0.05
@@ -67,7 +68,8 @@ def main() -> None:
 
     ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     cluster = resolve_cluster(Cluster(), [node["Resources"] for node in ray.nodes()])
-    pool = Pool(EvaluatorSpec.of(config, splits), cluster, print, lambda members, images: None)
+    transport = RayTransport(EvaluatorSpec.of(config, splits), cluster)
+    pool = Pool(transport, cluster, config.evolution.noise, print, lambda members, images: None)
     pool.wait_until_joined()
     buffers = [buffer.numpy() for buffer in model.buffers]
     pool.broadcast(ParentState(model.theta_D.numpy(), buffers, {"fitness": np.arange(IMAGES)}))

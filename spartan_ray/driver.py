@@ -37,10 +37,11 @@ from spartan_ray.fitness import Normaliser, score
 from spartan_ray.journal import write_journal
 from spartan_ray.model import FlatModel, describe, initial_model
 from spartan_ray.parent import Trainer
-from spartan_ray.pool import Pool, nodes_here_first, pool_size
+from spartan_ray.pool import Pool
 from spartan_ray.record import Row, RunFolder, lock_folder
 from spartan_ray.resources import resolve_cluster
 from spartan_ray.strategies import make_strategy
+from spartan_ray.transport import RayTransport, nodes_here_first, pool_size
 from spartan_ray.worker import claim_device
 
 # The train loss is taken on so many SGD images at most: the same ones every epoch.
@@ -198,7 +199,8 @@ class Driver:
         strategy = make_strategy(config.evolution, len(splits.classes))
         if strategy:
             spec = EvaluatorSpec.of(config, splits)
-            self.pool = Pool(spec, config.cluster, self._note, self._advance)
+            transport = RayTransport(spec, config.cluster)
+            self.pool = Pool(transport, config.cluster, config.evolution.noise, self._note, self._advance)
             self.at_end.callback(self.pool.close)
             here = LocalPool(spec.make(self.device), spec.threads)
             self.evolver = Evolver(

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,12 +23,10 @@ from spartan_ray.fitness import Normaliser, recalibrate
 from spartan_ray.model import FlatModel
 from spartan_ray.noise import RMS, kernel_for
 from spartan_ray.parent import mean_gradient
+from spartan_ray.pool import Pool
 from spartan_ray.record import Row
 from spartan_ray.strategies import Aim, Gradient, Members, Outcome, Score, Scores, Strategy, Take
 from spartan_ray.strategies.base import Request
-
-if TYPE_CHECKING:  # a phase needs a pool, but not Ray
-    from spartan_ray.pool import Pool
 
 # Keys of `permutation` for the images of a generation.
 IMAGES_OF_GENERATION = 1 << 33

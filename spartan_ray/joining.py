@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import spartan_ray
+from spartan_ray.config import NoiseKind
+from spartan_ray.noise import fingerprint_agrees
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,12 @@ def versions() -> dict[str, str]:
     for path in sorted(Path(spartan_ray.__file__).parent.rglob("*.py")):
         sources.update(path.read_bytes())
     return found | {"spartan-ray": f"sources {sources.hexdigest()[:12]}"}
+
+
+def objections(info: WorkerInfo, noise: NoiseKind) -> str:
+    """Why a worker would not compute as this process does; nothing if it would."""
+    ours = versions()
+    odd = [f"{name} {info.versions[name]}, here {ours[name]}" for name in ours if info.versions[name] != ours[name]]
+    if not fingerprint_agrees(noise, info.fingerprint):
+        odd.append("its noise fingerprint differs")
+    return "; ".join(odd)

@@ -41,7 +41,9 @@ class Span:
     start: int
     stop: int
     copies: int = 0  # workers that have it now
-    failed_on: list[int] = field(default_factory=list)  # places in the pool whose worker failed at it
+    failed_on: list[int] = field(default_factory=list)  # places in the pool whose worker ended at it
+    failures: int = 0  # that are held against it, in the smallest size
+    deaths_elsewhere: int = -1  # that there had been when a worker was last killed at it
     doubtful: Any = None  # a worker whose result was not finite
     done: bool = False
 
@@ -63,6 +65,7 @@ class Range:
     next_size: Callable[[Any, int], int]  # for a worker, when so many elements wait
     waiting: deque[Span]
     left: int  # elements that are not done
+    smallest: int  # elements of a task that can fail no smaller
     seconds: float = 0.0  # that so many elements took
     elements: int = 0
 

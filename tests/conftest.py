@@ -18,7 +18,7 @@ import pytest
 import ray
 from hypothesis import settings
 from PIL import Image
-from runs import run
+from whole_runs import run
 
 from spartan_ray.config import Config, Data, Evolution, Parent, Run
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import change, command, run_here, same_result
+from whole_runs import change, command, run_here, same_result
 
 from spartan_ray.checkpoint import latest_checkpoint
 from spartan_ray.config import load_config

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torchvision
 from ray.exceptions import RayTaskError
-from runs import bars_of, change, metrics, outcome, run_here, same_result
 from safetensors.torch import load_file
+from whole_runs import bars_of, change, metrics, outcome, run_here, same_result
 
 from spartan_ray.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from spartan_ray.config import Config, InputError, load_config, load_run_config

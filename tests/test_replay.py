@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import bars_of, change, run_here
 from safetensors.torch import load_file
+from whole_runs import bars_of, change, run_here
 
 from spartan_ray.checkpoint import prune
 from spartan_ray.config import Config, InputError, Parent, dump_config, load_config

@@ -38,6 +38,7 @@ from spartan_ray.pool import Pool
 from spartan_ray.resources import resolve_cluster
 from spartan_ray.strategies import Members, make_strategy
 from spartan_ray.strategies.base import Part, Scores, noisy
+from spartan_ray.transport import RayTransport
 from spartan_ray.worker import Worker
 
 CPU = torch.device("cpu")
@@ -82,7 +83,8 @@ class Generation:
 
     def pool(self, workers: int, kind: type[Worker] = Worker) -> Pool:
         cluster = resolve_cluster(Cluster(workers=workers), [node["Resources"] for node in ray.nodes()])
-        pool = Pool(self.spec, cluster, print, lambda members, images: None, kind)
+        transport = RayTransport(self.spec, cluster, kind)
+        pool = Pool(transport, cluster, self.evolution.noise, print, lambda members, images: None)
         pool.wait_until_joined()
         return pool
 

@@ -20,11 +20,12 @@ from ray.cluster_utils import Cluster as RayCluster
 from spartan_ray.bench.figures import Results
 from spartan_ray.bench.measure import Said, pss
 from spartan_ray.bench.model import PARENT_BYTES
-from spartan_ray.bench.sleeper import SECONDS_A_MEMBER, SLOW_FACTOR, Sleeper, Spec, recover, slow_down
-from spartan_ray.config import Cluster, Evolution
+from spartan_ray.bench.sleeper import SECONDS_A_MEMBER, SLOW_FACTOR, Sleeper, recover, slow_down
+from spartan_ray.config import Cluster
 from spartan_ray.pool import Pool
 from spartan_ray.resources import resolve_cluster
 from spartan_ray.strategies.base import noisy
+from spartan_ray.transport import RayTransport
 
 WORKERS, NODES = 64, 4
 POPULATION = 100_000
@@ -62,12 +63,11 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
     nodes = [cluster.add_node(num_cpus=per_node) for _ in range(NODES - 1)]
     ray.init(address=cluster.address, log_to_driver=False)
     parent: Any = np.zeros(PARENT_BYTES, np.uint8)
-    spec: Any = Spec(Evolution())
     resolved = resolve_cluster(Cluster(cpus_per_worker=1, driver_cpus=1), [node["Resources"] for node in ray.nodes()])
     team = Team(pool=None)  # type: ignore[arg-type]
     notes: list[str] = []
     started = time.perf_counter()
-    team.pool = Pool(spec, resolved, notes.append, team.advance, Sleeper)
+    team.pool = Pool(RayTransport(None, resolved, Sleeper), resolved, "uniform", notes.append, team.advance)
     while len(team.pool.infos) < workers:
         team.pool.wait_until_joined()
     say(f"simulation: {workers} workers on {NODES} nodes have joined after {time.perf_counter() - started:.0f} s")
@@ -78,7 +78,7 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
 
     def stragglers(done: int) -> None:
         if done > population // 10 and not stopped:
-            slowed.extend(slot.worker for slot in team.pool.slots[:SLOW])
+            slowed.extend(slot.worker for slot in team.pool.dispatcher.slots[:SLOW])
             for worker in slowed:
                 worker.__ray_call__.remote(slow_down)
             stopped.append(team.pool.infos[SLOW].pid)

@@ -5,25 +5,17 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import ray
 
-from spartan_ray.config import Evolution, ImageSet
+from spartan_ray.config import ImageSet
 from spartan_ray.joining import WorkerInfo, versions
 from spartan_ray.noise import FINGERPRINT_SEED, FINGERPRINT_SLICES, noise
 from spartan_ray.strategies.base import Members, Part, Scores
 
 SECONDS_A_MEMBER = 0.02
 SLOW_FACTOR = 5.0
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What the pool asks of a specification."""
-
-    evolution: Evolution
 
 
 class Sleeper:

@@ -14,7 +14,7 @@ import psutil
 import ray
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from runs import attend
+from whole_runs import attend
 
 from spartan_ray.config import Config
 from spartan_ray.driver import Progress, Supervisor

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
-from runs import attend, change, command, run, run_here, same_result
+from whole_runs import attend, change, command, run, run_here, same_result
 
 from spartan_ray.checkpoint import epochs_kept, latest_checkpoint, load_checkpoint
 from spartan_ray.config import Cluster, Config, Data, Evolution, InputError, Parent, Run, RunError, load_config

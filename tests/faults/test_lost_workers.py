@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import attend, change, in_worker, metrics, run, run_here, same_result
+from whole_runs import attend, change, in_worker, metrics, run, run_here, same_result
 
 from spartan_ray.config import Config, Data, Evolution, Parent, Run
 from spartan_ray.driver import Progress, Supervisor

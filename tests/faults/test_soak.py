@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import change, metrics
+from whole_runs import change, metrics
 
 from spartan_ray.config import Config
 from spartan_ray.journal import read_journal

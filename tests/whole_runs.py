@@ -88,7 +88,7 @@ def in_worker(supervisor: Supervisor, pid: int, change_worker: Callable[[Any], N
     """Change a worker of a run from within: `change_worker` gets the actor's object."""
 
     def in_driver(driver: Any) -> None:
-        for slot in driver.pool.slots:
+        for slot in driver.pool.dispatcher.slots:
             if slot.info and slot.info.pid == pid:
                 slot.worker.__ray_call__.remote(change_worker)
 

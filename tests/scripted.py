@@ -1,0 +1,184 @@
+"""A transport without processes: workers that compute by a formula, on a clock that jumps from event to event."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spartan_ray.config import Cluster
+from spartan_ray.dispatch import Lost
+from spartan_ray.joining import WorkerInfo, versions
+from spartan_ray.noise import FINGERPRINT_SEED, FINGERPRINT_SLICES, noise
+from spartan_ray.pool import Pool
+from spartan_ray.strategies import Members, Scores
+
+FINGERPRINT = np.concatenate([noise("uniform", FINGERPRINT_SEED, *ends) for ends in FINGERPRINT_SLICES])
+START_SECONDS, MEMBER_SECONDS, ELEMENT_SECONDS = 3.0, 0.125, 0.001
+CHUNK = 3  # where it is in the arguments of `evaluate`
+
+
+@dataclass(eq=False)
+class Process:
+    """A worker. `factor` is how slow it is; infinite: it hangs."""
+
+    pid: int
+    factor: float = 1.0
+    free: float = 0.0  # when it has done all that it was given
+    alive: bool = True
+
+
+@dataclass(eq=False)
+class Answer:
+    """What a task is to be answered with, and when."""
+
+    process: Process
+    ready: float
+    value: Any
+
+
+class Scripted:
+    """`script(process, method, arguments)` may change what a task is answered with: it returns an exception, or a
+    function of the answer, or nothing. `room` workers fit the nodes that are `up`."""
+
+    def __init__(self, room: int = 2, script: Callable[[Process, str, tuple[Any, ...]], Any] | None = None) -> None:
+        self.clock = 0.0
+        self.workers = room
+        self.up = {"node"}
+        self.script = script or (lambda process, method, arguments: None)
+        self.pids = count(1)
+        self.processes: list[Process] = []
+        self.answers: set[Answer] = set()
+        self.sent: list[tuple[str, int]] = []  # methods and how much was asked of each task
+        self.events: list[tuple[float, Callable[[], None]]] = []
+
+    def start(self) -> tuple[Process, Answer]:
+        process = Process(next(self.pids))
+        self.processes.append(process)
+        return process, self.submit(process, "join")
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def submit(self, worker: Process, method: str, *arguments: Any) -> Answer:
+        value, seconds = getattr(self, f"_{method}")(worker, *arguments)
+        changed = self.script(worker, method, arguments)
+        if changed is not None:
+            value = changed(value) if callable(changed) else changed
+        worker.free = max(worker.free, self.clock) + seconds * worker.factor
+        answer = Answer(worker, worker.free, value)
+        if not worker.alive:
+            answer.ready, answer.value = self.clock, Lost("the process was dead")
+        self.answers.add(answer)
+        return answer
+
+    def wait(self, references: list[Answer], seconds: float) -> list[Answer]:
+        until = self.clock + seconds
+        while True:
+            if ready := [answer for answer in references if answer.ready <= self.clock]:
+                return ready[:1] if seconds else ready
+            at = min((answer.ready for answer in references), default=math.inf)
+            event = min((when for when, _ in self.events), default=math.inf)
+            if min(at, event) > until:
+                self.clock = until
+                return []
+            self.clock = max(self.clock, min(at, event))
+            for when, happen in [due for due in self.events if due[0] <= self.clock]:
+                self.events.remove((when, happen))
+                happen()
+
+    def result(self, reference: Answer) -> Any:
+        self.answers.remove(reference)
+        if isinstance(reference.value, Exception):
+            raise reference.value
+        return reference.value
+
+    def kill(self, worker: Process) -> None:
+        self.die(worker, "it was killed")
+
+    def now(self) -> float:
+        return self.clock
+
+    def room(self) -> tuple[int, set[str]]:
+        return self.workers, self.up
+
+    def die(self, process: Process, reason: str = "a signal") -> None:
+        """End a process: what it had not answered by now it never will."""
+        process.alive = False
+        for answer in self.answers:
+            if answer.process is process and answer.ready > self.clock:
+                answer.ready, answer.value = self.clock, Lost(reason)
+
+    def freeze(self, process: Process) -> Callable[[], None]:
+        """Stop a process; what is returned lets it go on where it was."""
+        stopped, pending = self.clock, [a for a in self.answers if a.process is process and a.ready > self.clock]
+        left = {answer: answer.ready - stopped for answer in pending}
+        process.factor = math.inf
+        for answer in pending:
+            answer.ready = math.inf
+
+        def go_on() -> None:
+            process.factor = 1.0
+            for answer in self.answers:
+                if answer.process is process and answer.ready == math.inf:
+                    answer.ready = self.clock + left.get(answer, MEMBER_SECONDS)
+            process.free = max((a.ready for a in self.answers if a.process is process), default=self.clock)
+
+        return go_on
+
+    def alive(self) -> list[Process]:
+        return [process for process in self.processes if process.alive]
+
+    def _join(self, process: Process) -> tuple[WorkerInfo, float]:
+        info = WorkerInfo("host", "node", process.pid, "cpu", 1, FINGERPRINT, versions())
+        return info, START_SECONDS
+
+    def _evaluate(self, process: Process, *arguments: Any) -> tuple[tuple[Scores, float, float], float]:
+        members = arguments[CHUNK]
+        self.sent.append(("evaluate", len(members)))
+        seconds = MEMBER_SECONDS * len(members)
+        return (scores(members), 0.25, seconds * min(process.factor, 1e9)), seconds
+
+    def _accumulate(
+        self, process: Process, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
+    ) -> tuple[NDArray[np.float32], float]:
+        self.sent.append(("accumulate", stop - start))
+        return weighted_sum(seed_K, weight_K, stop)[start:], ELEMENT_SECONDS * (stop - start)
+
+
+def scores(members: Members) -> Scores:
+    """What every worker says of members."""
+    loss_K = members.seed_K / 8 + members.gain_K.astype(np.float64)
+    return Scores(loss_K, loss_K % 1, np.full(len(members), 10))
+
+
+def weighted_sum(seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], stop: int) -> NDArray[np.float32]:
+    """What the workers say of the first elements of a sum."""
+    sum_S = np.zeros(stop, np.float32)
+    for seed, weight in zip(seed_K, weight_K, strict=True):
+        sum_S += weight * noise("uniform", int(seed), 0, stop)
+    return sum_S
+
+
+class Team:
+    """A pool on a scripted transport, with what it said. `disturb` is called whenever the pool looks."""
+
+    def __init__(self, transport: Scripted, **cluster: Any) -> None:
+        self.transport = transport
+        self.notes: list[str] = []
+        self.done = 0
+        self.disturb: Callable[[], None] = lambda: None
+        self.pool = Pool(
+            transport, Cluster(workers=transport.workers, **cluster), "uniform", self.notes.append, self.advance
+        )
+        self.pool.broadcast(None)  # type: ignore[arg-type]
+        self.pool.broadcast_scale(None)
+
+    def advance(self, members: int, images: int) -> None:
+        self.done += members
+        self.disturb()

@@ -1,0 +1,336 @@
+"""Dispatch on scripted workers: every member once, whatever workers die, hang, fail, come and go."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted import CHUNK, Process, Scripted, Team, scores, weighted_sum
+
+from spartan_ray.dispatch import FAILURES_PER_WORKER, TRIES, Failed, Lost, PoolError, Slot, backoff, may_do
+from spartan_ray.joining import versions
+from spartan_ray.spans import Span
+from spartan_ray.strategies import Members, Scores
+from spartan_ray.strategies.base import noisy
+
+MEMBERS = Members(
+    np.arange(40, dtype=np.uint64) // 3,
+    np.zeros(40, np.float32),
+    np.tile(np.array([0.05, -0.05, 0, 0.05], np.float32), 10),
+)
+SEEDS, WEIGHTS, SIZE = np.array([3, 9], np.uint64), np.array([0.5, -2], np.float32), 101
+
+
+def same(found: Scores, expected: Scores) -> bool:
+    return all(a.tobytes() == b.tobytes() for a, b in zip(vars(found).values(), vars(expected).values(), strict=True))
+
+
+def ends_well(team: Team) -> bool:
+    """Every member counts once, and so does every element of an update."""
+    team.done = 0
+    right = same(team.pool.evaluate(MEMBERS), scores(MEMBERS)) and team.done == len(MEMBERS)
+    sum_D = team.pool.weighted_sum(SEEDS, WEIGHTS, SIZE)
+    return right and sum_D.tobytes() == weighted_sum(SEEDS, WEIGHTS, SIZE).tobytes()
+
+
+@pytest.mark.parametrize("room", [1, 2, 5])
+@pytest.mark.parametrize("chunk", [1, 7, 1000, "auto"])
+def test_chunks_of_any_size_on_any_number_of_workers_give_the_same_answer(room: int, chunk: Any) -> None:
+    team = Team(Scripted(room), chunk=chunk)
+    assert ends_well(team)
+    assert team.pool.counts["broadcast_seconds"] == 0.25  # of the slowest to load
+    assert not team.notes
+
+
+def test_a_killed_worker_s_chunks_are_done_again_and_it_is_replaced() -> None:
+    team = Team(Scripted(2), chunk=4)
+    team.pool.wait_until_joined()
+    before = {info.pid for info in team.pool.infos}
+
+    def kill() -> None:
+        if team.done >= 8:
+            team.transport.die(team.transport.processes[0])
+
+    team.disturb = kill
+    assert ends_well(team)
+    assert team.pool.counts["retries"] == 2  # what it did and what was queued
+    assert team.notes == ["worker 1 on host (cpu) was lost and is replaced: a signal"]
+    team.pool.wait_until_joined()
+    assert len({info.pid for info in team.pool.infos} & before) == 1
+    assert len(team.pool.infos) == 2
+
+
+def test_what_a_stopped_worker_had_is_done_by_the_other_and_its_late_answer_dropped() -> None:
+    """It answers again while the range is still being covered: what it had counts once."""
+    team = Team(Scripted(2), chunk=1)
+    assert ends_well(team)  # or nothing would be known to be late
+    slot = team.pool.dispatcher.slots[0]
+    stopped: list[Any] = []
+
+    def disturb() -> None:
+        if team.done == 8 and len(slot.tasks) == 2 and not stopped:
+            stopped.append(team.transport.freeze(slot.worker))
+        elif len(stopped) == 1 and any(task.span.done for task in slot.tasks):
+            stopped.append(stopped[0]())
+
+    team.disturb = disturb
+    assert ends_well(team)
+    assert len(stopped) == 2
+    assert team.pool.counts["late_results"] >= 1
+    assert team.pool.counts["retries"] == 0
+    assert slot in team.pool.dispatcher.slots
+
+
+def test_a_worker_that_is_stuck_in_an_update_does_not_hold_up_what_follows() -> None:
+    """Nor is it taken to hang when it answered while nobody looked."""
+    team = Team(Scripted(2), task_timeout=60.0)
+    assert ends_well(team)
+    go_on = team.transport.freeze(team.transport.processes[0])
+    for _ in range(2):
+        assert ends_well(team)
+    go_on()
+    team.transport.clock += 3600
+    assert ends_well(team)
+    assert team.pool.counts["late_results"] >= 1
+    assert not team.notes
+
+
+def test_a_worker_that_hangs_is_replaced() -> None:
+    team = Team(Scripted(2), chunk=5, task_timeout=4.0)
+    team.pool.wait_until_joined()
+    team.transport.freeze(team.transport.processes[1])
+    assert ends_well(team)
+    while not team.notes:
+        assert ends_well(team)
+    assert team.notes == [
+        "worker 2 on host (cpu) was lost and is replaced: no answer for 4 s or more (cluster.task_timeout)"
+    ]
+
+
+def test_a_worker_that_alone_answers_nan_is_replaced_and_what_two_answer_counts() -> None:
+    def broken(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method != "evaluate":
+            return None
+        nan_K = np.where((arguments[CHUNK].seed_K == 7) | (process.pid == 1), np.nan, 0.0)
+        return lambda answer: (replace(answer[0], loss_K=answer[0].loss_K + nan_K), *answer[1:])
+
+    team = Team(Scripted(2, broken), chunk=5)
+    team.pool.wait_until_joined()
+    found, expected = team.pool.evaluate(MEMBERS), scores(MEMBERS)
+    expected.loss_K[MEMBERS.seed_K == 7] = np.nan
+    assert same(found, expected)
+    assert team.notes == [
+        "worker 1 on host (cpu) was lost and is replaced: it returned NaN where worker 2 on host (cpu) does not"
+    ]
+
+
+def test_workers_that_died_while_nobody_looked_are_no_failures() -> None:
+    """More than would end a run if they failed, and the parent alone is asked of one after another of them."""
+    team = Team(Scripted(8))
+    for _ in range(4):
+        assert ends_well(team)
+        for process in team.transport.alive():
+            team.transport.die(process)
+        parent = noisy(np.array([5], np.uint64), 0.0, 0.0)
+        assert same(team.pool.evaluate(parent), scores(parent))
+    assert ends_well(team)
+    assert team.pool.counts["members_failed"] == 0
+
+
+@given(st.integers(0, 2**32), st.integers(1, 6), st.sampled_from([1, 3, "auto"]), st.floats(0.2, 5))
+def test_a_storm_of_kills_costs_time_alone(seed: int, room: int, chunk: Any, seconds: float) -> None:
+    """For a minute a worker is killed every so many seconds, as it starts, works or waits; a start takes three."""
+    chance, team = random.Random(seed), Team(Scripted(room), chunk=chunk)
+
+    def kill() -> None:
+        if alive := team.transport.alive():
+            team.transport.die(chance.choice(alive))
+
+    team.transport.events += [(number * seconds, kill) for number in range(int(60 / seconds))]
+    while team.transport.events:
+        assert ends_well(team)
+        team.transport.wait([], chance.uniform(0, 5))  # SGD
+    assert ends_well(team)
+    assert team.pool.counts["members_failed"] == 0
+
+
+def killer(*seeds: int) -> Any:
+    """A script in which the members of some seeds kill whoever scores them."""
+
+    def script(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        deadly = method == "evaluate" and set(arguments[CHUNK].seed_K.tolist()) & set(seeds)
+        return Lost("out of memory") if deadly else None
+
+    return script
+
+
+@pytest.mark.parametrize("room", [1, 2, 5])
+@pytest.mark.parametrize("seeds", [(5,), (5, 6), (0, 20, 39)])
+@pytest.mark.parametrize("chunk", [1, "auto"])
+def test_a_member_that_kills_again_and_again_is_named_and_scored_worst(room: int, seeds: Any, chunk: Any) -> None:
+    team, members = Team(Scripted(room, killer(*seeds)), chunk=chunk), noisy(np.arange(40, dtype=np.uint64), 0.0, 0.05)
+    found = team.pool.evaluate(members)
+    assert np.flatnonzero(np.isnan(found.loss_K)).tolist() == list(seeds)
+    assert team.pool.counts["members_failed"] == len(seeds)
+    said = [note for note in team.notes if "scored worst" in note]
+    assert sorted(said) == sorted(
+        f"the member of seed {seed} failed on 3 workers and is scored worst: out of memory" for seed in seeds
+    )
+    with pytest.raises(PoolError, match="the member of seed 5 failed on 3 workers: out of memory"):
+        # What has no noise is the parent, or its update: without its score there is no phase.
+        Team(Scripted(room, killer(5))).pool.evaluate(noisy(np.array([5], np.uint64), 0.0, 0.0))
+
+
+def test_a_member_whose_work_raises_is_named_and_scored_worst_or_ends_the_run() -> None:
+    def poison(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        return Failed("FloatingPointError: broken") if method == "evaluate" and 5 in arguments[CHUNK].seed_K else None
+
+    team, members = Team(Scripted(2, poison)), noisy(np.array([4, 5, 6, 7], np.uint64), 0.0, 0.05)
+    assert np.isnan(team.pool.evaluate(members).loss_K).tolist() == [False, True, False, False]
+    assert team.pool.counts["members_failed"] == 1
+    said = "the member of seed 5 failed on 3 workers and is scored worst: FloatingPointError: broken"
+    assert [note for note in team.notes if "scored worst" in note] == [said]
+    assert sum("is replaced" in note for note in team.notes) >= TRIES
+    stopping = Team(Scripted(2, poison), on_member_error="stop")
+    with pytest.raises(PoolError, match="the member of seed 5 failed on 3 workers: FloatingPointError"):
+        stopping.pool.evaluate(members)
+
+
+def test_workers_that_cannot_start_end_the_run_with_the_reason() -> None:
+    def broken(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        return Failed("RuntimeError: negative dimension")
+
+    team = Team(Scripted(3, broken))
+    with pytest.raises(PoolError, match="the workers fail one after another; the last one: RuntimeError: negative"):
+        team.pool.wait_until_joined()
+    assert len(team.transport.processes) <= FAILURES_PER_WORKER * 3 + 2
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_kills_without_end_end_the_run_when_nothing_was_done_for_too_long(at_start: bool) -> None:
+    """Where workers never join, or where every other one does and is killed before it has done anything."""
+    team = Team(Scripted(1), worker_timeout=90.0)
+    assert ends_well(team)
+    began = team.transport.clock
+
+    def kill() -> None:
+        for slot in team.pool.dispatcher.slots:
+            if at_start or slot.worker.pid % 2 or (slot.tasks and slot.info):
+                team.transport.die(slot.worker)
+
+    team.disturb = kill
+    said = "no worker( got anything done)? for 90 s"
+    with pytest.raises(PoolError, match=rf"^{said} \(cluster\.worker_timeout\); the last one: a signal$"):
+        team.pool.weighted_sum(SEEDS, WEIGHTS, 5000)
+    assert 90 < team.transport.clock - began < 100
+    assert any("no worker is there: waiting for 90 s" in note for note in team.notes)
+
+
+def test_long_work_is_waited_for() -> None:
+    team = Team(Scripted(2), worker_timeout=10.0, task_timeout=2000.0)
+    team.pool.wait_until_joined()
+    for process in team.transport.alive():
+        process.factor = 1000.0
+    assert ends_well(team)
+    assert not team.notes
+
+
+def test_a_place_where_workers_go_again_and_again_is_filled_after_longer_and_longer_pauses() -> None:
+    assert [backoff(failures) for failures in (0, 1, 2, 3, 6, 7, 99)] == [0, 1, 2, 4, 32, 60, 60]
+    team = Team(Scripted(2))
+    team.pool.wait_until_joined()
+    dispatcher = team.pool.dispatcher
+    for failures in (1, 2):
+        dispatcher._fail(dispatcher.slots[-1 if failures == 2 else 0], Lost("it broke"))
+        ((when, place, count),) = dispatcher.starts
+        assert (when - team.transport.clock, place, count) == (failures - 1, 0, failures)
+        if failures == 1:
+            team.pool.wait_until_joined()
+    assert team.notes[-1].endswith("was lost and is replaced in 1 s: it broke")
+    # The other place has a worker that succeeds, which does not shorten the pause here.
+    three = MEMBERS[0:3]
+    assert same(team.pool.evaluate(three), scores(three))
+    assert [start[1:] for start in dispatcher.starts] == [(0, 2)]
+    team.pool.wait_until_joined()
+    assert ends_well(team)
+    assert [slot.failures for slot in dispatcher.slots] == [0, 0]  # a success
+
+
+def test_what_failed_in_one_place_is_done_in_another() -> None:
+    first, second = Slot(None, 0), Slot(None, 1)
+    span = Span(0, 4, failed_on=[first.place])
+    assert not may_do(span, first, [second])
+    assert may_do(span, second, [first])
+    assert may_do(span, first, [])
+    span.failed_on.append(second.place)
+    assert may_do(span, first, [second])
+    doubtful = Span(0, 4, doubtful=second)
+    assert not may_do(doubtful, second, [first])
+    assert may_do(doubtful, second, [])
+
+
+@pytest.mark.parametrize(("differs", "said"), [
+    ({"fingerprint": np.zeros(122, np.float32)}, "its noise fingerprint differs"),
+    ({"versions": versions() | {"torch": "1.0"}}, f"torch 1.0, here {versions()['torch']}"),
+])  # fmt: skip
+def test_a_worker_that_computes_otherwise_is_refused_by_name(differs: dict[str, Any], said: str) -> None:
+    def other(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        return (lambda info: replace(info, **differs)) if method == "join" and process.pid in others else None
+
+    others = {2}
+    team = Team(Scripted(2, other))
+    assert ends_well(team)
+    assert team.notes == [f"refused worker 2 on host (cpu): {said}"]
+    others = {1, 2}
+    with pytest.raises(PoolError, match="no workers are left: refused worker"):
+        Team(Scripted(2, other)).pool.evaluate(MEMBERS)
+
+
+def test_workers_follow_the_nodes_and_a_refused_one_is_not_missed_while_its_node_is_there() -> None:
+    def other(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method != "join":
+            return None
+        return {
+            1: lambda info: replace(info, device="H100"),
+            2: lambda info: replace(info, versions=versions() | {"torch": "1.0"}, node="odd"),
+        }.get(process.pid)
+
+    team = Team(Scripted(2, other))
+    transport, dispatcher = team.transport, team.pool.dispatcher
+    transport.up = {"node", "odd"}
+    dispatcher.cluster = dispatcher.cluster.model_copy(update={"workers": "auto"})
+
+    def workers() -> list[int]:
+        transport.clock += 10
+        assert ends_well(team)
+        team.pool.wait_until_joined()
+        return [info.pid for info in team.pool.infos]
+
+    assert workers() == [1]
+    transport.up = {"node"}
+    assert workers() == [1, 3]
+    assert team.notes[-1] == "worker 3 on host (cpu) is not like the others (H100): bits depend on who scores what"
+    transport.workers = 4
+    assert workers() == [1, 3, 4, 5]
+    transport.workers = 2  # what works stays until its node goes
+    assert workers() == [1, 3, 4, 5]
+
+
+def test_a_slow_worker_has_smaller_chunks_and_a_small_update_fewer_slices() -> None:
+    team = Team(Scripted(2))
+    pool, slots = team.pool, team.pool.dispatcher.slots
+    pool.wait_until_joined()
+    pool.seconds_per_member, slots[0].seconds_per_member, slots[1].seconds_per_member = None, 0.5, 0.1
+    assert [pool._chunk_size(1000, slot, 1000) for slot in slots] == [4, 20]
+    assert same(pool.evaluate(MEMBERS), scores(MEMBERS))
+    assert [slot.seconds_per_member for slot in slots] == [0.125, 0.125]
+    team.transport.sent.clear()
+    for seconds_per_noise in (0.0, 1.0, 1e-12):
+        pool.seconds_per_noise = seconds_per_noise
+        assert pool.weighted_sum(SEEDS, WEIGHTS, SIZE).tobytes() == weighted_sum(SEEDS, WEIGHTS, SIZE).tobytes()
+    assert team.transport.sent == [("accumulate", size) for size in (51, 50, 51, 50, 101)]
