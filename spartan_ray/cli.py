@@ -22,7 +22,16 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from spartan_ray.config import Config, InputError, RunError, differences, load_config, load_run_config, preset_names
+from spartan_ray.config import (
+    Config,
+    Diverged,
+    InputError,
+    RunError,
+    differences,
+    load_config,
+    load_run_config,
+    preset_names,
+)
 
 DESCRIPTION = """Spartan training: SGD alternated with evolution, the population scored on Ray."""
 REFRESH_SECONDS = 0.5
@@ -203,7 +212,7 @@ def run(config: Config, folder: Path | None = None) -> int:
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    from spartan_ray.driver import Supervisor
+    from spartan_ray.supervisor import Supervisor
 
     _start_ray(address)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
@@ -234,7 +243,8 @@ def run(config: Config, folder: Path | None = None) -> int:
             print(error, file=sys.stderr)
             return 1
         assert supervisor
-        print(f"spartan: {error.cause}; {_how_to_go_on(supervisor.folder)}", file=sys.stderr)
+        hint = "" if isinstance(error.cause, Diverged) else f"; {_how_to_go_on(supervisor.folder)}"
+        print(f"spartan: {error.cause}{hint}", file=sys.stderr)
         return 1
     except RunError as error:  # of the supervisor
         known = supervisor.folder if supervisor else None
@@ -449,9 +459,13 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 def replay_run(arguments: argparse.Namespace) -> int:
     """`spartan replay`: a descendant again, or all updates."""
-    from spartan_ray.replay import Replay
+    import torch
 
-    replay = Replay(arguments.run, print)
+    from spartan_ray.process import set_up
+    from spartan_ray.replay import Replay, ran_on_gpu
+
+    device = set_up(gpu=ran_on_gpu(arguments.run) and torch.cuda.is_available())
+    replay = Replay(arguments.run, print, device)
     if arguments.verify:
         agree = []
         for generation in replay.generations:

@@ -36,6 +36,10 @@ class RunError(OneLineError):
     """A run cannot go on, and why. What it had is in its last checkpoint."""
 
 
+class Diverged(RunError):
+    """What a run computes is not finite any more; to go on would do the same again."""
+
+
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

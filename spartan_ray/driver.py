@@ -1,4 +1,4 @@
-"""The loop of a run, and the Ray actor that owns the parent and runs it."""
+"""The loop of a run: the Ray actor that owns the parent, trains it and evolves it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ import os
 import platform
 import threading
 import time
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spartan_ray.checkpoint import (
     Checkpoint,
@@ -29,7 +25,7 @@ from spartan_ray.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from spartan_ray.config import Config, InputError, RunError
+from spartan_ray.config import Config, Diverged, InputError
 from spartan_ray.data import load_splits
 from spartan_ray.evaluator import EvaluatorSpec, LocalPool
 from spartan_ray.evolve import Evolver
@@ -39,19 +35,14 @@ from spartan_ray.model import FlatModel, describe, initial_model
 from spartan_ray.parent import Trainer
 from spartan_ray.pool import Pool
 from spartan_ray.record import Row, RunFolder, lock_folder
-from spartan_ray.resources import resolve_cluster
 from spartan_ray.strategies import make_strategy
-from spartan_ray.transport import RayTransport, nodes_here_first, pool_size
+from spartan_ray.transport import RayTransport, pool_size
 from spartan_ray.worker import claim_device
 
 # The train loss is taken on so many SGD images at most: the same ones every epoch.
 TRAIN_LOSS_IMAGES = 5000
 # Above this ratio of update to mutation every measured update made the parent worse.
 STEP_RATIO_LIMIT = 1.4
-# Seconds that a driver which was lost may take to end and let go of its run folder.
-LOCK_PATIENCE = 60.0
-# Seconds that the driver may take to say how far it is before that is counted as silence.
-ANSWER_SECONDS = 10.0
 
 
 class Stopped(Exception):
@@ -86,9 +77,11 @@ class Driver:
     """Owns the parent and runs the loop. `run` takes the run's time; the other methods answer meanwhile.
 
     With a folder the run goes on from its last checkpoint; `patience` is how long, in seconds, another
-    process may take to let go of it."""
+    process may take to let go of it, and `reason` is why, for the run's log."""
 
-    def __init__(self, config: Config, folder: Path | None = None, patience: float = 0.0) -> None:
+    def __init__(
+        self, config: Config, folder: Path | None = None, patience: float = 0.0, reason: str | None = None
+    ) -> None:
         self.config = config
         self.folder = folder
         self.patience = patience
@@ -97,6 +90,8 @@ class Driver:
         self.pool: Pool | None = None
         self.evolver: Evolver | None = None
         self.at_end = contextlib.ExitStack()
+        self.unlogged = [reason] if reason else []  # what is said before there is a folder
+        self.log: Callable[[str], None] = self.unlogged.append
 
     def run(self) -> bool:
         """The whole run, or what is left of it. False when `stop` ended it early."""
@@ -106,13 +101,19 @@ class Driver:
             for epoch in range(first, self.config.run.epochs + 1):
                 self.progress.epoch = epoch
                 row = self._evolve(epoch) if epoch % evolve_every == 0 else self._train(epoch)
-                row = self.record.append({"epoch": epoch} | row | self._score_splits())
+                lr = self.trainer.optimizer.param_groups[0]["lr"]
+                row = self.record.append({"epoch": epoch, "lr": lr} | row | self._score_splits())
+                self._refuse_divergence(row)
                 self._save(epoch)
                 self.progress.rows.append(row)
                 self.progress.said.append(row)
             self._finish()
         except Stopped:
+            self.log("stopped by the user")
             return False
+        except Exception as error:
+            self.log(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            raise
         finally:
             self.at_end.close()
         return True
@@ -144,6 +145,8 @@ class Driver:
         self._advance(self.progress.total - self.progress.done)
         if outcome.note:
             self._note(f"epoch {generation}: {outcome.note}")
+        if dead := row["fitness_nonfinite"]:
+            self._note(f"epoch {generation}: {dead} of {len(outcome.members)} members are not finite: worst of all")
         evolution = self.config.evolution
         if row["step_ratio"] > STEP_RATIO_LIMIT and evolution.strategy == "es" and evolution.step != "search":
             smaller = "evolution.lr" if evolution.step == "lr" else "evolution.step_ratio"
@@ -165,6 +168,17 @@ class Driver:
             row[f"{name}_loss"], row[f"{name}_accuracy"] = result.loss, result.accuracy
             self._advance(1)
         return row | {"evaluation_seconds": time.perf_counter() - started}
+
+    def _refuse_divergence(self, row: Row) -> None:
+        """Raises Diverged after an epoch whose network is not finite: all that would follow is NaN. There is no
+        checkpoint of it. Test and validation choose nothing, not even this."""
+        if self.model.is_finite() and row["train_loss"] is not None and row["evolution_loss"] is not None:
+            return
+        last = self.record.path / "checkpoints" / f"epoch-{row['epoch'] - 1:06d}.safetensors"
+        raise Diverged(
+            f"{self.record.path}: the network diverged in epoch {row['epoch']} ({row['kind']}): its loss or its "
+            f"parameters are not finite; try a smaller parent.lr ({self.config.parent.lr:g}). {last} is before it"
+        )
 
     def _set_up(self) -> int:
         """Load the data, make the parent and the run folder or take them from a checkpoint, start the
@@ -194,6 +208,8 @@ class Driver:
         origin = config.parent.model_copy(update={"weights": "none"}) if checkpoint else config.parent
         module, notes = initial_model(origin, len(splits.classes), config.run.seed)
         self.model = FlatModel(module, self.device)
+        if not self.model.is_finite():
+            raise InputError(f"parent.weights {config.parent.weights}: not all of them are finite")
         self.normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
         self.description = describe(config.parent, splits)
         strategy = make_strategy(config.evolution, len(splits.classes))
@@ -222,6 +238,9 @@ class Driver:
         else:
             self.record = RunFolder.create(config, devices)
         self.at_end.callback(self.record.close)
+        self.log = self.record.log
+        for text in self.unlogged:
+            self.log(text)
         if not checkpoint:
             self._save(0)
         # From here on there is something to go on from.
@@ -280,6 +299,7 @@ class Driver:
 
     def _finish(self) -> None:
         save_weights(self.record.path / "final.safetensors", self.model.state_dict(), self.description)
+        self.log("finished")
         self._begin("done", "", 0)
 
     def _begin(self, phase: str, unit: str, total: int) -> None:
@@ -297,6 +317,7 @@ class Driver:
 
     def _note(self, text: str) -> None:
         self.progress.said.append(text)
+        self.log(text)
 
     def look(self, rows: int | None, said: int) -> Progress:
         """Where the run is, with what was said after the first `said`, and the rows after the first `rows`."""
@@ -308,88 +329,3 @@ class Driver:
     def stop(self) -> None:
         """Let `run` end at the next batch or result."""
         self.stopping.set()
-
-
-class Supervisor:
-    """A run from outside: its driver actor, which is started again from the last checkpoint when it is lost.
-
-    Runs on the Ray that this process is connected to. Raises InputError when the workers that the
-    configuration asks for do not fit."""
-
-    def __init__(self, config: Config, folder: Path | None = None) -> None:
-        nodes = nodes_here_first()
-        cluster = resolve_cluster(config.cluster, [node["Resources"] for node in nodes])
-        self.config = config.model_copy(update={"cluster": cluster})
-        self.folder = folder
-        self.node = nodes[0]["NodeID"]
-        self.restarts = 0
-        self.stopping = False
-        self.unsaid: deque[Row | str] = deque()  # for who shows it
-        self._start(patience=0.0)
-
-    def _start(self, patience: float) -> None:
-        cluster = self.config.cluster
-        # The driver stays where the command runs, if it fits there, since it writes the run folder.
-        # Two threads: one runs the loop, the other answers look and stop.
-        actor: Any = ray.remote(Driver).options(
-            num_cpus=cluster.driver_cpus,
-            num_gpus=cluster.driver_gpus,
-            max_concurrency=2,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(self.node, soft=True),
-        )
-        self.driver = actor.remote(self.config, self.folder, patience)
-        self.running = self.driver.run.remote()
-        self.said = 0
-        self.answered = time.monotonic()
-
-    def watch(self, seconds: float, rows: int | None = None) -> tuple[bool, Progress]:
-        """Wait so long for the end: whether it came, and the progress with what was said since the last call
-        and, if they are asked for, the rows after the first `rows`. Raises the driver's error when it was
-        lost too often, or RunError when it does not answer, or start, for as long as a worker may be missing."""
-        try:
-            ended = bool(ray.wait([self.running], timeout=seconds)[0])
-            progress: Progress = ray.get(self.driver.look.remote(rows, self.said), timeout=ANSWER_SECONDS)
-        except GetTimeoutError:
-            if time.monotonic() - self.answered > self.config.cluster.worker_timeout:
-                raise RunError(
-                    f"no answer of the driver, or no room for it, for {self.config.cluster.worker_timeout:g} s "
-                    "(cluster.worker_timeout)"
-                ) from None
-            return False, self._silence([])
-        except RayTaskError:
-            raise
-        except RayError as error:  # died, out of memory, its node lost
-            return False, self._restart(error)
-        self.answered = time.monotonic()
-        self.unsaid += progress.said
-        self.said += len(progress.said)
-        self.folder = Path(progress.folder) if progress.folder else self.folder
-        return ended, progress
-
-    def result(self) -> bool:
-        """What the driver's `run` returned, or its error."""
-        return bool(ray.get(self.running))
-
-    def stop(self) -> None:
-        """Ask the driver to end the run; one that is lost now stays lost."""
-        self.stopping = True
-        self.driver.stop.remote()
-
-    def close(self) -> None:
-        """End the driver, and with it its workers."""
-        ray.kill(self.driver)
-
-    def _restart(self, error: RayError) -> Progress:
-        self.restarts += 1
-        if self.stopping or self.restarts > self.config.cluster.driver_restarts:
-            raise error
-        self.close()
-        self._start(LOCK_PATIENCE)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return self._silence([f"the driver was lost and is started again from the last checkpoint: {reason}"])
-
-    def _silence(self, notes: list[str]) -> Progress:
-        """What is known of a driver that does not answer."""
-        folder = str(self.folder) if self.folder else None
-        self.unsaid += notes
-        return Progress(folder, epochs=self.config.run.epochs, said=list(notes))

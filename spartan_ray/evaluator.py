@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,15 +27,6 @@ from spartan_ray.strategies.base import WHOLE, Members, Part, Scores
 
 # SGD images that recalibrate BatchNorm: the same ones in the whole run.
 REFERENCE_IMAGES = 512
-
-
-def repeatable_gpu() -> torch.device:
-    """The first GPU of this process, set up so that the same work has the same bits."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False
-    return torch.device("cuda", 0)
 
 
 def reference_images(splits: Splits) -> Images:
@@ -118,7 +108,8 @@ class Evaluator:
         return self.ready[images, part]
 
     def evaluate(self, members: Members, images: ImageSet, bar: float, part: Part = WHOLE) -> Scores:
-        """Score each member on a part of the images; one that can no longer exceed the bar is left."""
+        """Score each member on a part of the images; one that can no longer exceed the bar is left. What is not
+        finite in any way has the loss and the accuracy NaN."""
         scored_batches = self._batches(images, part)
         count = sum(len(batch.labels_N) for batch in scored_batches)
         folding = nullcontext if self.config.batchnorm == "batch" else functools.partial(self.folding, self.dtype)
@@ -133,7 +124,11 @@ class Evaluator:
                 one = tally(self.model.module, scored_batches, count, self.config.batchnorm, self.config.fitness, bar)
             loss_K[k], correct_K[k], images_K[k] = one
         # One wait for the device a call.
-        return Scores(loss_K.cpu().numpy() / images_K, correct_K.cpu().numpy() / images_K, images_K)
+        scores = Scores(loss_K.cpu().numpy() / images_K, correct_K.cpu().numpy() / images_K, images_K)
+        # Outputs that are not numbers are classified too, as class 0: a dead network has no accuracy either.
+        dead_K = ~np.isfinite(scores.loss_K)
+        scores.loss_K[dead_K] = scores.accuracy_K[dead_K] = math.nan
+        return scores
 
     def descend(self, seed: int, offset: float, gain: float, needed_R2: NDArray[np.int64] | None = None) -> None:
         """Make the module a descendant of the parent, or as much of it as is needed."""

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from spartan_ray.checkpoint import TensorDict, load_optimizer, optimizer_tensors
-from spartan_ray.config import BatchNormKind, Evolution, ImageSet, InputError
+from spartan_ray.config import BatchNormKind, Diverged, Evolution, ImageSet, InputError
 from spartan_ray.data import Images, Splits, permutation
 from spartan_ray.evaluator import LocalPool, ParentState, Scale, reference_images
 from spartan_ray.fitness import Normaliser, recalibrate
@@ -102,6 +102,8 @@ class Evolver:
                 break
             answer = self.answer(request)
 
+        if not math.isfinite(outcome.before):
+            raise Diverged(f"the parent's own fitness in generation {generation} is not finite")
         moved = float((self.model.theta_D - theta_D).double().norm())
         images, scored = len(self.image_sets["fitness"]), self.images_scored
         row = {

@@ -45,9 +45,11 @@ def statistics_of(module: nn.Module, kind: BatchNormKind) -> Iterator[None]:
     layers = _batchnorms(module) if kind == "batch" else []
     for layer in layers:
         layer.training, layer.track_running_stats = True, False
-    yield
-    for layer in layers:
-        layer.training, layer.track_running_stats = False, True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training, layer.track_running_stats = False, True
 
 
 def _batchnorms(module: nn.Module) -> list[nn.BatchNorm2d]:
@@ -63,9 +65,11 @@ def recalibrate(module: nn.Module, images_NCHW: torch.Tensor) -> None:
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum, layer.training = 1.0, True
-    module(images_NCHW)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum, layer.training = momentum, False
+    try:
+        module(images_NCHW)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum, layer.training = momentum, False
 
 
 class Batch(NamedTuple):

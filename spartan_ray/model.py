@@ -239,6 +239,10 @@ class FlatModel:
         for own, given in zip(self.buffers, buffers, strict=True):
             own.copy_(given)
 
+    def is_finite(self) -> bool:
+        """Whether all parameters and buffers are numbers."""
+        return all(bool(values.isfinite().all()) for values in (self.theta_D, *self.buffers))
+
     def digest(self) -> str:
         """SHA-256 of parameters and buffers."""
         digest = hashlib.sha256(self.theta_D.cpu().numpy().data)

@@ -13,6 +13,7 @@ import platform
 import socket
 import subprocess
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,7 @@ class RunFolder:
         self.lock = lock
         self.tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=first_epoch)
         self.rows: list[Row] = []
+        self.began, self.seconds_before = time.monotonic(), 0.0  # of the run, before this process
         self.metrics_bytes = 0
         self.metrics_hash = hashlib.sha256()
 
@@ -54,6 +56,7 @@ class RunFolder:
         folder.metrics_hash.update(metrics)
         folder.metrics_bytes = len(metrics)
         folder.rows = [json.loads(line) for line in metrics.splitlines()]
+        folder.seconds_before = folder.rows[-1].get("run_seconds", 0.0) if folder.rows else 0.0
         write_whole(path / "metrics.jsonl", metrics)
         try:
             before = dict(json.loads((path / "environment.json").read_text()))
@@ -69,9 +72,11 @@ class RunFolder:
         write_whole(self.path / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
 
     def append(self, row: Row) -> Row:
-        """Append a line to metrics.jsonl; returns it as written: what is not finite becomes null, as
-        JSON has no word for it. Raises RunError when it cannot be written."""
+        """Append a line to metrics.jsonl, with the time and the seconds that the run has taken; returns it as
+        written: what is not finite becomes null, as JSON has no word for it. Raises RunError when it cannot be
+        written."""
         row = {key: _finite(value) for key, value in row.items()}
+        row |= {"time": now(), "run_seconds": self.seconds_before + time.monotonic() - self.began}
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         try:
             with open(self.path / "metrics.jsonl", "ab") as lines:
@@ -87,6 +92,11 @@ class RunFolder:
         self.metrics_bytes += len(line)
         self.rows.append(row)
         return row
+
+    def log(self, text: str) -> None:
+        """Append a line to log.txt: what was said of the run, and when. A full disk is said by what must be written."""
+        with contextlib.suppress(OSError), open(self.path / "log.txt", "a") as lines:
+            lines.write(f"{now()} {text}\n")
 
     def metrics_state(self) -> MetricsState:
         """What a checkpoint holds of metrics.jsonl."""
@@ -139,6 +149,11 @@ def environment() -> dict[str, Any]:
         "git_commit": _git_commit(),
         "processor": _processor(),
     }
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _finite(value: Any) -> Any:

@@ -20,7 +20,7 @@ from spartan_ray.checkpoint import (
 )
 from spartan_ray.config import InputError, load_run_config, refuse_links
 from spartan_ray.data import load_splits
-from spartan_ray.evaluator import EvaluatorSpec, LocalPool, repeatable_gpu, threads
+from spartan_ray.evaluator import EvaluatorSpec, LocalPool, threads
 from spartan_ray.evolve import Evolver
 from spartan_ray.fitness import Normaliser
 from spartan_ray.journal import Journal, read_journal
@@ -28,13 +28,23 @@ from spartan_ray.model import FlatModel, build_model, describe
 from spartan_ray.strategies import Aim, Members, Take, make_strategy
 from spartan_ray.strategies.base import Gradient, line, merge_seeds, parts, pooled
 
+CPU = torch.device("cpu")
+
+
+def ran_on_gpu(run: Path) -> bool:
+    """Whether a run used a GPU, by its environment.json, which only informs."""
+    try:
+        return "cuda" in str(json.loads((run / "environment.json").read_text())["driver"]["device"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
 
 class Replay:
-    """The evolve phases of a run folder, in this process and on the kind of device that the run used.
+    """The evolve phases of a run folder, in this process and on a device of the kind that the run used.
 
     `note` takes one-line messages. Raises InputError for a folder that is not of a run with evolve phases."""
 
-    def __init__(self, run: Path, note: Callable[[str], None]) -> None:
+    def __init__(self, run: Path, note: Callable[[str], None], device: torch.device = CPU) -> None:
         self.run = run
         self.note = note
         refuse_links(run)
@@ -46,23 +56,21 @@ class Replay:
         self.generations = list(range(every, last + 1, every)) if strategy_name != "none" else []
         if not self.generations:
             raise InputError(f"{run}: has had no evolve phase (evolution.strategy {strategy_name})")
-        on_gpu = self._ran_on_gpu() and torch.cuda.is_available()
-        self.device = repeatable_gpu() if on_gpu else torch.device("cpu")
         splits = load_splits(self.config.data, self.config.run.seed, note)
         self.data_digest = splits.digest()
-        self.model = FlatModel(build_model(self.config.parent, len(splits.classes)), self.device)
+        self.model = FlatModel(build_model(self.config.parent, len(splits.classes)), device)
         self.description = describe(self.config.parent, splits)
         spec = EvaluatorSpec.of(self.config, splits)
-        self.pool = LocalPool(spec.make(self.device), spec.threads)
+        self.pool = LocalPool(spec.make(device), spec.threads)
         strategy = make_strategy(self.config.evolution.resolved(), len(splits.classes))
         assert strategy, "or there were no generations"
-        normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
+        normalise = Normaliser(splits.mean_C, splits.std_C, device)
         self.evolver = Evolver(
             self.config.evolution,
             self.config.run.seed,
             strategy,
             self.model,
-            splits.to(self.device),
+            splits.to(device),
             normalise,
             self.pool,
         )
@@ -149,13 +157,6 @@ class Replay:
         with threads(self.config.parent.threads):
             self.evolver.take_gradient()  # of the parent as it is now
             self.evolver.answer(Take(_members(journal)[member : member + 1]))
-
-    def _ran_on_gpu(self) -> bool:
-        """What environment.json says, which only informs."""
-        try:
-            return "cuda" in str(json.loads((self.run / "environment.json").read_text())["driver"]["device"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return False
 
 
 def _members(journal: Journal) -> Members:

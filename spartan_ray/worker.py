@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import socket
 import time
@@ -14,31 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from spartan_ray.config import ImageSet
-from spartan_ray.evaluator import EvaluatorSpec, ParentState, Scale, repeatable_gpu
+from spartan_ray.evaluator import EvaluatorSpec, ParentState, Scale
 from spartan_ray.joining import WorkerInfo, versions
 from spartan_ray.noise import fingerprint
+from spartan_ray.process import set_up
 from spartan_ray.strategies.base import Members, Part, Scores
-
-# Numbers of malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def claim_device(threads: int) -> torch.device:
-    """The device that Ray assigned to this process, set up for repeatable results."""
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
-        return torch.device("cpu")
-    return repeatable_gpu()
-
-
-def keep_freed_memory() -> None:
-    """Let the allocator of glibc keep what is freed. By default it gives the larger activations back to the system and
-    has each page zeroed again in the next batch: a twentieth of a forward pass."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    """Set this process up, at its start, for the device that Ray assigned to it."""
+    return set_up(threads, gpu=bool(ray.get_runtime_context().get_accelerator_ids().get("GPU")))
 
 
 class Worker:

@@ -21,12 +21,13 @@ from PIL import Image
 from whole_runs import run
 
 from spartan_ray.config import Config, Data, Evolution, Parent, Run
+from spartan_ray.process import set_up
 
 # Timings are not asserted: the first call of a kernel compiles it. In CI the examples are the same each time.
 settings.register_profile("spartan", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("spartan")
 # The cores are shared with the workers of Ray, and threads that wait for each other make small work slow.
-torch.set_num_threads(1)
+set_up(threads=1)
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 

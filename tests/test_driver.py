@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ from ray.exceptions import RayTaskError
 from safetensors.torch import load_file
 from whole_runs import bars_of, change, metrics, outcome, run_here, same_result
 
+from spartan_ray import driver
 from spartan_ray.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from spartan_ray.config import Config, InputError, load_config, load_run_config
-from spartan_ray.data import load_splits
-from spartan_ray.driver import Supervisor
+from spartan_ray.config import Config, Diverged, InputError, load_config, load_run_config
+from spartan_ray.data import Images, Splits, load_splits
 from spartan_ray.evolve import image_sets
 from spartan_ray.fitness import Normaliser, score
 from spartan_ray.journal import read_journal
@@ -29,6 +31,7 @@ from spartan_ray.noise import noise
 from spartan_ray.record import RunFolder, make_run_folder
 from spartan_ray.replay import Replay
 from spartan_ray.report import final_table, read_run, unique_frames, write_report
+from spartan_ray.supervisor import Supervisor
 
 
 def test_a_run_leaves_a_complete_folder(small_run: Path) -> None:
@@ -42,6 +45,7 @@ def test_a_run_leaves_a_complete_folder(small_run: Path) -> None:
         "lock",
         "tensorboard",
         "final.safetensors",
+        "log.txt",
     }
     rows = metrics(folder)
     assert [row["kind"] for row in rows] == ["sgd", "evolve", "sgd", "evolve"]
@@ -282,17 +286,68 @@ def test_every_image_of_a_run_is_scored_alike_and_the_parent_with_it(local_ray: 
         assert row["fitness_min"] == row["fitness_max"] == row["parent_fitness_before"] == row["parent_fitness_after"]
 
 
-def test_a_parent_that_diverged_is_recorded_to_the_end(local_ray: None, small_config: Config) -> None:
+def test_a_run_that_diverged_stops_with_the_checkpoint_before_it(local_ray: None, small_config: Config) -> None:
+    """Before a phase that NaN alone would score; what was written says in which epoch, and can be reported."""
     config = change(small_config, run={"seed": 2**63 - 1}, data={"augment": True}, parent={"lr": 1e30})
-    folder, _ = run_here(config)
-    rows = metrics(folder)
-    assert len(rows) == 4
-    assert rows[3]["train_loss"] is None
-    assert rows[3]["fitness_nonfinite"] == 16
-    assert rows[3]["note"] == "no update: all members have equal fitness"
+    with pytest.raises(Diverged, match=r"the network diverged in epoch 1 \(sgd\): .* parent\.lr \(1e\+30\)") as caught:
+        run_here(config)
+    folder = Path(config.run.out) / "small"
+    assert str(folder / "checkpoints" / "epoch-000000.safetensors") in str(caught.value)
+    assert latest_checkpoint(folder, pytest.fail)[0].epoch == 0
+    (row,) = metrics(folder)
+    assert row["train_loss"] is None
+    assert (folder / "log.txt").read_text().splitlines()[-1].endswith(f" Diverged: {caught.value}")
     runs = [read_run(folder)]
     assert final_table(unique_frames(runs))["train loss"].tolist() == ["not finite"]
     assert len(write_report(runs, folder / "report")) == 5
+    with pytest.raises(Diverged):  # again, to the end of its patience
+        run_here(config, folder)
+
+
+def test_weights_that_are_not_finite_are_refused(local_ray: None, small_config: Config, tmp_path: Path) -> None:
+    network = initial_model(small_config.parent, 10, 0)[0]
+    list(network.parameters())[-1].data[3] = math.nan
+    torch.save(network.state_dict(), tmp_path / "nan.pt")
+    with pytest.raises(InputError, match=r"parent\.weights .*/nan\.pt: not all of them are finite"):
+        run_here(change(small_config, parent={"weights": str(tmp_path / "nan.pt")}))
+
+
+def test_the_test_split_chooses_nothing(
+    local_ray: None, small_run: Path, small_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its labels permuted a run has the same bytes: one that moves in every phase, and one that chooses a lot."""
+    choosing = change(
+        small_config, evolution={"step": "search", "confirm": True, "accept": "if-better", "fitness_images": None}
+    )
+    runs = [(small_run, small_config), (run_here(choosing)[0], choosing)]
+    assert all(row["accepted"] for row in metrics(small_run)[1::2])
+
+    def permuted(*arguments: Any) -> Splits:
+        splits = load_splits(*arguments)
+        order_N = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(0))
+        return replace(splits, test=Images(splits.test.pixels_NHWC, splits.test.labels_N[order_N]))
+
+    monkeypatch.setattr(driver, "load_splits", permuted)
+    for folder, config in runs:
+        other, _ = run_here(config)
+        assert (folder / "final.safetensors").read_bytes() == (other / "final.safetensors").read_bytes()
+        for row, another in zip(outcome(folder), outcome(other), strict=True):
+            differ = {key for key in row if row[key] != another[key]}
+            assert {"test_loss"} <= differ <= {"test_loss", "test_accuracy"}
+
+
+def test_a_run_keeps_its_log_and_its_time(small_run: Path) -> None:
+    lines = (small_run / "log.txt").read_text().splitlines()
+    assert lines[0].endswith(f" 359 test images of 10 classes; 2 workers; {small_run}")
+    assert lines[-1].endswith(" finished")
+    rows = metrics(small_run)
+    stamps = [datetime.fromisoformat(text) for text in [lines[0].split()[0], *(row["time"] for row in rows)]]
+    assert stamps == sorted(stamps)
+    assert all(stamp.utcoffset() == timedelta(0) for stamp in stamps)
+    seconds = [row["run_seconds"] for row in rows]
+    assert seconds == sorted(seconds)
+    assert all(total >= row["seconds"] for total, row in zip(seconds, rows, strict=True))
+    assert {row["lr"] for row in rows} == {0.01}
 
 
 def test_stop_ends_a_run_with_its_record_whole(local_ray: None, small_config: Config) -> None:
@@ -347,4 +402,5 @@ def test_json_has_no_word_for_nan(small_config: Config) -> None:
     )
     record.close()
     expected = {"epoch": 1, "train_loss": None, "fitness_min": None, "test_loss": 1.5, "search_fitness": [0.5, None]}
-    assert [row] == metrics(record.path) == [expected]
+    assert [row] == metrics(record.path)
+    assert {key: row[key] for key in row.keys() - {"time", "run_seconds"}} == expected

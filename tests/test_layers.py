@@ -12,12 +12,12 @@ import spartan_ray
 PACKAGE = Path(spartan_ray.__file__).parent
 # A module may import what stands before it.
 ORDER = [
-    "config", "noise", "kernels", "data", "layers", "resnet", "model", "fitness", "strategies", "evaluator", "parent",
-    "checkpoint", "journal", "record", "resources", "spans", "joining", "dispatch", "pool", "evolve",
-    "replay", "worker", "transport", "driver", "plots", "report", "bench", "cli", "__main__",
+    "config", "process", "noise", "kernels", "data", "layers", "resnet", "model", "fitness", "strategies", "evaluator",
+    "parent", "checkpoint", "journal", "record", "resources", "spans", "joining", "dispatch", "pool", "evolve",
+    "replay", "worker", "transport", "driver", "supervisor", "plots", "report", "bench", "cli", "__main__",
 ]  # fmt: skip
 UPWARD = {("noise", "kernels")}  # the choice of a kernel, at the call
-KNOW_RAY = {"worker", "transport", "driver", "bench", "cli"}
+KNOW_RAY = {"worker", "transport", "driver", "supervisor", "bench", "cli"}
 
 
 def imports() -> dict[str, set[str]]:

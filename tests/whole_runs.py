@@ -18,15 +18,16 @@ import ray
 
 from spartan_ray import cli
 from spartan_ray.config import Config, ImageSet
-from spartan_ray.driver import Driver, Progress, Supervisor
+from spartan_ray.driver import Driver, Progress
 from spartan_ray.replay import Replay
 from spartan_ray.resources import resolve_cluster
 from spartan_ray.strategies import Members
 from spartan_ray.strategies.base import WHOLE, Part, Scores
+from spartan_ray.supervisor import Supervisor
 
 TIMINGS = {"seconds", "evaluation_seconds", "images_per_second", "scoring_seconds", "update_seconds",
            "gradient_seconds", "broadcast_seconds", "retries", "late_results", "workers",
-           "images_discarded"}  # fmt: skip
+           "images_discarded", "time", "run_seconds"}  # fmt: skip
 
 
 def change(config: Config, **sections: dict[str, Any]) -> Config:

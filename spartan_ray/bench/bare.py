@@ -22,7 +22,7 @@ from spartan_ray.fitness import Normaliser
 from spartan_ray.kernels.cpu import TILE, CpuKernel, _fill_noise
 from spartan_ray.model import FlatModel, Folding, initial_model
 from spartan_ray.parent import Trainer, make_optimizer
-from spartan_ray.worker import keep_freed_memory
+from spartan_ray.process import set_up
 
 Rates = dict[str, float]
 BATCHES = (128, 256, 512)
@@ -71,8 +71,7 @@ class Bare:
 
 def _serve(end: Connection, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent's to answer
-    torch.set_num_threads(threads)
-    keep_freed_memory()
+    set_up(threads)
     while True:
         try:
             task, arguments = end.recv()

@@ -7,24 +7,14 @@ branches, one pass each. Shapes: S elements of a slice, K members, T elements of
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
 import torch
-from llvmlite import binding as llvm
 from numba import uint32, uint64
 from numpy.typing import NDArray
 
 from spartan_ray.config import NoiseKind
 from spartan_ray.noise import KEY_STEPS, MULTIPLIERS, ROUNDS
-
-# LLVM's choice on processors with AVX-512 is half of their width; the whole one makes the update 1.7 times as
-# fast. It has to be said before anything is compiled.
-_compiler: Any = numba.config
-if _compiler.CPU_FEATURES is None and _compiler.CPU_NAME is None and llvm.get_host_cpu_features().get("avx512f"):
-    _compiler.CPU_NAME = llvm.get_host_cpu_name()
-    _compiler.CPU_FEATURES = llvm.get_host_cpu_features().flatten() + ",-prefer-256-bit"
 
 TILE = 4096
 KIND_CODES: dict[NoiseKind, int] = {"uniform": 0, "gaussian": 1, "rademacher": 2}

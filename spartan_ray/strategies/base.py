@@ -215,19 +215,15 @@ def merge_seeds(members: Members, weight_K: NDArray[np.float64]) -> tuple[NDArra
     return seed_U[order_U], weight_U[order_U].astype(np.float32)
 
 
-def worst_for_nonfinite(fitness_K: NDArray[np.float64]) -> NDArray[np.float64]:
-    """NaN and both infinities replaced by the worst finite fitness, so that none of them wins."""
-    finite_K = np.isfinite(fitness_K)
-    worst = float(fitness_K[finite_K].min()) if finite_K.any() else 0.0
-    return np.where(finite_K, fitness_K, worst)
-
-
 def zscore(fitness_K: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(f - mean) / std with the population's own std, as the article does; zeros when all are equal."""
-    fitness_K = worst_for_nonfinite(fitness_K)
-    if fitness_K.min() == fitness_K.max():
-        return np.zeros_like(fitness_K)
-    shaped_K: NDArray[np.float64] = (fitness_K - fitness_K.mean()) / fitness_K.std()
+    """(f - mean) / std with the population's own std, as the article does; zeros when all are equal. A non-finite
+    fitness counts for neither and gets the weight of the worst finite one."""
+    finite_K, shaped_K = np.isfinite(fitness_K), np.zeros(len(fitness_K))
+    finite_F = fitness_K[finite_K]
+    if len(finite_F) and finite_F.min() < finite_F.max():
+        shaped_F = (finite_F - finite_F.mean()) / finite_F.std()
+        shaped_K[:] = shaped_F.min()
+        shaped_K[finite_K] = shaped_F
     return shaped_K
 
 

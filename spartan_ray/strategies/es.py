@@ -80,6 +80,8 @@ class EvolutionStrategies:
         step = line(outcome.length)
         scores = yield Score(step)
         outcome.after = float(scores.fitness_K(config.fitness)[0])
+        if not np.isfinite(outcome.after):
+            return outcome.stay("the score of the update is not finite")
         if config.accept == "if-better" and not is_better(outcome.before, outcome.after):
             return outcome.stay("the update is no better than the parent")
         if config.confirm:

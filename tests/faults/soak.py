@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from whole_runs import attend
 
 from spartan_ray.config import Config
-from spartan_ray.driver import Progress, Supervisor
+from spartan_ray.driver import Progress
+from spartan_ray.supervisor import Supervisor
 
 SECONDS_BETWEEN_KILLS = 4.0
 

@@ -19,7 +19,8 @@ from whole_runs import attend, change, command, run, run_here, same_result
 
 from spartan_ray.checkpoint import epochs_kept, latest_checkpoint, load_checkpoint
 from spartan_ray.config import Cluster, Config, Data, Evolution, InputError, Parent, Run, RunError, load_config
-from spartan_ray.driver import Progress, Supervisor
+from spartan_ray.driver import Progress
+from spartan_ray.supervisor import Supervisor
 
 pytestmark = pytest.mark.faults
 KILLS = 10

@@ -16,7 +16,8 @@ import pytest
 from whole_runs import attend, change, in_worker, metrics, run, run_here, same_result
 
 from spartan_ray.config import Config, Data, Evolution, Parent, Run
-from spartan_ray.driver import Progress, Supervisor
+from spartan_ray.driver import Progress
+from spartan_ray.supervisor import Supervisor
 
 pytestmark = pytest.mark.faults
 GENERATIONS = 10

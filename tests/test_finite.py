@@ -1,0 +1,129 @@
+"""What is not finite never wins, in any disguise, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from local import NORMALISE, SPLITS, Phase, trained
+from scipy.stats import rankdata
+
+from spartan_ray.config import Diverged, Evolution
+from spartan_ray.data import Images
+from spartan_ray.fitness import recalibrate, statistics_of
+from spartan_ray.strategies import Aim, Score, Scores, make_strategy
+from spartan_ray.strategies.base import SHAPING, centered_rank, noisy, zscore
+
+
+def mostly_zeros(phase: Phase) -> Phase:
+    """The phase with six of ten images of class 0, which what is no number is classified as, and false labels of the
+    others, so that the parent is right about few."""
+    pixels_NHWC, labels_N = SPLITS.evolution.pixels_NHWC, (SPLITS.evolution.labels_N + 1) % 10
+    labels_N[torch.arange(len(labels_N)) % 10 < 6] = 0
+    phase.pool.evaluator.split = Images(pixels_NHWC, labels_N)
+    return phase
+
+
+@pytest.mark.parametrize("batchnorm", ["running", "batch", "recalibrate"])
+@pytest.mark.parametrize("early_rejection", [True, False])
+def test_a_dead_network_has_no_accuracy_and_never_becomes_the_parent(batchnorm: str, early_rejection: bool) -> None:
+    """Its outputs are NaN, as if it always said class 0."""
+    phase = mostly_zeros(
+        Phase(
+            strategy="random-gradients", fitness="accuracy", lr=1e38, low=-1.0, gradient_images=64,
+            batchnorm=batchnorm, early_rejection=early_rejection,
+        )
+    )  # fmt: skip
+    theta_D = phase.theta_D
+    outcome, row = phase.evolve()
+    assert outcome.before < 0.5
+    assert np.isnan(outcome.fitness_K).all()
+    assert row["fitness_nonfinite"] == len(outcome.members)
+    assert not row["accepted"]
+    assert phase.theta_D.tobytes() == theta_D.tobytes()
+    # Among others that live, too: what they score is what they score without it.
+    phase = mostly_zeros(Phase(fitness="accuracy", batchnorm=batchnorm))
+    phase.evolver.begin(1)
+    phase.evolver.broadcast()
+    members = noisy(np.arange(5, dtype=np.uint64), 0.0, 0.01)
+    alone = phase.pool.evaluate(members)
+    members.gain_K[2] = 1e38
+    both = phase.pool.evaluate(members)
+    assert np.isnan(both.accuracy_K).tolist() == np.isnan(both.loss_K).tolist() == [False, False, True, False, False]
+    others = [0, 1, 3, 4]
+    assert both.loss_K[others].tobytes() == alone.loss_K[others].tobytes()
+
+
+@pytest.mark.parametrize("fitness", ["loss", "accuracy"])
+def test_an_update_whose_score_is_not_finite_is_never_taken(fitness: str) -> None:
+    """Whatever `accept` says."""
+    phase = mostly_zeros(Phase(accept="always", fitness=fitness, lr=1e38, sigma=0.05))
+    theta_D = phase.theta_D
+    outcome, row = phase.evolve()
+    assert np.isfinite(outcome.fitness_K).all()
+    assert (row["accepted"], row["note"]) == (False, "the score of the update is not finite")
+    assert row["parent_fitness_after"] == row["parent_fitness_before"]
+    assert phase.theta_D.tobytes() == theta_D.tobytes()
+
+
+def test_a_parent_that_is_not_finite_ends_the_phase() -> None:
+    model = trained()
+    model.theta_D[-1] = math.nan
+    assert not model.is_finite()
+    with pytest.raises(Diverged, match="the parent's own fitness in generation 1 is not finite"):
+        Phase(model).evolve()
+    model = trained()
+    assert model.is_finite()
+    model.buffers[0][0] = math.inf
+    assert not model.is_finite()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_weighs_as_the_worst_and_enters_no_mean(value: float) -> None:
+    finite_K = np.array([3.0, 1.0, 2.0, 1.0])
+    fitness_K = np.array([3.0, value, 1.0, 2.0, value, 1.0])
+    shaped_K = zscore(fitness_K)
+    assert shaped_K[[0, 2, 3, 5]].tobytes() == zscore(finite_K).tobytes()
+    assert (shaped_K[[1, 4]] == shaped_K.min()).all()
+    assert centered_rank(fitness_K).tolist() == ((rankdata([4, 1, 2, 3, 1, 2]) - 1) / 5 - 0.5).tolist()
+    for shape in SHAPING.values():
+        assert not shape(np.full(5, value)).any()
+
+
+def test_weights_of_a_phase_with_dead_members_are_those_of_the_living() -> None:
+    strategy = make_strategy(Evolution(population=4), 10)
+    assert strategy
+    phase = strategy.phase(1, 5)
+    assert isinstance(next(phase), Score)
+    loss_K = np.array([1.0, 2.0, math.nan, 4.0, 5.0])
+    aim = phase.send(Scores(loss_K, loss_K, np.full(5, 10)))
+    assert isinstance(aim, Aim)
+    z_K = (11 / 3 - np.array([2.0, 5.0, 4.0, 5.0])) / np.std([2, 4, 5])
+    np.testing.assert_allclose(aim.weight_U, z_K / (4 * 0.01), rtol=1e-6)
+
+
+def test_what_fails_within_leaves_the_layers_as_they_were() -> None:
+    """An out-of-memory error is caught above, and the network used again."""
+    module = trained().module
+    layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+
+    def modes() -> list[object]:
+        return [(layer.training, layer.track_running_stats, layer.momentum) for layer in layers]
+
+    module.eval()
+    before = modes()
+    images_NCHW = NORMALISE(SPLITS.sgd[slice(0, 8)].pixels_NHWC)
+
+    def full(*_: object) -> None:
+        assert modes() != before
+        raise MemoryError
+
+    layers[-1].register_forward_pre_hook(full)
+    with pytest.raises(MemoryError), statistics_of(module, "batch"):
+        module(images_NCHW)
+    assert modes() == before
+    with pytest.raises(MemoryError):
+        recalibrate(module, images_NCHW)
+    assert modes() == before
