@@ -18,7 +18,7 @@ import pytest
 import ray
 from hypothesis import settings
 from PIL import Image
-from whole_runs import run
+from whole_runs import WarmTransport, run
 
 from spartan_ray.config import Config, Data, Evolution, Parent, Run
 from spartan_ray.process import set_up
@@ -31,11 +31,26 @@ set_up(threads=1)
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What uses a Ray is not for the fast tier; the rest must not start one."""
+    for item in items:
+        if "local_ray" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
+
+
+@pytest.fixture(autouse=True)
+def no_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that is not marked and starts a Ray fails."""
+    if not request.node.get_closest_marker("ray"):
+        monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("starts a Ray without the marker `ray`"))
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """A Ray of this session of tests alone."""
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     yield
+    WarmTransport.idle.clear()
     ray.shutdown()
 
 

@@ -10,20 +10,23 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
 import ray
 
 from spartan_ray import cli
-from spartan_ray.config import Config, ImageSet
+from spartan_ray.config import Cluster, Config, ImageSet
 from spartan_ray.driver import Driver, Progress
+from spartan_ray.evaluator import EvaluatorSpec
 from spartan_ray.replay import Replay
 from spartan_ray.resources import resolve_cluster
 from spartan_ray.strategies import Members
 from spartan_ray.strategies.base import WHOLE, Part, Scores
 from spartan_ray.supervisor import Supervisor
+from spartan_ray.transport import RayTransport
+from spartan_ray.worker import Worker
 
 TIMINGS = {"seconds", "evaluation_seconds", "images_per_second", "scoring_seconds", "update_seconds",
            "gradient_seconds", "broadcast_seconds", "retries", "late_results", "workers",
@@ -45,11 +48,36 @@ def run(config: Config, watch: Callable[[Progress], None] = lambda progress: Non
     return attend(Supervisor(config, folder), watch)
 
 
+class WarmTransport(RayTransport):
+    """Workers of one session of tests: those that a run is done with are for the next one, which saves their start."""
+
+    idle: ClassVar[list[Any]] = []
+
+    def __init__(self, spec: object, cluster: Cluster) -> None:
+        class Warm(Worker):
+            def take(self, spec: EvaluatorSpec) -> None:
+                Worker.__init__(self, spec)
+
+        super().__init__(spec, cluster)
+        self.actor = ray.remote(Warm).options(num_cpus=0)  # they leave the cores to others while they are idle
+
+    def start(self) -> tuple[Any, Any]:
+        if not self.idle:
+            return super().start()
+        worker = self.idle.pop()
+        worker.take.remote(self.spec)
+        return worker, worker.join.remote()
+
+    def kill(self, worker: Any) -> None:
+        self.idle.append(worker)
+
+
 def run_here(config: Config, folder: Path | None = None) -> tuple[Path, list[str]]:
-    """The same with the driver in this process, which saves the start of another one: the run folder and
-    what was said."""
+    """The same with the driver in this process and workers that are warm: the run folder and what was said. No
+    worker may be killed meanwhile."""
     driver = Driver(config.model_copy(update={"cluster": resolve_cluster(config.cluster, [{"CPU": 2}])}), folder)
-    assert driver.run()
+    with patch("spartan_ray.driver.RayTransport", WarmTransport):
+        assert driver.run()
     return Path(str(driver.progress.folder)), driver.progress.notes
 
 

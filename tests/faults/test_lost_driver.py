@@ -22,7 +22,7 @@ from spartan_ray.config import Cluster, Config, Data, Evolution, InputError, Par
 from spartan_ray.driver import Progress
 from spartan_ray.supervisor import Supervisor
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
 KILLS = 10
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,9 +10,11 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from whole_runs import attend, change, in_worker, metrics, run, run_here, same_result
 
@@ -19,8 +22,9 @@ from spartan_ray.config import Config, Data, Evolution, Parent, Run
 from spartan_ray.driver import Progress
 from spartan_ray.supervisor import Supervisor
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
 GENERATIONS = 10
+STORM_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,48 @@ def test_a_random_worker_killed_in_each_of_ten_generations(undisturbed: Path, co
     assert not when
     assert sum(row["retries"] for row in metrics(folder)) >= GENERATIONS / 2
     assert same_result(folder, undisturbed)
+
+
+def test_a_storm_of_kills_while_sgd_trains_and_while_workers_start(local_ray: None, config: Config) -> None:
+    """Every second one of them is killed, in whatever state it is, for a minute: longer than a run was given that
+    counted deaths. A start takes longer than a second; the storm begins in an SGD epoch, where nobody looks."""
+    config = change(
+        config, run={"epochs": 8}, parent={"batch_size": 4}, evolution={"every": 4}, cluster={"driver_restarts": 0}
+    )
+    calm, _ = run_here(config)
+    chance = random.Random(0)
+    began = next_kill = math.inf
+    killed: dict[str, list[int]] = {"joined": [], "starting": []}
+
+    def kill(progress: Progress) -> None:
+        nonlocal began, next_kill
+        now = time.monotonic()
+        if progress.epoch == 2 and began == math.inf:
+            began = next_kill = now
+        if not next_kill <= now < began + STORM_SECONDS:
+            return
+        next_kill += 1.0
+        processes = [process for process in worker_processes() if process.pid != progress.driver_pid]
+        if processes:
+            process = chance.choice(processes)
+            killed["joined" if process.pid in progress.worker_pids else "starting"].append(process.pid)
+            process.kill()
+
+    folder = run(config, kill)
+    assert len(set(killed["joined"])) >= 2
+    assert len(set(killed["starting"])) >= 6
+    assert same_result(folder, calm)
+
+
+def worker_processes() -> list[psutil.Process]:
+    """The processes of Ray that run actors, or are about to."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            title = process.cmdline()[0]
+            if title.startswith("ray::") and "Agent" not in title:  # a node ends with its agents
+                found.append(process)
+    return found
 
 
 def test_a_worker_that_returns_nan_one_that_raises_and_one_that_hangs(undisturbed: Path, config: Config) -> None:

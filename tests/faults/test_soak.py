@@ -17,7 +17,7 @@ from spartan_ray.journal import read_journal
 from spartan_ray.noise import member_seeds
 from spartan_ray.replay import Replay
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
 GENERATIONS, POPULATION = 200, 64
 
 
