@@ -7,9 +7,6 @@ Every data set is 32x32 RGB, held as uint8 in (N, H, W, C) order, which is chann
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from spartan_ray.config import Data, InputError
-
-SIDE = 32
-Note = Callable[[str], None]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+from spartan_ray.images import SIDE, Note, read_folder
 
 
 @dataclass(frozen=True)
@@ -197,83 +191,9 @@ def _torchvision(config: Data, note: Note) -> Dataset:
 
 
 def _folder(config: Data, note: Note) -> Dataset:
-    """train/<class>/* and test/<class>/* of images of any size, decoded once into a cache."""
-    root = Path(str(config.root))
-    if not root.is_dir():
-        raise InputError(f"data.root {root}: no such folder")
-    files = {part: _list_images(root / part) for part in ("train", "test")}
-    classes = tuple(files["train"])
-    if classes != tuple(files["test"]):
-        odd = sorted(set(classes) ^ set(files["test"]))
-        raise InputError(f"data.root {root}: class {odd[0]!r} is not in both train and test")
-    cached = _decoded(root, files, note)
-    labels = {
-        part: np.repeat(np.arange(len(classes)), [len(paths) for paths in by_class.values()])
-        for part, by_class in files.items()
-    }
-    return Dataset(_images(cached["train"], labels["train"]), _images(cached["test"], labels["test"]), classes)
-
-
-def _list_images(part: Path) -> dict[str, list[Path]]:
-    """The image files of each class, both sorted by name."""
-    if not part.is_dir():
-        raise InputError(f"data.root: {part}: no such folder (expected {part.name}/<class>/<image>)")
-    by_class = {
-        folder.name: sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        for folder in sorted(part.iterdir())
-        if folder.is_dir() and not folder.name.startswith(".")
-    }
-    if not by_class:
-        raise InputError(f"data.root: {part}: holds no class folders")
-    for name, paths in by_class.items():
-        if not paths:
-            raise InputError(f"data.root: {part / name}: class {name!r} has no images")
-    return by_class
-
-
-def _decoded(root: Path, files: dict[str, dict[str, list[Path]]], note: Note) -> dict[str, NDArray[np.uint8]]:
-    """The pixels of all files, from the cache when no file changed since it was written."""
-    listing = []
-    for path in (path for by_class in files.values() for paths in by_class.values() for path in paths):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise InputError(f"data.root: {path}: not a readable image: {error.strerror}") from None
-        listing.append((str(path.relative_to(root)), status.st_size, status.st_mtime_ns))
-    state = hashlib.sha256(json.dumps([SIDE, listing]).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spartan-ray"
-    cache = folder / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.npz"
-    try:
-        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            if str(stored["state"]) == state:
-                return {part: stored[part] for part in files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # no cache yet, or one that is torn: it is written anew
-    decoded = {
-        part: np.stack([_decode(path) for paths in by_class.values() for path in paths])
-        for part, by_class in files.items()
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_name(f"{cache.stem}.{os.getpid()}.tmp.npz")
-        np.savez(temporary, state=np.array(state), train=decoded["train"], test=decoded["test"])
-        temporary.replace(cache)
-    except OSError as error:
-        note(f"no cache of decoded images, decoding again next time: {error}")
-    return decoded
-
-
-def _decode(path: Path) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-            if rgb.size != (SIDE, SIDE):
-                rgb = rgb.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-            return np.asarray(rgb)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"data.root: {path}: not a readable image: {error}") from None
+    """train/<class>/* and test/<class>/*."""
+    train, test, classes = read_folder(Path(str(config.root)), note)
+    return Dataset(_images(*train), _images(*test), classes)
 
 
 LOADERS: dict[str, Callable[[Data, Note], Dataset]] = {
