@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ from numpy.typing import NDArray
 
 from spartan_ray.config import Data, InputError
 from spartan_ray.images import SIDE, Note, read_folder
+
+# What torchvision raises when a download fails, or a file cannot be read as what it should be.
+LOAD_ERRORS = (OSError, HTTPException, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -168,26 +173,54 @@ def _digits(config: Data, note: Note) -> Dataset:
 
 
 def _torchvision(config: Data, note: Note) -> Dataset:
-    """CIFAR-10 or Fashion-MNIST (padded to 32x32, grey to RGB) through torchvision, which verifies the files."""
+    """CIFAR-10 or Fashion-MNIST (padded to 32x32, grey to RGB) through torchvision, which verifies the checksums of
+    downloads, and those of CIFAR-10's files each time."""
     import torchvision
 
     kind = {"cifar10": torchvision.datasets.CIFAR10, "fashion-mnist": torchvision.datasets.FashionMNIST}[config.name]
-    root = Path(config.root or Path("data") / config.name)
+    root = Path(config.root or Path("data") / config.name).expanduser()
     parts = []
     for train in (True, False):
         try:
             part = kind(str(root), train=train, download=config.download)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError) as error:
-            advice = "" if config.download else " (data.download is off)"
-            lines = (str(error).strip() or type(error).__name__).splitlines()
-            raise InputError(f"data.root {root}: {config.name} is missing or corrupt{advice}: {lines[0]}") from None
-        pixels = np.asarray(part.data)
+        except LOAD_ERRORS as error:
+            trouble = _trouble(error, _published(kind, root), config.download)
+            raise InputError(f"data.root {root}: {config.name} {trouble}") from None
+        pixels, labels = np.asarray(part.data), np.asarray(part.targets)
         if pixels.ndim == 3:
-            margin = (SIDE - pixels.shape[1]) // 2
-            pixels = np.pad(pixels, ((0, 0), (margin, margin), (margin, margin)))
-            pixels = np.repeat(pixels[..., None], 3, axis=3)
-        parts.append(_images(pixels, np.asarray(part.targets)))
+            pixels = np.repeat(np.pad(pixels, ((0, 0), (2, 2), (2, 2)))[..., None], 3, axis=3)
+        strange = set(labels.tolist()) - set(range(len(part.classes)))
+        if pixels.shape != (len(labels), SIDE, SIDE, 3) or strange:
+            raise InputError(f"data.root {root}: {config.name} is corrupt: images, labels and classes do not match")
+        parts.append(_images(pixels, labels))
     return Dataset(parts[0], parts[1], tuple(part.classes))
+
+
+def _published(kind: Any, root: Path) -> dict[Path, str | None]:
+    """The files of a data set, with the MD5 of those of which it is known."""
+    if hasattr(kind, "resources"):  # Fashion-MNIST, of which only the archives have checksums
+        return {root / kind.__name__ / "raw" / Path(name).stem: None for name, _ in kind.resources}
+    checksums = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    return {root / kind.base_folder / name: md5 for name, md5 in checksums}
+
+
+def _trouble(error: Exception, published: dict[Path, str | None], download: bool) -> str:
+    """What is wrong with a data set: torchvision says the same of files that are not there and of damaged ones."""
+    from torchvision.datasets.utils import check_integrity
+
+    reason = str(error).strip() or type(error).__name__
+    missing = [path for path in published if not path.is_file()]
+    if missing and isinstance(error, (OSError, HTTPException, RuntimeError)):
+        if download:
+            return f"is not there, and could not be downloaded: {reason}"
+        return f"is not there (data.download is off): no {missing[0]}"
+    if isinstance(error, PermissionError):
+        return f"cannot be read: {reason}"
+    damaged = [path for path, md5 in published.items() if md5 and not check_integrity(path, md5)]
+    if not damaged:
+        return f"is corrupt: {reason} (delete it to download it again)"
+    again = f", and could not be downloaded again: {reason}" if download else ""
+    return f"is corrupt: {damaged[0]} has not the published MD5{again}"
 
 
 def _folder(config: Data, note: Note) -> Dataset:
