@@ -53,7 +53,7 @@ def read_folder(root: Path, note: Note) -> tuple[Arrays, Arrays, tuple[str, ...]
         raise InputError(f"data.root {root}: one class only ({classes[0]!r}): there is nothing to tell apart")
     if left_out:
         names = _named([str(path.relative_to(root)) for path in left_out])
-        note(f"data.root {root}: {len(left_out)} files or folders are no images by suffix or place, left out: {names}")
+        note(f"data.root {root}: left out, as no images by suffix or place: {len(left_out)} ({names})")
     counts = [len(paths) for part in (train, test) for paths in part.values()]
     labels_N = np.repeat(np.tile(np.arange(len(classes)), 2), counts)
     pixels_NHWC = _pixels(root, [path for part in (train, test) for paths in part.values() for path in paths], note)

@@ -208,8 +208,8 @@ def test_what_is_left_out_is_counted_and_hidden_files_are_not(image_folder: Path
     assert len(pixels) == 72
     (left_out,) = (note for note in notes if "left out" in note)
     assert left_out == (
-        f"data.root {image_folder}: 3 files or folders are no images by suffix or place, left out: "
-        "train/cat/more, train/cat/notes.txt, test/list.csv"
+        f"data.root {image_folder}: left out, as no images by suffix or place: "
+        "3 (train/cat/more, train/cat/notes.txt, test/list.csv)"
     )
 
 
