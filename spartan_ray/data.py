@@ -7,23 +7,22 @@ Every data set is 32x32 RGB, held as uint8 in (N, H, W, C) order, which is chann
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from spartan_ray.config import Data, InputError
+from spartan_ray.images import SIDE, Note, read_folder
 
-SIDE = 32
-Note = Callable[[str], None]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+# What torchvision raises when a download fails, or a file cannot be read as what it should be.
+LOAD_ERRORS = (OSError, HTTPException, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -174,106 +173,60 @@ def _digits(config: Data, note: Note) -> Dataset:
 
 
 def _torchvision(config: Data, note: Note) -> Dataset:
-    """CIFAR-10 or Fashion-MNIST (padded to 32x32, grey to RGB) through torchvision, which verifies the files."""
+    """CIFAR-10 or Fashion-MNIST (padded to 32x32, grey to RGB) through torchvision, which verifies the checksums of
+    downloads, and those of CIFAR-10's files each time."""
     import torchvision
 
     kind = {"cifar10": torchvision.datasets.CIFAR10, "fashion-mnist": torchvision.datasets.FashionMNIST}[config.name]
-    root = Path(config.root or Path("data") / config.name)
+    root = Path(config.root or Path("data") / config.name).expanduser()
     parts = []
     for train in (True, False):
         try:
             part = kind(str(root), train=train, download=config.download)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError) as error:
-            advice = "" if config.download else " (data.download is off)"
-            lines = (str(error).strip() or type(error).__name__).splitlines()
-            raise InputError(f"data.root {root}: {config.name} is missing or corrupt{advice}: {lines[0]}") from None
-        pixels = np.asarray(part.data)
+        except LOAD_ERRORS as error:
+            trouble = _trouble(error, _published(kind, root), config.download)
+            raise InputError(f"data.root {root}: {config.name} {trouble}") from None
+        pixels, labels = np.asarray(part.data), np.asarray(part.targets)
         if pixels.ndim == 3:
-            margin = (SIDE - pixels.shape[1]) // 2
-            pixels = np.pad(pixels, ((0, 0), (margin, margin), (margin, margin)))
-            pixels = np.repeat(pixels[..., None], 3, axis=3)
-        parts.append(_images(pixels, np.asarray(part.targets)))
+            pixels = np.repeat(np.pad(pixels, ((0, 0), (2, 2), (2, 2)))[..., None], 3, axis=3)
+        strange = set(labels.tolist()) - set(range(len(part.classes)))
+        if pixels.shape != (len(labels), SIDE, SIDE, 3) or strange:
+            raise InputError(f"data.root {root}: {config.name} is corrupt: images, labels and classes do not match")
+        parts.append(_images(pixels, labels))
     return Dataset(parts[0], parts[1], tuple(part.classes))
 
 
+def _published(kind: Any, root: Path) -> dict[Path, str | None]:
+    """The files of a data set, with the MD5 of those of which it is known."""
+    if hasattr(kind, "resources"):  # Fashion-MNIST, of which only the archives have checksums
+        return {root / kind.__name__ / "raw" / Path(name).stem: None for name, _ in kind.resources}
+    checksums = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    return {root / kind.base_folder / name: md5 for name, md5 in checksums}
+
+
+def _trouble(error: Exception, published: dict[Path, str | None], download: bool) -> str:
+    """What is wrong with a data set: torchvision says the same of files that are not there and of damaged ones."""
+    from torchvision.datasets.utils import check_integrity
+
+    reason = str(error).strip() or type(error).__name__
+    missing = [path for path in published if not path.is_file()]
+    if missing and isinstance(error, (OSError, HTTPException, RuntimeError)):
+        if download:
+            return f"is not there, and could not be downloaded: {reason}"
+        return f"is not there (data.download is off): no {missing[0]}"
+    if isinstance(error, PermissionError):
+        return f"cannot be read: {reason}"
+    damaged = [path for path, md5 in published.items() if md5 and not check_integrity(path, md5)]
+    if not damaged:
+        return f"is corrupt: {reason} (delete it to download it again)"
+    again = f", and could not be downloaded again: {reason}" if download else ""
+    return f"is corrupt: {damaged[0]} has not the published MD5{again}"
+
+
 def _folder(config: Data, note: Note) -> Dataset:
-    """train/<class>/* and test/<class>/* of images of any size, decoded once into a cache."""
-    root = Path(str(config.root))
-    if not root.is_dir():
-        raise InputError(f"data.root {root}: no such folder")
-    files = {part: _list_images(root / part) for part in ("train", "test")}
-    classes = tuple(files["train"])
-    if classes != tuple(files["test"]):
-        odd = sorted(set(classes) ^ set(files["test"]))
-        raise InputError(f"data.root {root}: class {odd[0]!r} is not in both train and test")
-    cached = _decoded(root, files, note)
-    labels = {
-        part: np.repeat(np.arange(len(classes)), [len(paths) for paths in by_class.values()])
-        for part, by_class in files.items()
-    }
-    return Dataset(_images(cached["train"], labels["train"]), _images(cached["test"], labels["test"]), classes)
-
-
-def _list_images(part: Path) -> dict[str, list[Path]]:
-    """The image files of each class, both sorted by name."""
-    if not part.is_dir():
-        raise InputError(f"data.root: {part}: no such folder (expected {part.name}/<class>/<image>)")
-    by_class = {
-        folder.name: sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        for folder in sorted(part.iterdir())
-        if folder.is_dir() and not folder.name.startswith(".")
-    }
-    if not by_class:
-        raise InputError(f"data.root: {part}: holds no class folders")
-    for name, paths in by_class.items():
-        if not paths:
-            raise InputError(f"data.root: {part / name}: class {name!r} has no images")
-    return by_class
-
-
-def _decoded(root: Path, files: dict[str, dict[str, list[Path]]], note: Note) -> dict[str, NDArray[np.uint8]]:
-    """The pixels of all files, from the cache when no file changed since it was written."""
-    listing = []
-    for path in (path for by_class in files.values() for paths in by_class.values() for path in paths):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise InputError(f"data.root: {path}: not a readable image: {error.strerror}") from None
-        listing.append((str(path.relative_to(root)), status.st_size, status.st_mtime_ns))
-    state = hashlib.sha256(json.dumps([SIDE, listing]).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spartan-ray"
-    cache = folder / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.npz"
-    try:
-        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            if str(stored["state"]) == state:
-                return {part: stored[part] for part in files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # no cache yet, or one that is torn: it is written anew
-    decoded = {
-        part: np.stack([_decode(path) for paths in by_class.values() for path in paths])
-        for part, by_class in files.items()
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_name(f"{cache.stem}.{os.getpid()}.tmp.npz")
-        np.savez(temporary, state=np.array(state), train=decoded["train"], test=decoded["test"])
-        temporary.replace(cache)
-    except OSError as error:
-        note(f"no cache of decoded images, decoding again next time: {error}")
-    return decoded
-
-
-def _decode(path: Path) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-            if rgb.size != (SIDE, SIDE):
-                rgb = rgb.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-            return np.asarray(rgb)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"data.root: {path}: not a readable image: {error}") from None
+    """train/<class>/* and test/<class>/*."""
+    train, test, classes = read_folder(Path(str(config.root)), note)
+    return Dataset(_images(*train), _images(*test), classes)
 
 
 LOADERS: dict[str, Callable[[Data, Note], Dataset]] = {
