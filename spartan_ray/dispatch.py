@@ -23,7 +23,7 @@ TRIES = 3
 # Failures in a row, for each worker of the pool, after which the fault is not a worker's.
 FAILURES_PER_WORKER = 3
 # A worker that is gone is replaced at once; if the new one goes too, after so many seconds, doubled each time.
-BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 1.0, 60.0
+BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 1.0, 30.0
 # A task is late after so many seconds more than so many times its usual: idle workers then do it too.
 LATE_SECONDS, LATE_FACTOR = 2.0, 3.0
 # A worker hangs after cluster.task_timeout more than so many times the usual.

@@ -241,7 +241,7 @@ def test_long_work_is_waited_for() -> None:
 
 
 def test_a_place_where_workers_go_again_and_again_is_filled_after_longer_and_longer_pauses() -> None:
-    assert [backoff(failures) for failures in (0, 1, 2, 3, 6, 7, 99)] == [0, 1, 2, 4, 32, 60, 60]
+    assert [backoff(failures) for failures in (0, 1, 2, 3, 6, 7, 99)] == [0, 1, 2, 4, 30, 30, 30]
     team = Team(Scripted(2))
     team.pool.wait_until_joined()
     dispatcher = team.pool.dispatcher
