@@ -42,6 +42,8 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 
     HERE["cuda"] = lambda kind: CudaKernel(kind, CPU)
 KERNELS = {(kind, name): make(kind) for kind in KINDS for name, make in HERE.items()}
+# Fewer of those that Triton interprets, which takes a hundred times as long.
+some_kernel = st.sampled_from([which for which in sorted(KERNELS) for _ in range(1 if which[1] == "cuda" else 8)])
 seeds = st.integers(0, 2**64 - 1)
 factors = st.just(0.0) | st.floats(-10, 10, width=32)
 
@@ -79,14 +81,14 @@ def test_uniform_is_what_torch_s_stateless_generator_draws(seed: int) -> None:
     assert noise("uniform", seed, 0, 1001).tobytes() == drawn.numpy().tobytes()
 
 
-@given(seeds, st.integers(0, 2**40), st.integers(1, 10_000), st.sampled_from(sorted(KERNELS)))
+@given(seeds, st.integers(0, 2**40), st.integers(1, 10_000), some_kernel)
 def test_kernels_compute_the_definition(seed: int, start: int, size: int, which: tuple[NoiseKind, str]) -> None:
     expected = noise(which[0], seed, start, start + size)
     once = np.array([seed], np.uint64), np.ones(1, np.float32)
     agree(which[0], KERNELS[which].accumulate(*once, start, start + size), expected)
 
 
-@given(seeds, st.lists(st.integers(0, 5000), min_size=2, max_size=5, unique=True), st.sampled_from(sorted(KERNELS)))
+@given(seeds, st.lists(st.integers(0, 5000), min_size=2, max_size=5, unique=True), some_kernel)
 def test_slices_equal_the_whole(seed: int, cuts: list[int], which: tuple[NoiseKind, str]) -> None:
     kernel, cuts = KERNELS[which], sorted(cuts)
     seed_K = np.array([seed, seed ^ 1, 7], np.uint64)
@@ -118,7 +120,7 @@ def test_a_portable_kernel_of_many_tiles_computes_the_definition(
     np.testing.assert_allclose(sum_S.numpy(), whole, rtol=0, atol=1e-6)
 
 
-@given(seeds, factors, factors, st.booleans(), st.sampled_from(sorted(KERNELS)))
+@given(seeds, factors, factors, st.booleans(), some_kernel)
 def test_descend_adds_scaled_noise_to_the_parent(
     seed: int, offset: float, gain: float, scaled: bool, which: tuple[NoiseKind, str]
 ) -> None:
@@ -149,12 +151,12 @@ def test_descend_in_place_changes_its_slice_alone(which: tuple[NoiseKind, str]) 
 @pytest.mark.parametrize("name", HERE)
 def test_accumulate_adds_in_the_order_of_members(name: str) -> None:
     """To the bit what a plain loop of float32 multiply and add gives."""
-    seed_K = member_seeds(3, 5, 40)
-    weight_K = np.random.default_rng(0).normal(size=40).astype(np.float32)
-    expected = np.zeros(5000, np.float32)
+    seed_K = member_seeds(3, 5, 12)
+    weight_K = np.random.default_rng(0).normal(size=12).astype(np.float32)
+    expected = np.zeros(4200, np.float32)
     for seed, weight in zip(seed_K, weight_K, strict=True):
-        expected += weight * noise("uniform", int(seed), 11, 5011)
-    computed = KERNELS["uniform", name].accumulate(seed_K, weight_K, 11, 5011).numpy()
+        expected += weight * noise("uniform", int(seed), 11, 4211)
+    computed = KERNELS["uniform", name].accumulate(seed_K, weight_K, 11, 4211).numpy()
     assert computed.tobytes() == expected.tobytes()
 
 
