@@ -127,7 +127,13 @@ def parse_config(arguments: list[str]) -> Config:
     description = (
         f"Train a network. --config NAME|FILE is the base, flags override it. Presets: {', '.join(preset_names())}."
     )
-    return _with_flags(default, flags, "spartan train", description)
+    try:
+        return _with_flags(default, flags, "spartan train", description)
+    except InputError as error:
+        stray = next((flag for flag in flags if str(error) == f"Unrecognized options: {flag}"), "")
+        if stray in preset_names() or Path(stray).is_file():
+            raise InputError(f"{error} (perhaps --config {stray}?)") from None
+        raise
 
 
 def _with_flags(default: Config, flags: list[str], prog: str, description: str) -> Config:
