@@ -345,7 +345,7 @@ def _say(console: Console, supervisor: Any) -> None:
 
 
 def _row_line(row: dict[str, Any], epochs: int) -> str:
-    from spartan_ray.report import number
+    from spartan_ray.report import effect, number
 
     line = (
         f"epoch {row['epoch']}/{epochs} {row['kind']:6} train loss {number(row['train_loss'])}  "
@@ -353,8 +353,9 @@ def _row_line(row: dict[str, Any], epochs: int) -> str:
         f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
     )
     if row["kind"] == "evolve":
-        line += f"  parent {number(row['parent_fitness_before'])} -> {number(row['parent_fitness_after'])}"
-        line += f"  step ratio {number(row['step_ratio'], 2)}" if row["accepted"] else "  rejected"
+        before, after = number(row["parent_fitness_before"]), number(row["parent_fitness_after"])
+        line += f"  parent {before} -> {after} {effect(row)}"
+        line += f"  step ratio {number(row['step_ratio'], 2)}" if row["accepted"] else ""
     return line
 
 
