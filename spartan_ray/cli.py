@@ -1,5 +1,5 @@
 """The command line, `spartan`. Exit codes: 0 done, 2 bad configuration or input, 130 stopped by the
-user, 1 anything else."""
+user, 141 nobody reads the output, 1 anything else."""
 
 from __future__ import annotations
 
@@ -254,8 +254,8 @@ def run(config: Config, folder: Path | None = None) -> int:
     """Run the driver on Ray, from the checkpoint in a folder if there is one, and show its progress."""
     if folder is None and JOB_FOLDER in config.run.out:
         print(
-            f"run.out {config.run.out}: this is the working directory of a Ray job, which Ray may delete once the job has "
-            "ended: give --run.out an absolute path elsewhere",
+            f"run.out {config.run.out}: this is the working directory of a Ray job, which Ray may delete once the job "
+            "has ended: give --run.out an absolute path elsewhere",
             flush=True,
         )
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
