@@ -1,5 +1,5 @@
 """The command line, `spartan`. Exit codes: 0 done, 2 bad configuration or input, 130 stopped by the
-user, 1 anything else."""
+user, 141 nobody reads the output, 1 anything else."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import logging
 import math
 import os
 import secrets
+import select
 import signal
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from spartan_ray import __version__
 from spartan_ray.config import (
     Config,
     Diverged,
@@ -30,6 +33,7 @@ from spartan_ray.config import (
     differences,
     load_config,
     load_run_config,
+    no_url,
     preset_names,
 )
 
@@ -40,13 +44,44 @@ LINE_SECONDS = 15.0
 STOP_SECONDS = 30.0
 # Seconds that a run which was just killed may take to let go of its folder.
 LOCK_PATIENCE = 3.0
+# The file descriptor of standard output.
+STDOUT = 1
+# What the path of a Ray job's working directory has in it.
+JOB_FOLDER = "/runtime_resources/working_dir_files/"
 # Seconds to wait for a Ray to answer.
 REACH_SECONDS = 5.0
 
 
 def main() -> None:
-    """Parse the command line, run the command, exit with its code."""
+    """Run the command line and exit with its code."""
+    code: int | str | None
+    try:
+        try:
+            code = _command()
+        except SystemExit as end:  # of --help, and what argparse refuses
+            code = end.code
+        except InputError as error:
+            print(f"spartan: {error}", file=sys.stderr)
+            code = 2
+        except RunError as error:
+            print(f"spartan: {error}", file=sys.stderr)
+            code = 1
+        except KeyboardInterrupt:  # before there was a run to stop, or after its end
+            print("stopped")
+            code = 130
+        print(end="", flush=True)
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # for what Python still writes when it ends
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def _command() -> int:
+    """Parse the command line and run its command; the exit code."""
     parser = argparse.ArgumentParser(prog="spartan", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"spartan {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", add_help=False, help="train a network; its flags: spartan train --help")
     resume = commands.add_parser(
@@ -54,20 +89,20 @@ def main() -> None:
         help="go on with a run that was stopped or lost, to the same result",
         epilog="--cluster.* and --run.keep may follow, as in `spartan train`; nothing else of a run can change.",
     )
-    resume.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    resume.add_argument("run", type=_path("RUN"), metavar="RUN", help="a run folder")
     report = commands.add_parser("report", help="tables and pictures of one run, or of several compared")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    report.add_argument("runs", nargs="+", type=_path("RUN"), metavar="RUN", help="a run folder")
     report.add_argument(
         "-o",
         dest="folder",
-        type=Path,
+        type=_path("-o"),
         metavar="DIR",
         help="where to write (default: RUN/report; for several runs, ./report)",
     )
     replay = commands.add_parser(
         "replay", help="rebuild any descendant that a run scored, or verify the run's updates from its journal"
     )
-    replay.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    replay.add_argument("run", type=_path("RUN"), metavar="RUN", help="a run folder")
     replay.add_argument(
         "--verify", action="store_true", help="make every next parent again and compare it with its digest on record"
     )
@@ -76,7 +111,7 @@ def main() -> None:
     replay.add_argument(
         "-o",
         dest="file",
-        type=Path,
+        type=_path("-o"),
         metavar="FILE",
         help="the descendant's weights (default: descendant-G-K.safetensors)",
     )
@@ -85,12 +120,19 @@ def main() -> None:
     )
     bench.add_argument("--full", action="store_true", help="every population, and a simulated cluster: half an hour")
     bench.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
-    bench.add_argument("--peers", type=Path, metavar="DIR", help="compare with the programs of benchmarks/peers")
+    bench.add_argument(
+        "--peers", type=_path("--peers"), metavar="DIR", help="compare with the programs of benchmarks/peers"
+    )
     bench.add_argument(
         "--write-docs", action="store_true", help="put the tables into ./README.md and ./docs/scaling.md"
     )
     bench.add_argument(
-        "-o", dest="folder", type=Path, metavar="DIR", default=Path("bench"), help="where to write (default: bench)"
+        "-o",
+        dest="folder",
+        type=_path("-o"),
+        metavar="DIR",
+        default=Path("bench"),
+        help="where to write (default: bench)",
     )
     arguments, rest = parser.parse_known_args()
     if rest and arguments.command not in ("train", "resume"):
@@ -99,28 +141,29 @@ def main() -> None:
         replay.error("either --verify, or --generation G and --member K")
     if arguments.command == "replay" and (arguments.generation is None) != (arguments.member is None):
         replay.error("--generation and --member go together")
-    try:
-        match arguments.command:
-            case "train":
-                code = run(with_absolute_paths(parse_config(rest)))
-            case "resume":
-                code = resume_run(arguments.run, rest)
-            case "report":
-                code = write_report(arguments.runs, arguments.folder)
-            case "bench":
-                code = run_bench(arguments)
-            case _:
-                code = replay_run(arguments)
-    except InputError as error:
-        print(f"spartan: {error}", file=sys.stderr)
-        code = 2
-    except RunError as error:
-        print(f"spartan: {error}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:  # before there was a run to stop, or while it stopped
-        print("stopped", flush=True)
-        code = 130
-    sys.exit(code)
+    match arguments.command:
+        case "train":
+            return run(with_absolute_paths(parse_config(rest)))
+        case "resume":
+            return resume_run(arguments.run, rest)
+        case "report":
+            return write_report(arguments.runs, arguments.folder)
+        case "bench":
+            return run_bench(arguments)
+        case _:
+            return replay_run(arguments)
+
+
+def _path(name: str) -> Callable[[str], Path]:
+    """What makes a path of an argument."""
+    return lambda text: Path(no_url(name, text))
+
+
+def _is_unread() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    output = select.poll()
+    output.register(STDOUT, 0)  # an error is told unasked
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def parse_config(arguments: list[str]) -> Config:
@@ -136,7 +179,13 @@ def parse_config(arguments: list[str]) -> Config:
     description = (
         f"Train a network. --config NAME|FILE is the base, flags override it. Presets: {', '.join(preset_names())}."
     )
-    return _with_flags(default, flags, "spartan train", description)
+    try:
+        return _with_flags(default, flags, "spartan train", description)
+    except InputError as error:
+        stray = next((flag for flag in flags if str(error) == f"Unrecognized options: {flag}"), "")
+        if stray in preset_names() or Path(stray).is_file():
+            raise InputError(f"{error} (perhaps --config {stray}?)") from None
+        raise
 
 
 def _with_flags(default: Config, flags: list[str], prog: str, description: str) -> Config:
@@ -204,6 +253,12 @@ def resume_run(folder: Path, flags: list[str]) -> int:
 
 def run(config: Config, folder: Path | None = None) -> int:
     """Run the driver on Ray, from the checkpoint in a folder if there is one, and show its progress."""
+    if folder is None and JOB_FOLDER in config.run.out:
+        print(
+            f"run.out {config.run.out}: this is the working directory of a Ray job, which Ray may delete once the job "
+            "has ended: give --run.out an absolute path elsewhere",
+            flush=True,
+        )
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         _check_paths(config, new=folder is None)
@@ -223,14 +278,7 @@ def run(config: Config, folder: Path | None = None) -> int:
         try:
             follow(supervisor, console)
         except KeyboardInterrupt:
-            print("stopping", flush=True)
-            supervisor.stop()
-            _, progress = supervisor.watch(STOP_SECONDS, 0)
-            _say(console, supervisor)
-            if not progress.folder:
-                print("stopped before the run began", flush=True)
-            else:
-                print(f"stopped after epoch {len(progress.rows)}; {_how_to_go_on(progress.folder)}", flush=True)
+            _stop(supervisor, console)
             return 130
         supervisor.result()
         _, progress = supervisor.watch(0, 0)
@@ -255,10 +303,29 @@ def run(config: Config, folder: Path | None = None) -> int:
         allowed = f"cluster.driver_restarts {config.cluster.driver_restarts}"
         print(f"spartan: the driver was lost {lost} x ({allowed}): {reason}; {_how_to_go_on(known)}", file=sys.stderr)
         return 1
+    except BrokenPipeError as error:  # nobody reads what is printed
+        known = supervisor.folder if supervisor else None
+        print(f"spartan: {error.strerror}; {_how_to_go_on(known)}", file=sys.stderr)
+        raise
     finally:
         if supervisor:
             supervisor.close()
         ray.shutdown()
+
+
+def _stop(supervisor: Any, console: Console) -> None:
+    """End a run, or leave it at its last checkpoint when the user does not wait, and say how to go on."""
+    try:
+        print("stopping", flush=True)
+        supervisor.stop()
+        _, progress = supervisor.watch(STOP_SECONDS, 0)
+        _say(console, supervisor)
+        if not progress.folder:
+            print("stopped before the run began", flush=True)
+        else:
+            print(f"stopped after epoch {len(progress.rows)}; {_how_to_go_on(progress.folder)}", flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped at once; {_how_to_go_on(supervisor.folder)}", flush=True)
 
 
 def _how_to_go_on(folder: Path | str | None) -> str:
@@ -271,11 +338,22 @@ def _first_line(error: Exception) -> str:
 
 def _check_paths(config: Config, new: bool) -> None:
     """Answer a wrong path before Ray starts, where the driver will run on this machine. A run that goes on
-    has its weights in its checkpoint."""
-    if config.data.name == "folder" and not Path(str(config.data.root)).is_dir():
-        raise InputError(f"data.root {config.data.root}: no such folder")
-    if new and config.parent.weights not in ("none", "imagenet") and not Path(config.parent.weights).is_file():
-        raise InputError(f"parent.weights {config.parent.weights}: no such file")
+    has its folder, and its weights in its checkpoint."""
+    if new:
+        out = Path(config.run.out)
+        place = next(folder for folder in (out, *out.parents) if os.path.exists(folder))
+        try:
+            tempfile.TemporaryDirectory(dir=place).cleanup()
+        except OSError as error:
+            raise InputError(f"run.out {out}: cannot make a run folder: {place}: {error.strerror}") from None
+    if config.data.name == "folder":
+        from spartan_ray.images import list_folder
+
+        list_folder(Path(str(config.data.root)))
+    if new and config.parent.weights not in ("none", "imagenet"):
+        from spartan_ray.model import read_weights
+
+        read_weights(Path(config.parent.weights))
 
 
 def _start_ray(address: str) -> None:
@@ -349,7 +427,7 @@ def _say(console: Console, supervisor: Any) -> None:
 
 
 def _row_line(row: dict[str, Any], epochs: int) -> str:
-    from spartan_ray.report import number
+    from spartan_ray.report import effect, number
 
     line = (
         f"epoch {row['epoch']}/{epochs} {row['kind']:6} train loss {number(row['train_loss'])}  "
@@ -357,8 +435,9 @@ def _row_line(row: dict[str, Any], epochs: int) -> str:
         f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
     )
     if row["kind"] == "evolve":
-        line += f"  parent {number(row['parent_fitness_before'])} -> {number(row['parent_fitness_after'])}"
-        line += f"  step ratio {number(row['step_ratio'], 2)}" if row["accepted"] else "  rejected"
+        before, after = number(row["parent_fitness_before"]), number(row["parent_fitness_after"])
+        line += f"  parent {before} -> {after} {effect(row)}"
+        line += f"  step ratio {number(row['step_ratio'], 2)}" if row["accepted"] else ""
     return line
 
 

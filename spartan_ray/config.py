@@ -3,14 +3,27 @@ that names the field as the flags do, `section.field`."""
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import reprlib
+from collections.abc import Iterable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 NoiseKind = Literal["uniform", "gaussian", "rademacher"]
 FitnessKind = Literal["loss", "accuracy"]
@@ -47,11 +60,24 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Decay = Annotated[float, Field(gt=0, le=1)]
 
 
-def _one_line(prefix: str, error: ValidationError) -> str:
+def no_url(name: str, path: str) -> str:
+    """The path that was given as `name`. Raises InputError for a URL: as a path it is a folder `s3:`."""
+    if re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
+        raise InputError(f"{name} ({path}) is a URL: give the path where it is mounted")
+    return path
+
+
+def _perhaps(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f" (perhaps {near[0]}?)" if near else ""
+
+
+def _one_line(section: type[Section], error: ValidationError) -> str:
     problem = error.errors()[0]
-    path = ".".join([prefix, *(str(part) for part in problem["loc"][:1])]).lstrip(".")
+    name = "".join(str(part) for part in problem["loc"][:1])[:80]
+    path = f"{section.prefix}.{name}".strip(".")
     if problem["type"] == "extra_forbidden":
-        return f"{path}: unknown field"
+        return f"{path}: unknown field{_perhaps(name, section.model_fields)}"
     if problem["type"] == "value_error":
         return problem["msg"].removeprefix("Value error, ")
     # Shortened: a few lines of YAML can stand for gigabytes.
@@ -70,7 +96,7 @@ class Section(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise InputError(_one_line(self.prefix, error)) from None
+            raise InputError(_one_line(type(self), error)) from None
 
 
 class Run(Section):
@@ -80,7 +106,7 @@ class Run(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """Name of the run folder; a number is added when it is taken."""
-    out: str = "runs"
+    out: Annotated[str, AfterValidator(partial(no_url, "run.out"))] = "runs"
     """Folder that holds the run folders."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of splits, initial weights, data order and noise."""
@@ -99,7 +125,7 @@ class Data(Section):
 
     name: Literal["cifar10", "fashion-mnist", "digits", "folder"] = "cifar10"
     """Data set; `folder` reads train/<class>/* and test/<class>/* under data.root."""
-    root: str | None = None
+    root: Annotated[str, AfterValidator(partial(no_url, "data.root"))] | None = None
     """Where the data set lies or is downloaded to (default: data/NAME; `digits` needs none)."""
     download: bool = True
     """Download a torchvision data set that is not under data.root."""
@@ -124,7 +150,7 @@ class Parent(Section):
     """resnet18, or convnet: 24 thousand parameters, to try the machinery in seconds."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """First layers of resnet18: imagenet (7x7 stride 2, pooling) or cifar (3x3, 16 times the work)."""
-    weights: str = "none"
+    weights: Annotated[str, AfterValidator(partial(no_url, "parent.weights"))] = "none"
     """none, imagenet (torchvision's), or a FILE: a state dict as .pt, .pth or .safetensors."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimizer of the SGD epochs."""
@@ -382,7 +408,7 @@ def load_config(name_or_file: str) -> Config:
         except (OSError, UnicodeDecodeError, ValueError) as error:
             presets = ", ".join(preset_names())
             raise InputError(f"--config {name_or_file}: no such preset ({presets}) or readable file: {error}") from None
-    return _parse(text, f"--config {name_or_file}: ")
+    return _parse(text, name_or_file)
 
 
 def load_run_config(folder: Path) -> Config:
@@ -392,25 +418,32 @@ def load_run_config(folder: Path) -> Config:
         text = (folder / "config.yaml").read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{folder}: not a run folder: {error}") from None
-    try:
-        config = _parse(text, "")
-    except InputError as error:
-        raise InputError(f"{folder / 'config.yaml'}: {error}") from None
+    config = _parse(text, str(folder / "config.yaml"))
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": None})})
 
 
 def _parse(text: str, source: str) -> Config:
+    """The configuration of YAML. Raises InputError that begins with the name of its source."""
     try:
         sections = yaml.safe_load(text) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date that there is not
-        raise InputError(f"{source}not YAML: {error}") from None
+        raise InputError(f"{source}: not YAML: {error}") from None
+    try:
+        return _configuration(sections)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def _configuration(sections: Any) -> Config:
     if not isinstance(sections, dict):
-        raise InputError(f"{source}expected sections, got {type(sections).__name__}")
+        raise InputError(f"expected sections, got {type(sections).__name__}")
     values: dict[str, Any] = {}
     defaults = Config()
     for section, fields in sections.items():
         if section not in Config.model_fields:
-            raise InputError(f"{str(section)[:80]}: unknown section (one of {', '.join(Config.model_fields)})")
+            name = str(section)[:80]
+            near = _perhaps(name, Config.model_fields) or f" (one of {', '.join(Config.model_fields)})"
+            raise InputError(f"{name}: unknown section{near}")
         if not isinstance(fields, dict) or not all(isinstance(field, str) for field in fields):
             raise InputError(f"{section}: expected field: value lines, got {reprlib.repr(fields)}")
         values[section] = type(getattr(defaults, section))(**fields)

@@ -34,10 +34,10 @@ NAMED = 5
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
-def read_folder(root: Path, note: Note) -> tuple[Arrays, Arrays, tuple[str, ...]]:
-    """Pixels (N, 32, 32, 3) and labels of the training part, those of the test part, and the classes.
+def list_folder(root: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]], list[Path]]:
+    """The files of each class of the training and of the test part, and what is no image by suffix or place.
 
-    Raises InputError for a folder that is not as it should be and for files that cannot be read as they are."""
+    Raises InputError for a folder that is not as it should be."""
     try:
         if not root.is_dir():
             raise InputError(f"data.root {root}: no such folder")
@@ -51,6 +51,15 @@ def read_folder(root: Path, note: Note) -> tuple[Arrays, Arrays, tuple[str, ...]
         raise InputError(f"data.root {root}: class {odd[0]!r} is not in both train and test")
     if len(classes) == 1:
         raise InputError(f"data.root {root}: one class only ({classes[0]!r}): there is nothing to tell apart")
+    return train, test, left_out
+
+
+def read_folder(root: Path, note: Note) -> tuple[Arrays, Arrays, tuple[str, ...]]:
+    """Pixels (N, 32, 32, 3) and labels of the training part, those of the test part, and the classes.
+
+    Raises InputError for a folder that is not as it should be and for files that cannot be read as they are."""
+    train, test, left_out = list_folder(root)
+    classes = tuple(train)
     if left_out:
         names = _named([str(path.relative_to(root)) for path in left_out])
         note(f"data.root {root}: left out, as no images by suffix or place: {len(left_out)} ({names})")

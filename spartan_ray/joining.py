@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-import spartan_ray
 from spartan_ray.config import NoiseKind
 from spartan_ray.noise import fingerprint_agrees
+from spartan_ray.origin import sources
 
 
 @dataclass(frozen=True)
@@ -41,10 +39,7 @@ def versions() -> dict[str, str]:
     """What the bits of a score may depend on: of the package itself a digest of its sources, since a node may
     have another one installed."""
     found = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "numba")}
-    sources = hashlib.sha256()
-    for path in sorted(Path(spartan_ray.__file__).parent.rglob("*.py")):
-        sources.update(path.read_bytes())
-    return found | {"spartan-ray": f"sources {sources.hexdigest()[:12]}"}
+    return found | {"spartan-ray": f"sources {sources()}"}
 
 
 def objections(info: WorkerInfo, noise: NoiseKind) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import pickle
+import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -111,7 +111,7 @@ def initial_model(config: Parent, classes: int, seed: int) -> tuple[nn.Module, l
     if config.weights == "none":
         return network, []
     path = _imagenet_file(config) if config.weights == "imagenet" else Path(config.weights)
-    return network, _load_weights(network, path, _read_state(path))
+    return network, _load_weights(network, path, read_weights(path))
 
 
 def _imagenet_file(config: Parent) -> Path:
@@ -133,15 +133,17 @@ def _imagenet_file(config: Parent) -> Path:
     return path
 
 
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """A state dict from a file. Nothing in the file is ever executed."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        with warnings.catch_warnings(action="ignore"):  # it asks for a report of what it cannot read
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no pickle make torch's reader raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch's text proposes to run the file's code
+        # torch's text for a pickle proposes to run the file's code.
+        if not isinstance(error, (OSError, RuntimeError, EOFError, SafetensorError)):
             reason = "not a state dict as .pt, .pth or .safetensors, or one that needs to run code"
         raise InputError(f"parent.weights {path}: cannot be read as weights: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

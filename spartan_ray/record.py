@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import socket
-import subprocess
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import IO, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from spartan_ray import __version__, origin
 from spartan_ray.checkpoint import MetricsState, write_whole
 from spartan_ray.config import Config, InputError, RunError, dump_config, refuse_links
 
@@ -145,8 +145,9 @@ def environment() -> dict[str, Any]:
     """What the bits of a run may depend on beside its configuration."""
     return {
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "git_commit": _git_commit(),
+        "versions": {"spartan-ray": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": origin.commit(),
+        "sources": origin.sources(),
         "processor": _processor(),
     }
 
@@ -176,14 +177,6 @@ def make_run_folder(out: Path, name: str) -> Path:
             number += 1
         except OSError as error:
             raise InputError(f"run.out {out}: cannot make a run folder: {error}") from None
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _processor() -> str:

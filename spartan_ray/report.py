@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -38,6 +40,12 @@ class Epoch(BaseModel):
     model_config = ConfigDict(strict=True)
 
     epoch: Annotated[int, Field(ge=1, le=2**53)]
+    time: str | None = None
+    """When it ended, in UTC."""
+    run_seconds: Real | None = None
+    """That the run has taken up to then, whatever process did it."""
+    lr: Real | None = None
+    """Of the parent's optimizer."""
     kind: Literal["sgd", "evolve"]
     train_loss: Number
     validation_accuracy: Real
@@ -50,16 +58,19 @@ class Epoch(BaseModel):
 
 class EvolvePhase(Epoch):
     """A line of an evolve phase. Statistics are over the members; one that was rejected early counts with the
-    images that it was scored on. There are also fitness_{min,std,nonfinite}, broadcast_seconds, workers."""
+    images that it was scored on. There are also fitness_{min,std}, broadcast_seconds, workers."""
 
     population: Count
     fitness_images: Count
     fitness_mean: Number
     fitness_max: Number
+    fitness_nonfinite: Count = 0
+    """Members that were not finite: the worst of all, and in none of these statistics."""
     parent_fitness_before: Number
     parent_fitness_after: Number
     """Both on the same images."""
     accepted: bool
+    """Whether the parent moved, to a better one or not."""
     accepted_members: Count = 1
     """More than one in a chain."""
     chosen_member: Count | None = None
@@ -156,7 +167,7 @@ def final_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             {
                 "run": name,
                 "epochs": _epochs(frame),
-                "evolve phases": f"{int(evolve['accepted'].sum())} of {len(evolve)} accepted" if len(evolve) else "-",
+                "evolve phases": _phases(evolve),
                 "train loss": number(last["train_loss"]),
                 "validation accuracy": number(last["validation_accuracy"]),
                 "test accuracy": number(last["test_accuracy"]),
@@ -167,6 +178,26 @@ def final_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def effect(phase: Mapping[Any, Any]) -> str:
+    """What an evolve phase made of the parent on the images that scored it: better, worse, equal, or unmoved."""
+    names = ("parent_fitness_before", "parent_fitness_after")
+    before, after = (-math.inf if pd.isna(phase[name]) else phase[name] for name in names)
+    if not phase["accepted"]:
+        return "unmoved"
+    return "better" if after > before else "worse" if after < before else "equal"
+
+
+def _phases(evolve: pd.DataFrame) -> str:
+    """How many evolve phases moved the parent, and to what."""
+    if not len(evolve):
+        return "-"
+    count = Counter(effect(phase) for phase in evolve.to_dict("records"))
+    moved = len(evolve) - count.pop("unmoved", 0)
+    text = f"{moved} moved" if moved == len(evolve) else f"{moved} of {len(evolve)} moved"
+    effects = ", ".join(f"{count[name]} {name}" for name in ("better", "worse", "equal") if count[name])
+    return f"{text}: {effects}" if moved else text
 
 
 def _epochs(frame: pd.DataFrame) -> str:
@@ -193,11 +224,12 @@ def evolve_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                     "images": int(phase["fitness_images"]),
                     "members' mean": number(phase["fitness_mean"]),
                     "best member": number(phase["fitness_max"]),
+                    "not finite": _count(phase.get("fitness_nonfinite")),
                     "parent before": number(phase["parent_fitness_before"]),
                     "parent after": number(phase["parent_fitness_after"]),
                     "confirm before": "" if pd.isna(confirm[0]) else number(confirm[0]),
                     "confirm after": "" if pd.isna(confirm[1]) else number(confirm[1]),
-                    "accepted": _accepted(phase),
+                    "moved": _moved(phase),
                     "step ratio": number(phase["step_ratio"], 2),
                     "images saved": _share(phase, "images_saved"),
                     "images discarded": _share(phase, "images_discarded"),
@@ -212,14 +244,20 @@ def evolve_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return table[[column for column in table if (table[column] != "").any()]]
 
 
-def _accepted(phase: dict[Any, Any]) -> str:
-    """yes, with the members that became the parent, or no with the reason."""
-    if not phase["accepted"]:
+def _moved(phase: dict[Any, Any]) -> str:
+    """What became of the parent, with the members that replaced it, or why it stayed."""
+    found = effect(phase)
+    if found == "unmoved":
         return f"no: {phase['note']}"
     if pd.isna(phase.get("chosen_member")):
-        return "yes"
+        return found
     member, count = int(phase["chosen_member"]), int(phase["accepted_members"])
-    return f"yes: member {member}" if count == 1 else f"yes: {count} members, the last {member}"
+    return f"{found}: member {member}" if count == 1 else f"{found}: {count} members, the last {member}"
+
+
+def _count(value: Any) -> str:
+    """Nothing for none."""
+    return "" if not value or pd.isna(value) else str(int(value))
 
 
 def _share(phase: dict[Any, Any], name: str) -> str:

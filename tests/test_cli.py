@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -12,13 +14,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
+import ray
 from whole_runs import change, command, run_here, same_result
 
+import spartan_ray
+from spartan_ray import cli, origin, supervisor
 from spartan_ray.checkpoint import latest_checkpoint
-from spartan_ray.config import load_config
+from spartan_ray.config import Config, load_config
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data.name", "digits", "--parent.model", "convnet", "--evolution.every", "2", "--evolution.population", "4"]
@@ -36,6 +42,7 @@ def environment() -> dict[str, str]:
     return keep | {"PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.ray
 def test_train_and_report(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -50,7 +57,8 @@ def test_train_and_report(tmp_path: Path) -> None:
     assert len(files) > 5
     assert not any(secret in path.read_bytes() for path in files)
     assert "epoch 2/2 evolve" in trained.stdout
-    assert "| tiny | 2 | 1 of 1 accepted |" in trained.stdout
+    (effect,) = set(re.findall(r"better|worse", trained.stdout))  # the line of the epoch and the table agree
+    assert f"| tiny | 2 | 1 moved: 1 {effect} |" in trained.stdout
     assert (tmp_path / "runs" / "tiny" / "final.safetensors").exists()
     code, said, _ = command("report", "runs/tiny", cwd=tmp_path)
     assert code == 0
@@ -70,7 +78,20 @@ def test_train_and_report(tmp_path: Path) -> None:
             "evolution.population: should be greater than or equal to 2 (got 1)",
         ),
         (["train", "--data.name", "folder", "--data.root", "nowhere"], "/nowhere: no such folder"),
-        (["train", *SMALL, "--parent.weights", "absent.pt"], "/absent.pt: no such file"),
+        (["train", *SMALL, "--parent.weights", "absent.pt"], "/absent.pt: cannot be read as weights: [Errno 2]"),
+        (["train", *SMALL, "--parent.weights", __file__], "test_cli.py: cannot be read as weights: not a state dict"),
+        (["train", "--data.name", "folder", "--data.root", "."], "/train: no such folder (expected train/<class>"),
+        (["train", *SMALL, "--run.out", f"{__file__}/runs"], f"cannot make a run folder: {__file__}: Not a directory"),
+        (["train", *SMALL, "--run.out", "/proc/runs"], "run.out /proc/runs: cannot make a run folder: /proc: "),
+        (["train", "--run.out", "s3://bucket/x"], "run.out (s3://bucket/x) is a URL"),
+        (["report", "runs/x", "s3://bucket/x"], "RUN (s3://bucket/x) is a URL"),
+        (["report", "runs/x", "-o", "s3://bucket/x"], "-o (s3://bucket/x) is a URL"),
+        (["resume", "s3://bucket/x"], "RUN (s3://bucket/x) is a URL"),
+        (["replay", "s3://bucket/x", "--verify"], "RUN (s3://bucket/x) is a URL"),
+        (
+            ["replay", "runs/x", "--generation", "1", "--member", "1", "-o", "file:///x"],
+            "-o (file:///x) is a URL: give the path where it is mounted",
+        ),
         (["train", *SMALL, "--cluster.address", "127.0.0.1:1"], "cluster.address 127.0.0.1:1: no Ray answers"),
         (["report", "nowhere"], "nowhere/metrics.jsonl: not readable"),
     ],
@@ -84,6 +105,19 @@ def test_bad_input_is_one_line_and_exit_2(arguments: list[str], said: str, tmp_p
     assert not list(tmp_path.iterdir())  # no run, and no token
 
 
+def test_a_run_in_the_working_directory_of_a_job_is_warned_of_first(tmp_path: Path) -> None:
+    job = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    job.mkdir(parents=True)
+    wrong = ["train", *SMALL, "--parent.weights", "absent.pt"]
+    code, said, _ = command(*wrong, cwd=job)
+    assert code == 2
+    assert said.startswith(f"run.out {job}/runs: this is the working directory of a Ray job, which Ray may delete")
+    assert "give --run.out an absolute path elsewhere" in said
+    assert command(*wrong, "--run.out", str(tmp_path / "runs"), cwd=job)[1] == ""
+    assert command(*wrong, cwd=tmp_path)[1] == ""
+
+
+@pytest.mark.ray
 def test_what_the_cluster_cannot_do_is_one_line_and_exit_2(tmp_path: Path) -> None:
     ended = spartan("train", *SMALL, "--cluster.gpus-per-worker", "1", cwd=tmp_path)
     assert ended.returncode == 2
@@ -102,6 +136,82 @@ def test_help_names_the_presets_and_every_section(tmp_path: Path) -> None:
     assert command("--help", cwd=tmp_path)[0] == 0
 
 
+def test_the_version_is_the_package_s(tmp_path: Path) -> None:
+    assert command("--version", cwd=tmp_path) == (0, f"spartan {spartan_ray.__version__}\n", "")
+
+
+@pytest.mark.parametrize(("arguments", "unbuffered"), [(["train", "--help"], "1"), (["--version"], "")])
+def test_output_that_nobody_reads_ends_quietly(arguments: list[str], unbuffered: str) -> None:
+    """As of `| head`, which ends when it has its lines: found while it is written, or at the end."""
+    unread, output = os.pipe()
+    os.close(unread)
+    program = [sys.executable, "-m", "spartan_ray", *arguments]
+    given = environment() | {"PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(
+        program, stdout=output, stderr=subprocess.PIPE, text=True, env=given, timeout=60, check=False
+    )
+    os.close(output)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_broken_pipe_to_another_process_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    unread, pipe = os.pipe()
+    os.close(unread)
+    monkeypatch.setattr(cli, "_command", lambda: os.write(pipe, b"work"))
+    with pytest.raises(BrokenPipeError):
+        cli.main()
+    os.close(pipe)
+
+
+class EndedFromOutside:
+    """A run whose every watch ends in an error of this process."""
+
+    folder = Path("/runs/x")
+    unsaid: ClassVar[list[str]] = []
+
+    def __init__(self, error: type[BaseException], watches: list[float]) -> None:
+        self.error = error
+        self.watches = watches
+
+    def watch(self, seconds: float, rows: int | None = None) -> None:
+        self.watches.append(seconds)
+        raise self.error(32, "Broken pipe")
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyboardInterrupt, "stopping\nstopped at once; go on with: spartan resume /runs/x\n"),
+        (BrokenPipeError, "spartan: Broken pipe; go on with: spartan resume /runs/x\n"),
+    ],
+)
+def test_a_run_that_is_ended_in_a_hurry_says_how_to_go_on(
+    error: type[BaseException],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A second Ctrl-C while the first is waited for, and output that nobody reads any more."""
+    watches: list[float] = []
+    monkeypatch.setattr(supervisor, "Supervisor", lambda config, folder: EndedFromOutside(error, watches))
+    for part, name in ((cli, "_check_paths"), (cli, "_make_token"), (cli, "_start_ray"), (ray, "shutdown")):
+        monkeypatch.setattr(part, name, lambda *arguments, **named: None)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    if error is KeyboardInterrupt:
+        assert cli.run(Config()) == 130
+        assert len(watches) == 2
+    else:
+        with pytest.raises(BrokenPipeError):
+            cli.run(Config())
+    assert "".join(capsys.readouterr()) == said
+
+
+@pytest.mark.ray
 def test_an_interrupt_stops_cleanly(tmp_path: Path) -> None:
     """Exit 130, the ended epochs on record, how to go on, and no process left."""
     command = [sys.executable, "-m", "spartan_ray", "train", *SMALL, "--run.epochs", "100000", "--run.name", "long"]
@@ -119,9 +229,10 @@ def test_an_interrupt_stops_cleanly(tmp_path: Path) -> None:
         watchdog = threading.Timer(180, process.kill)
         watchdog.start()
         assert process.stdout
-        for line in process.stdout:
-            if line.startswith("epoch 2/"):
-                break
+        seen = ""
+        while not (seen.startswith("epoch 2/") and "train loss" in seen):
+            seen = process.stdout.readline()
+            assert seen
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         process.send_signal(signal.SIGINT)
@@ -133,7 +244,7 @@ def test_an_interrupt_stops_cleanly(tmp_path: Path) -> None:
     assert said == f"stopped after epoch {epoch}; go on with: spartan resume {tmp_path}/runs/long"
     assert (tmp_path / "runs" / "long" / "metrics.jsonl").read_text().count("\n") == epoch >= 2
     assert latest_checkpoint(tmp_path / "runs" / "long", print)[0].epoch == epoch
-    assert f"epoch {epoch}/" in rest
+    assert f"epoch {epoch}/" in seen + rest
     assert (token.read_text(), stat.S_IMODE(token.stat().st_mode)) == ("0123456789abcdef" * 4, 0o600)
     assert psutil.wait_procs(children, timeout=60)[1] == []
 
@@ -179,11 +290,12 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
         process.kill()
 
 
+@pytest.mark.ray
 def test_a_ray_job_does_the_same_as_a_local_run(local_ray: None, ray_head: dict[str, str], tmp_path: Path) -> None:
     flags = [*SMALL, "--run.epochs", "2", "--run.name", "job", "--parent.threads", "1"]
-    ray = str(Path(sys.executable).parent / "ray")
+    program = str(Path(sys.executable).parent / "ray")
     submitted = subprocess.run(
-        [ray, "job", "submit", "--working-dir", str(ROOT), "--", "python", "-m", "spartan_ray", "train", *flags,
+        [program, "job", "submit", "--working-dir", str(ROOT), "--", "python", "-m", "spartan_ray", "train", *flags,
          "--run.out", str(tmp_path / "cluster")],
         capture_output=True, text=True, env=ray_head, timeout=300, check=False,
     )  # fmt: skip
@@ -195,5 +307,8 @@ def test_a_ray_job_does_the_same_as_a_local_run(local_ray: None, ray_head: dict[
         "config.yaml", "environment.json", "metrics.jsonl", "journal", "tensorboard", "final.safetensors",
         "checkpoints", "lock",
     }  # fmt: skip
+    known = json.loads((job / "environment.json").read_text())
+    assert known["sources"] == origin.sources()
+    assert known["versions"]["spartan-ray"] == spartan_ray.__version__
     local, _ = run_here(change(load_config(str(job)), run={"out": str(tmp_path / "local")}))
     assert same_result(local, job)

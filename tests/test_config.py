@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spartan_ray.cli import parse_config
-from spartan_ray.config import Config, Evolution, InputError, dump_config, load_config, preset_names
+from spartan_ray.config import Config, Evolution, InputError, Run, dump_config, load_config, preset_names
 
 RANDOM_GRADIENTS = ["--evolution.strategy", "random-gradients"]
 
@@ -182,6 +182,11 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         (["--config", "no-such-preset"], "--config no-such-preset: no such preset"),
         (["--config"], "--config: expected"),
         (["--run.epoch", "5"], "(perhaps --run.epochs?)"),
+        (["article-es"], "Unrecognized options: article-es (perhaps --config article-es?)"),
+        (["--evolution.mirrored", "sgd"], "Unrecognized options: sgd (perhaps --config sgd?)"),
+        (["--run.out", "s3://bucket/x"], "run.out (s3://bucket/x) is a URL: give the path where it is mounted"),
+        (["--data.root", "FILE:///x"], "data.root (FILE:///x) is a URL"),
+        (["--parent.weights", "hdfs://x/w.pt"], "parent.weights (hdfs://x/w.pt) is a URL"),
     ],
 )
 def test_a_bad_flag_is_one_line_that_names_it(arguments: list[str], message: str) -> None:
@@ -194,8 +199,13 @@ def test_a_bad_flag_is_one_line_that_names_it(arguments: list[str], message: str
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("evolution: {sigmma: 1}", "evolution.sigmma: unknown field"),
-        ("evolutions: {sigma: 1}", "evolutions: unknown section"),
+        ("evolution: {sigmma: 1}", "evolution.sigmma: unknown field (perhaps sigma?)"),
+        ("evolution: {fitness-images: 9}", "evolution.fitness-images: unknown field (perhaps fitness_images?)"),
+        ("evolution: {zzz: 1}", "evolution.zzz: unknown field"),
+        ("evolutions: {sigma: 1}", "evolutions: unknown section (perhaps evolution?)"),
+        ("zzz: {sigma: 1}", "zzz: unknown section (one of run, data, parent, evolution, cluster)"),
+        ("run: {out: 'gs://bucket/x'}", "run.out (gs://bucket/x) is a URL"),
+        ("evolution: {mirrored: true, population: 33}", "evolution.population (33) must be even when mirrored"),
         ("evolution: 5", "evolution: expected field: value lines"),
         ("evolution: {sigma: [1]}", "evolution.sigma: should be a valid number"),
         ("- 1", "expected sections, got list"),
@@ -203,13 +213,30 @@ def test_a_bad_flag_is_one_line_that_names_it(arguments: list[str], message: str
         ("run: {seed: -1}", "run.seed: should be greater than or equal to 0 (got -1)"),
     ],
 )
-def test_a_bad_file_is_one_line_that_names_the_field(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "bad.yaml"
+def test_a_bad_file_is_one_line_that_names_the_file_and_the_field(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(InputError) as caught:
-        load_config(str(path))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    for given in (path, tmp_path):  # a file, a run folder
+        with pytest.raises(InputError) as caught:
+            load_config(str(given))
+        assert str(caught.value).startswith(f"{path}: {message}")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_in_the_place_of_a_flag_is_proposed_as_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("")
+    with pytest.raises(InputError, match=r"mine\.yaml \(perhaps --config mine\.yaml\?\)"):
+        parse_config(["mine.yaml"])
+    with pytest.raises(InputError, match=r"Unrecognized options: yours\.yaml$"):
+        parse_config(["yours.yaml"])
+
+
+def test_what_has_a_colon_is_not_yet_a_url() -> None:
+    for path in ("a/b://c", "s3:/x", "C:x", "/mnt/s3://x"):
+        assert Run(out=path).out == path
 
 
 def test_the_configuration_is_frozen() -> None:

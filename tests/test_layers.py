@@ -12,9 +12,10 @@ import spartan_ray
 PACKAGE = Path(spartan_ray.__file__).parent
 # A module may import what stands before it.
 ORDER = [
-    "config", "process", "noise", "kernels", "images", "data", "layers", "resnet", "model", "fitness", "strategies",
-    "evaluator", "parent", "checkpoint", "journal", "record", "resources", "spans", "joining", "dispatch", "pool",
-    "evolve", "replay", "worker", "transport", "driver", "supervisor", "plots", "report", "bench", "cli", "__main__",
+    "origin", "config", "process", "noise", "kernels", "images", "data", "layers", "resnet", "model", "fitness",
+    "strategies", "evaluator", "parent", "checkpoint", "journal", "record", "resources", "spans", "joining", "dispatch",
+    "pool", "evolve", "replay", "worker", "transport", "driver", "supervisor", "plots", "report", "bench", "cli",
+    "__main__",
 ]  # fmt: skip
 UPWARD = {("noise", "kernels")}  # the choice of a kernel, at the call
 KNOW_RAY = {"worker", "transport", "supervisor", "bench", "cli"}

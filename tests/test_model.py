@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from urllib.error import URLError
 
@@ -166,6 +167,8 @@ def test_weights_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pyte
     torch.save({"a": 1}, "numbers.pt")
     Path("torn.pt").write_bytes(Path("list.pt").read_bytes()[:100])
     Path("torn.safetensors").write_bytes(b"\xff" * 50)
+    Path("text.pt").write_text("root:x:0:0\n")
+    Path("bytes.pt").write_bytes(b"\x80o.")
     state = resnet18(num_classes=10).state_dict()
     torch.save({k: v for k, v in state.items() if k != "bn1.bias"}, "short.pt")
     torch.save(state | {"extra": torch.zeros(1)}, "long.pt")
@@ -178,13 +181,18 @@ def test_weights_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pyte
         ("numbers.pt", "holds no state dict"),
         ("torn.pt", "cannot be read as weights"),
         ("torn.safetensors", "cannot be read as weights"),
+        ("text.pt", "cannot be read as weights: not a state dict as .pt, .pth or .safetensors"),
+        ("bytes.pt", "cannot be read as weights: not a state dict as .pt, .pth or .safetensors"),
         ("short.pt", "bn1.bias is missing"),
         ("long.pt", "extra is not in the network"),
         ("cifar.pt", "conv1.weight is (64, 3, 3, 3), the network's is (64, 3, 7, 7)"),
     ):
-        with pytest.raises(InputError, match=re.escape(f"parent.weights {name}: {message}")) as caught:
-            initial_model(Parent(weights=name), 10, 0)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            with pytest.raises(InputError, match=re.escape(f"parent.weights {name}: {message}")) as caught:
+                initial_model(Parent(weights=name), 10, 0)
         assert "\n" not in str(caught.value)
+        assert not warned
     assert not Path(EVIL_FILE).exists()
 
 

@@ -33,20 +33,45 @@ def write_run(folder: Path, accuracies: list[float], evolve: dict[int, bool]) ->
     return folder
 
 
+@pytest.mark.parametrize(
+    ("phases", "said"),
+    [
+        ([(-1.0, -0.5, True)] * 7 + [(-1.0, -1.5, True)] * 8, "15 moved: 7 better, 8 worse"),
+        ([(-1.0, -0.5, True)] * 3 + [(-1.0, -1.0, False)] * 12, "3 of 15 moved: 3 better"),
+        ([(-1.0, -1.5, False)], "0 of 1 moved"),
+        (
+            [(0.5, 0.5, True), (0.5, None, True), (None, 0.5, True), (None, None, True)],
+            "4 moved: 1 better, 1 worse, 2 equal",
+        ),
+    ],
+)
+def test_a_table_says_what_the_phases_made_of_the_parent(
+    tmp_path: Path, phases: list[tuple[float | None, float | None, bool]], said: str
+) -> None:
+    """On the images that scored them; a fitness that was not finite is below all others."""
+    folder = write_run(tmp_path / "x", [0.5] * len(phases), {n: moved for n, (_, _, moved) in enumerate(phases, 1)})
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row, (before, after, _) in zip(rows, phases, strict=True):
+        row |= {"parent_fitness_before": before, "parent_fitness_after": after}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (row,) = final_table({"x": read_run(folder).metrics}).to_dict("records")
+    assert row["evolve phases"] == said
+
+
 def test_final_table_takes_the_test_accuracy_where_validation_is_best(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "x", [0.5, 0.9, 0.7], {2: True, 3: False}))
     (row,) = final_table({"x": run.metrics}).to_dict("records")
     assert row["test accuracy"] == "0.6000"
     assert row["best validation"] == "0.9000 (epoch 2)"
     assert row["test accuracy there"] == "0.8000"
-    assert row["evolve phases"] == "1 of 2 accepted"
+    assert row["evolve phases"] == "1 of 2 moved: 1 better"
     assert row["seconds"] == "4"
     phases = evolve_table({"x": run.metrics}).to_dict("records")
-    assert [phase["accepted"] for phase in phases] == ["yes", "no: all equal"]
+    assert [phase["moved"] for phase in phases] == ["better", "no: all equal"]
     assert not {"confirm before", "images saved", "images discarded", "gradient s"} & phases[0].keys()
 
 
-def test_the_report_tells_who_was_accepted_and_what_confirmed_it(tmp_path: Path) -> None:
+def test_the_report_tells_who_replaced_the_parent_and_what_confirmed_it(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "x", [0.5, 0.9, 0.7], {1: True, 2: True, 3: False})
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row, member, count, confirm in zip(
@@ -58,7 +83,8 @@ def test_the_report_tells_who_was_accepted_and_what_confirmed_it(tmp_path: Path)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = read_run(folder)
     phases = evolve_table({"x": run.metrics}).to_dict("records")
-    assert [phase["accepted"] for phase in phases] == ["yes: member 7", "yes: 3 members, the last 9", "no: all equal"]
+    moved = ["better: member 7", "better: 3 members, the last 9", "no: all equal"]
+    assert [phase["moved"] for phase in phases] == moved
     assert [(phase["confirm before"], phase["confirm after"]) for phase in phases] == [
         ("-1.5000", "-1.2500"), ("", ""), ("-2.0000", "-2.5000"),
     ]  # fmt: skip

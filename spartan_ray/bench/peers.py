@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from spartan_ray import __version__
 from spartan_ray.bench.bare import PARENT
 from spartan_ray.bench.figures import Results, said, spread
 from spartan_ray.bench.measure import Generation, Said, close, peak_memory
@@ -98,9 +98,8 @@ def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
                 "ours_over_it": spread(own / their for own in beside for their in peer["members_per_second"]),
             }
         )
-    version = importlib.metadata.version("spartan-ray")
     ours = [
-        {"name": name, "version": version, "members_per_second": spread(rates[name]), "peak_mb": max(peak_mb[name])}
+        {"name": name, "version": __version__, "members_per_second": spread(rates[name]), "peak_mb": max(peak_mb[name])}
         for name in OURS
     ]
     return [*ours, *found]
