@@ -11,7 +11,6 @@ import math
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from spartan_ray.address import check_address, check_token, ray_address
 from spartan_ray.config import Config, InputError, RunError, differences, load_config, load_run_config, preset_names
 
 DESCRIPTION = """Spartan training: SGD alternated with evolution, the population scored on Ray."""
@@ -31,8 +31,6 @@ LINE_SECONDS = 15.0
 STOP_SECONDS = 30.0
 # Seconds that a run which was just killed may take to let go of its folder.
 LOCK_PATIENCE = 3.0
-# Seconds to wait for a Ray to answer.
-REACH_SECONDS = 5.0
 
 
 def main() -> None:
@@ -195,17 +193,21 @@ def resume_run(folder: Path, flags: list[str]) -> int:
 
 def run(config: Config, folder: Path | None = None) -> int:
     """Run the driver on Ray, from the checkpoint in a folder if there is one, and show its progress."""
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    address, named_by = ray_address(config.cluster.address)
     if address == "local":
         _check_paths(config, new=folder is None)
         _make_token()  # Ray reads the mode when it is imported
-    # Ray takes seconds to import; a bad flag is answered before.
+    # It warns of what protects the user: the token.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    if address != "local":
+        address = check_address(address, named_by)
+    # Ray and torch take seconds to import; a bad flag is answered before.
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     from spartan_ray.driver import Supervisor
 
-    _start_ray(address)
+    _start_ray(address, named_by)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
     supervisor = None
     try:
@@ -268,15 +270,12 @@ def _check_paths(config: Config, new: bool) -> None:
         raise InputError(f"parent.weights {config.parent.weights}: no such file")
 
 
-def _start_ray(address: str) -> None:
+def _start_ray(address: str, named_by: str) -> None:
     """Join the Ray at an address, or start one of this machine that takes nobody in without its token."""
     import ray
+    from ray.exceptions import RayError
 
-    # It warns of what protects the user: the token.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address != "local":
-        _check_reachable(address)
     print("starting Ray", flush=True)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     try:
@@ -284,8 +283,8 @@ def _start_ray(address: str) -> None:
             ray.init(address="local", include_dashboard=False, dashboard_host="127.0.0.1", **quiet)
         else:
             ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"cluster.address {address}: no Ray answers there: {error}") from None
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        raise InputError(f"{named_by} {address}: {error.__cause__ or error}") from None
 
 
 def _make_token() -> None:
@@ -293,29 +292,18 @@ def _make_token() -> None:
     token: Ray itself leaves that to the umask."""
     if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
         return
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return
-    path = Path.home() / ".ray" / "auth_token"
-    try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            os.write(file, secrets.token_hex(32).encode())
-            os.close(file)
-        path.chmod(0o600)
-    except OSError as error:
-        raise InputError(f"{path}: Ray's token cannot be kept there: {error.strerror}") from None
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself retries a dead address for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon:
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise InputError(f"cluster.address {address}: no Ray answers there: {error}") from None
+    if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        path = Path.home() / ".ray" / "auth_token"
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                os.write(file, secrets.token_hex(32).encode())
+                os.close(file)
+            path.chmod(0o600)
+        except OSError as error:
+            raise InputError(f"{path}: Ray's token cannot be kept there: {error.strerror}") from None
+    check_token()
 
 
 def follow(supervisor: Any, console: Console) -> None:

@@ -14,10 +14,10 @@ PACKAGE = Path(spartan_ray.__file__).parent
 ORDER = [
     "config", "noise", "kernels", "data", "layers", "resnet", "model", "fitness", "strategies", "evaluator", "parent",
     "checkpoint", "journal", "record", "resources", "spans", "joining", "worker", "pool", "evolve", "replay", "driver",
-    "plots", "report", "bench", "cli", "__main__",
+    "plots", "report", "bench", "address", "cli", "__main__",
 ]  # fmt: skip
 UPWARD = {("noise", "kernels")}  # the choice of a kernel, at the call
-KNOW_RAY = {"worker", "pool", "driver", "bench", "cli"}
+KNOW_RAY = {"worker", "pool", "driver", "bench", "address", "cli"}
 
 
 def imports() -> dict[str, set[str]]:
