@@ -12,7 +12,6 @@ import os
 import secrets
 import select
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from spartan_ray import __version__
+from spartan_ray.address import check_address, check_token, ray_address
 from spartan_ray.config import (
     Config,
     Diverged,
@@ -48,8 +48,6 @@ LOCK_PATIENCE = 3.0
 STDOUT = 1
 # What the path of a Ray job's working directory has in it.
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
-# Seconds to wait for a Ray to answer.
-REACH_SECONDS = 5.0
 
 
 def main() -> None:
@@ -259,17 +257,21 @@ def run(config: Config, folder: Path | None = None) -> int:
             "has ended: give --run.out an absolute path elsewhere",
             flush=True,
         )
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    address, named_by = ray_address(config.cluster.address)
     if address == "local":
         _check_paths(config, new=folder is None)
         _make_token()  # Ray reads the mode when it is imported
-    # Ray takes seconds to import; a bad flag is answered before.
+    # It warns of what protects the user: the token.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    if address != "local":
+        address = check_address(address, named_by)
+    # Ray and torch take seconds to import; a bad flag is answered before.
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     from spartan_ray.supervisor import Supervisor
 
-    _start_ray(address)
+    _start_ray(address, named_by)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
     supervisor = None
     try:
@@ -356,15 +358,12 @@ def _check_paths(config: Config, new: bool) -> None:
         read_weights(Path(config.parent.weights))
 
 
-def _start_ray(address: str) -> None:
+def _start_ray(address: str, named_by: str) -> None:
     """Join the Ray at an address, or start one of this machine that takes nobody in without its token."""
     import ray
+    from ray.exceptions import RayError
 
-    # It warns of what protects the user: the token.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address != "local":
-        _check_reachable(address)
     print("starting Ray", flush=True)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     try:
@@ -372,8 +371,8 @@ def _start_ray(address: str) -> None:
             ray.init(address="local", include_dashboard=False, dashboard_host="127.0.0.1", **quiet)
         else:
             ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"cluster.address {address}: no Ray answers there: {error}") from None
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        raise InputError(f"{named_by} {address}: {error.__cause__ or error}") from None
 
 
 def _make_token() -> None:
@@ -381,29 +380,18 @@ def _make_token() -> None:
     token: Ray itself leaves that to the umask."""
     if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
         return
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return
-    path = Path.home() / ".ray" / "auth_token"
-    try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            os.write(file, secrets.token_hex(32).encode())
-            os.close(file)
-        path.chmod(0o600)
-    except OSError as error:
-        raise InputError(f"{path}: Ray's token cannot be kept there: {error.strerror}") from None
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself retries a dead address for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon:
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise InputError(f"cluster.address {address}: no Ray answers there: {error}") from None
+    if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        path = Path.home() / ".ray" / "auth_token"
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                os.write(file, secrets.token_hex(32).encode())
+                os.close(file)
+            path.chmod(0o600)
+        except OSError as error:
+            raise InputError(f"{path}: Ray's token cannot be kept there: {error.strerror}") from None
+    check_token()
 
 
 def follow(supervisor: Any, console: Console) -> None:

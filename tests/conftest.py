@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,11 +22,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from hypothesis import settings
 from PIL import Image
-from whole_runs import WarmTransport, run
+from whole_runs import WarmTransport, environment, run
 
 from spartan_ray.config import Config, Data, Evolution, Parent, Run
 from spartan_ray.process import set_up
@@ -52,6 +61,64 @@ def local_ray() -> Iterator[None]:
     yield
     WarmTransport.idle.clear()
     ray.shutdown()
+
+
+@dataclass
+class Head:
+    """A Ray of its own, as `ray start --head` makes it, and the environment that reaches it."""
+
+    gcs: str
+    client: str
+    dashboard: str
+    folder: Path
+    environment: dict[str, str]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[Head]:
+    """A Ray that takes in who has its token, with a dashboard and a Ray Client server."""
+    gcs, client, dashboard, agent = (free_port() for _ in range(4))
+    # Unix sockets lie below: the path must be short.
+    folder = Path("/tmp") / f"spartan-{secrets.token_hex(4)}"
+    command = [
+        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}",
+        f"--ray-client-server-port={client}", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}", "--disable-usage-stats",
+    ]  # fmt: skip
+    reach = environment() | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120",  # on busy cores Ray's 30 s are too few
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    head = subprocess.Popen(
+        command, env=reach, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert head.stdout
+    for line in head.stdout:
+        if "will now block" in line:
+            break
+    # The Ray Client server starts a little after the head says that it is there.
+    while head.poll() is None:
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", client)).close()
+            break
+        time.sleep(0.1)
+    started = psutil.Process(head.pid).children(recursive=True)
+    yield Head(f"127.0.0.1:{gcs}", f"ray://127.0.0.1:{client}", f"127.0.0.1:{dashboard}", folder, reach)
+    head.terminate()
+    head.wait(timeout=60)
+    head.stdout.close()
+    for process in psutil.wait_procs(started, timeout=30)[1]:
+        process.kill()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -5,41 +5,24 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import signal
-import socket
 import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import psutil
 import pytest
 import ray
-from whole_runs import change, command, run_here, same_result
+from conftest import Head
+from whole_runs import ROOT, SMALL, change, command, environment, run_here, same_result, spartan
 
 import spartan_ray
 from spartan_ray import cli, origin, supervisor
 from spartan_ray.checkpoint import latest_checkpoint
 from spartan_ray.config import Config, load_config
-
-ROOT = Path(__file__).parent.parent
-SMALL = ["--data.name", "digits", "--parent.model", "convnet", "--evolution.every", "2", "--evolution.population", "4"]
-
-
-def spartan(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "spartan_ray", *arguments]
-    given = environment() | more
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=given, timeout=300, check=False)
-
-
-def environment() -> dict[str, str]:
-    """This process's, without the Ray of the other tests."""
-    keep = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return keep | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.ray
@@ -92,7 +75,6 @@ def test_train_and_report(tmp_path: Path) -> None:
             ["replay", "runs/x", "--generation", "1", "--member", "1", "-o", "file:///x"],
             "-o (file:///x) is a URL: give the path where it is mounted",
         ),
-        (["train", *SMALL, "--cluster.address", "127.0.0.1:1"], "cluster.address 127.0.0.1:1: no Ray answers"),
         (["report", "nowhere"], "nowhere/metrics.jsonl: not readable"),
     ],
 )
@@ -249,55 +231,19 @@ def test_an_interrupt_stops_cleanly(tmp_path: Path) -> None:
     assert psutil.wait_procs(children, timeout=60)[1] == []
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Ray head of its own, as `ray start --head` makes it; the environment that reaches it."""
-    dashboard = free_port()
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    # Unix sockets lie below: the path must be short.
-    folder = Path("/tmp") / f"spartan-{secrets.token_hex(4)}"
-    command = [
-        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}",
-        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
-        f"--temp-dir={folder}", "--disable-usage-stats",
-    ]  # fmt: skip
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    reach = environment() | token | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "PATH": path}
-    head = subprocess.Popen(
-        command, env=reach, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    assert head.stdout
-    for line in head.stdout:
-        if "will now block" in line:
-            break
-    # The agent that takes jobs starts a little after the head says that it is there.
-    ready = [command[0], "job", "submit", "--", "true"]
-    for _ in range(30):
-        if subprocess.run(ready, env=reach, capture_output=True, check=False).returncode == 0:
-            break
-    started = psutil.Process(head.pid).children(recursive=True)
-    yield reach
-    head.terminate()
-    head.wait(timeout=60)
-    head.stdout.close()
-    for process in psutil.wait_procs(started, timeout=30)[1]:
-        process.kill()
-
-
 @pytest.mark.ray
-def test_a_ray_job_does_the_same_as_a_local_run(local_ray: None, ray_head: dict[str, str], tmp_path: Path) -> None:
+def test_a_ray_job_does_the_same_as_a_local_run(local_ray: None, ray_head: Head, tmp_path: Path) -> None:
     flags = [*SMALL, "--run.epochs", "2", "--run.name", "job", "--parent.threads", "1"]
     program = str(Path(sys.executable).parent / "ray")
+    # The agent that takes jobs starts a little after the head says that it is there.
+    for _ in range(30):
+        ready = subprocess.run([program, "job", "submit", "--", "true"], env=ray_head.environment, capture_output=True)
+        if ready.returncode == 0:
+            break
     submitted = subprocess.run(
         [program, "job", "submit", "--working-dir", str(ROOT), "--", "python", "-m", "spartan_ray", "train", *flags,
          "--run.out", str(tmp_path / "cluster")],
-        capture_output=True, text=True, env=ray_head, timeout=300, check=False,
+        capture_output=True, text=True, env=ray_head.environment, timeout=300, check=False,
     )  # fmt: skip
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "succeeded" in submitted.stdout + submitted.stderr
@@ -305,7 +251,7 @@ def test_a_ray_job_does_the_same_as_a_local_run(local_ray: None, ray_head: dict[
     job = tmp_path / "cluster" / "job"
     assert {path.name for path in job.iterdir()} == {
         "config.yaml", "environment.json", "metrics.jsonl", "journal", "tensorboard", "final.safetensors",
-        "checkpoints", "lock",
+        "checkpoints", "lock", "log.txt",
     }  # fmt: skip
     known = json.loads((job / "environment.json").read_text())
     assert known["sources"] == origin.sources()

@@ -14,11 +14,11 @@ PACKAGE = Path(spartan_ray.__file__).parent
 ORDER = [
     "origin", "config", "process", "noise", "kernels", "images", "data", "layers", "resnet", "model", "fitness",
     "strategies", "evaluator", "parent", "checkpoint", "journal", "record", "resources", "spans", "joining", "dispatch",
-    "pool", "evolve", "replay", "worker", "transport", "driver", "supervisor", "plots", "report", "bench", "cli",
-    "__main__",
+    "pool", "evolve", "replay", "worker", "transport", "driver", "supervisor", "plots", "report", "bench",
+    "address", "cli", "__main__",
 ]  # fmt: skip
 UPWARD = {("noise", "kernels")}  # the choice of a kernel, at the call
-KNOW_RAY = {"worker", "transport", "supervisor", "bench", "cli"}
+KNOW_RAY = {"worker", "transport", "supervisor", "bench", "address", "cli"}
 
 
 def imports() -> dict[str, set[str]]:

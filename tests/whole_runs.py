@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ from spartan_ray.worker import Worker
 TIMINGS = {"seconds", "evaluation_seconds", "images_per_second", "scoring_seconds", "update_seconds",
            "gradient_seconds", "broadcast_seconds", "retries", "late_results", "workers",
            "images_discarded", "time", "run_seconds"}  # fmt: skip
+ROOT = Path(__file__).parent.parent
+SMALL = ["--data.name", "digits", "--parent.model", "convnet", "--evolution.every", "2", "--evolution.population", "4"]
 
 
 def change(config: Config, **sections: dict[str, Any]) -> Config:
@@ -81,7 +84,20 @@ def run_here(config: Config, folder: Path | None = None) -> tuple[Path, list[str
     return Path(str(driver.progress.folder)), driver.progress.notes
 
 
-def command(*arguments: str, cwd: Path) -> tuple[int, str, str]:
+def spartan(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """The program as a user runs it, with `more` in its environment."""
+    command = [sys.executable, "-m", "spartan_ray", *arguments]
+    given = environment() | more
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=given, timeout=300, check=False)
+
+
+def environment() -> dict[str, str]:
+    """This process's, without the Ray of the other tests."""
+    keep = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return keep | {"PYTHONPATH": str(ROOT)}
+
+
+def command(*arguments: str, cwd: Path, **more: str) -> tuple[int, str, str]:
     """What `spartan` says where it starts no Ray, in this process, which saves the start of another one: exit code,
     standard output and error."""
     out, err = io.StringIO(), io.StringIO()
@@ -94,6 +110,7 @@ def command(*arguments: str, cwd: Path) -> tuple[int, str, str]:
     ):
         for name in [name for name in os.environ if name.startswith("RAY_")]:
             del os.environ[name]
+        os.environ.update(more)
         with pytest.raises(SystemExit) as end:
             cli.main()
     assert isinstance(end.value.code, int)
