@@ -45,9 +45,9 @@ def undisturbed(local_ray: None, config: Config) -> Path:
     return folder
 
 
-def test_a_random_worker_killed_in_each_of_ten_generations(undisturbed: Path, config: Config) -> None:
+def test_a_random_worker_killed_in_every_other_generation(undisturbed: Path, config: Config) -> None:
     chance = random.Random(0)
-    when = {generation: chance.randint(1, 90) for generation in range(1, GENERATIONS + 1)}
+    when = {generation: chance.randint(1, 90) for generation in range(2, GENERATIONS + 1, 2)}
 
     def kill(progress: Progress) -> None:
         if progress.phase == "evolve" and progress.worker_pids and progress.done >= when.get(progress.epoch, math.inf):
@@ -56,7 +56,7 @@ def test_a_random_worker_killed_in_each_of_ten_generations(undisturbed: Path, co
 
     folder = run(change(config, cluster={"chunk": 5}), kill)
     assert not when
-    assert sum(row["retries"] for row in metrics(folder)) >= GENERATIONS / 2
+    assert sum(row["retries"] for row in metrics(folder)) >= GENERATIONS / 4
     assert same_result(folder, undisturbed)
 
 
