@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import torchvision
+from local import scored
 from ray.exceptions import RayTaskError
 from safetensors.torch import load_file
 from whole_runs import bars_of, change, metrics, outcome, run_here, same_result
@@ -98,7 +99,7 @@ def test_the_update_is_made_again_from_the_journal_with_numpy(small_run: Path) -
     image_N = image_sets({"fitness": 64}, 143, 0, 2)["fitness"]
     images = splits.evolution[torch.from_numpy(image_N)]
     normalise = Normaliser(splits.mean_C, splits.std_C, torch.device("cpu"))
-    assert row["parent_fitness_after"] == -score(model.module, images, normalise).loss
+    assert row["parent_fitness_after"] == -scored(model.module, images, normalise).loss
     assert row["parent_fitness_after"] != row["parent_fitness_before"]
     one = float(journal["gain"][0]) * np.linalg.norm(noise("uniform", int(journal["seed"][0]), 0, len(before_D)))
     ratio = np.linalg.norm(expected_D - before_D) / one

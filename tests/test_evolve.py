@@ -1,8 +1,14 @@
-"""Evolve phases against independent references: dense NumPy, a plain loop, torch's own network."""
+"""Evolve phases against independent references: dense NumPy, a plain loop, torch's own network.
+
+No two processors round alike. Where a test needs a winner or a loser, its own fitness makes one, or the margin by
+which one wins is asserted to be far more than rounding. What is equal to the bit was computed in one way."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +24,12 @@ from spartan_ray.data import Images, permutation
 from spartan_ray.evolve import GRADIENT_IMAGES_OF_GENERATION, image_sets
 from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import member_seeds, noise
-from spartan_ray.strategies.base import WHOLE
+from spartan_ray.strategies import Outcome
+
+Array = NDArray[np.floating[Any]]
 
 
-def network_at(theta_D: NDArray[np.floating[Any]], like: FlatModel) -> torch.nn.Module:
+def network_at(theta_D: Array, like: FlatModel) -> torch.nn.Module:
     """A network of its own at these parameters, with the statistics of another."""
     model = FlatModel(initial_model(PARENT, 10, 5)[0], CPU)
     model.load_buffers(like.buffers)
@@ -29,32 +37,55 @@ def network_at(theta_D: NDArray[np.floating[Any]], like: FlatModel) -> torch.nn.
     return model.module.eval()
 
 
+def rising() -> Callable[[NDArray[np.float32]], float]:
+    """A fitness by which each descendant is better than those before it."""
+    count = itertools.count()
+    return lambda theta_D: float(next(count))
+
+
+def distance(phase: Phase, best: float = math.inf) -> Callable[[NDArray[np.float32]], float]:
+    """A fitness of how far a descendant is from the parent as it is now: further is better, up to the best distance."""
+    start_D = phase.theta_D
+    return lambda theta_D: min(moved := float(np.linalg.norm(theta_D - start_D)), 2 * best - moved)
+
+
+# More than the relative error of a network's float32 outputs: its four layers sum up to 576 terms each, and the errors
+# of n terms, of 2^-24 each, add up to about sqrt(n) of them.
+ROUNDING = 1e-5
+
+
 def loss_and_accuracy(network: torch.nn.Module, index_N: NDArray[np.int64]) -> tuple[float, float]:
-    images = SPLITS.evolution[torch.from_numpy(index_N)]
+    """Of images none of which is so near to two classes that rounding could choose between them."""
+    images = on(index_N)
     pixels = images.pixels_NHWC.permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (SPLITS.mean_C, SPLITS.std_C))
     with torch.no_grad():
         logits = network((pixels - mean) / std)
+    first_N, second_N = logits.topk(2).values.T
+    assert (first_N - second_N).min() > ROUNDING * logits.abs().max()
     return F.cross_entropy(logits, images.labels_N).item(), (logits.argmax(1) == images.labels_N).double().mean().item()
 
 
-def confident_parent() -> FlatModel:
-    """A parent whose loss differs so much between descendants that float32's rounding is nothing to it."""
-    model = FlatModel(initial_model(PARENT, 10, 0)[0], CPU)
-    list(model.module.parameters())[-2].data *= 100
-    return model
+def on(index_N: NDArray[np.int64]) -> Images:
+    return SPLITS.evolution[torch.from_numpy(index_N)]
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
-@pytest.mark.parametrize("shaping", ["zscore", "centered-rank"])
-@pytest.mark.parametrize("fitness", ["loss", "accuracy"])
+def assert_moved(theta_D: Array, start_D: Array, move_D: Array, tolerance: float = ROUNDING) -> None:
+    """As a whole, since an element that is nearly 0 may be all rounding. theta is float32, which rounds it by 2^-24."""
+    error = np.linalg.norm(theta_D - start_D.astype(np.float64) - move_D)
+    assert error <= tolerance * np.linalg.norm(move_D) + 1e-7 * np.linalg.norm(theta_D)
+
+
+@pytest.mark.parametrize(("mirrored", "shaping", "fitness"), [
+    (False, "zscore", "loss"), (True, "centered-rank", "loss"),
+    (True, "zscore", "accuracy"), (False, "centered-rank", "accuracy"),
+])  # fmt: skip
 def test_es_is_the_article_s_formula_computed_densely(mirrored: bool, shaping: str, fitness: str) -> None:
     """theta + lr / (K sigma) * sum_k z_k noise_k with a K x D matrix of noise and torch's own loss."""
     sigma, lr = 0.05, 0.02
-    phase = Phase(confident_parent(), mirrored=mirrored, shaping=shaping, fitness=fitness, sigma=sigma, lr=lr)
+    phase = Phase(mirrored=mirrored, shaping=shaping, fitness=fitness, sigma=sigma, lr=lr)
     theta_D = phase.theta_D.astype(np.float64)
     outcome, row = phase.evolve()
-    update_D = phase.theta_D - theta_D
 
     members = outcome.members
     noise_KD = np.stack([noise("uniform", int(seed), 0, len(theta_D)).astype(np.float64) for seed in members.seed_K])
@@ -63,75 +94,75 @@ def test_es_is_the_article_s_formula_computed_densely(mirrored: bool, shaping: s
         np.testing.assert_array_equal(noise_KD[0::2], -noise_KD[1::2])
     index_N = phase.evolver.image_sets["fitness"]
     results = [loss_and_accuracy(network_at(theta_D + sigma * n_D, phase.model), index_N) for n_D in noise_KD]
-    rewards = np.array([-loss if fitness == "loss" else accuracy for loss, accuracy in results])
-    np.testing.assert_allclose(outcome.fitness_K, rewards, rtol=1e-4)
+    expected_K = np.array([-loss if fitness == "loss" else accuracy for loss, accuracy in results])
+    np.testing.assert_allclose(outcome.fitness_K, expected_K, rtol=ROUNDING)
+    assert expected_K.std() > 100 * ROUNDING
+    rewards = outcome.fitness_K  # whose order no rounding may change
     if shaping == "zscore":
         weights = (rewards - rewards.mean()) / rewards.std()
     else:
         weights = (rankdata(rewards) - 1) / (len(rewards) - 1) - 0.5
     expected_D = lr / (len(rewards) * sigma) * (weights @ noise_KD)
-    # theta is float32, which rounds the update by up to 1e-7 of theta.
-    assert np.linalg.norm(update_D - expected_D) <= 1e-5 * np.linalg.norm(expected_D) + 1e-7 * np.linalg.norm(theta_D)
-    ratio = np.linalg.norm(expected_D) / (sigma * np.linalg.norm(noise_KD[0]))
-    assert abs(row["step_ratio"] / ratio - 1) < 0.02
+    assert_moved(phase.theta_D, theta_D, expected_D)
+    ratio = np.linalg.norm(expected_D) / (sigma * (len(theta_D) / 3) ** 0.5)  # u from U(-1, 1) has a mean square of 1/3
+    assert row["step_ratio"] == pytest.approx(ratio, rel=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
 def test_optimizers_of_the_estimate_are_the_textbook_s_and_keep_their_state(optimizer: str) -> None:
     lr, decay, sigma = 0.01, 0.1, 0.02
     phase = Phase(optimizer=optimizer, lr=lr, weight_decay=decay, sigma=sigma)
+    phase.pool.fitness["fitness"] = rising()
     first = second = np.zeros(len(phase.theta_D))
     for t in (1, 2, 3):
         theta_D = phase.theta_D.astype(np.float64)
         outcome, _ = phase.evolve()
-        gradient_D = decay * theta_D - sum(
-            weight * gain * noise("uniform", int(seed), 0, len(theta_D)).astype(np.float64)
-            for weight, gain, seed in zip(outcome.weight_K, outcome.members.gain_K, outcome.members.seed_K, strict=True)
-        )
+        gradient_D = decay * theta_D - estimate(outcome, len(theta_D))
         if optimizer == "adam":
             first, second = 0.9 * first + 0.1 * gradient_D, 0.999 * second + 0.001 * gradient_D**2
             step_D = first / (1 - 0.9**t) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
         else:
             first = (0.9 * first if optimizer == "momentum" else 0) + gradient_D
             step_D = first
-        np.testing.assert_allclose(phase.theta_D, theta_D - lr * step_D, rtol=1e-4, atol=1e-6)
+        assert_moved(phase.theta_D, theta_D, -lr * step_D)
 
 
-@pytest.mark.parametrize("population", [50, 1000])
+def estimate(outcome: Outcome, size_D: int) -> NDArray[np.float64]:
+    """What the journal's numbers say of the direction."""
+    rows = zip(outcome.weight_K, outcome.members.gain_K, outcome.members.seed_K, strict=True)
+    return np.asarray(sum(w * g * noise("uniform", int(k), 0, size_D).astype(np.float64) for w, g, k in rows))
+
+
+@pytest.mark.parametrize("population", [50, 200])
 def test_step_ratio_holds_the_norm_of_the_update(population: int) -> None:
     phase = Phase(population=population, fitness_images=20, step="ratio", step_ratio=0.3)
     theta_D = phase.theta_D.astype(np.float64)
-    outcome, row = phase.evolve()
+    _, row = phase.evolve()
     assert row["accepted"]
-    mutation = 0.01 * np.linalg.norm(noise("uniform", int(outcome.members.seed_K[0]), 0, len(theta_D)))
-    assert abs(np.linalg.norm(phase.theta_D - theta_D) / (0.3 * mutation) - 1) < 0.01
-    assert abs(row["step_ratio"] / 0.3 - 1) < 0.001
+    mutation = 0.01 * (len(theta_D) / 3) ** 0.5
+    assert np.linalg.norm(phase.theta_D - theta_D) == pytest.approx(0.3 * mutation, rel=1e-4)
+    assert row["step_ratio"] == pytest.approx(0.3, rel=1e-4)
 
 
 def test_step_search_takes_the_best_length_on_images_that_did_not_choose_the_direction() -> None:
     phase = Phase(step="search", fitness_images=150, confirm_images=200, sigma=0.05)
-    parent = phase.model.theta_D.clone()
     _, row = phase.evolve()
     sets = phase.evolver.image_sets
     assert {name: len(index_N) for name, index_N in sets.items()} == {"fitness": 150, "search": 200}
     assert not set(sets["fitness"]) & set(sets["search"])
     tried = dict(zip(row["search_ratios"], row["search_fitness"], strict=True))
     assert row["search_ratios"][0] == 0
-    assert tried[0.0] == -scored(network_at(parent.numpy(), phase.model), on(sets["search"])).loss
+    assert tried[0.0] == -scored(trained().module, on(sets["search"])).loss
     best = max(tried, key=lambda ratio: tried[ratio])
-    assert -phase.score("search").loss == tried[best] > tried[0.0]
+    assert -phase.score("search").loss == tried[best] > tried[0.0] + 1e-3
     assert abs(row["step_ratio"] / best - 1) < 1e-3
-
-
-def on(index_N: NDArray[np.int64]) -> Images:
-    return SPLITS.evolution[torch.from_numpy(index_N)]
 
 
 @pytest.mark.parametrize(("sigma", "fitness"), [(1e-4, "loss"), (1e-3, "accuracy"), (0.01, "accuracy"), (0.3, "loss")])
 def test_a_search_of_any_sigma_and_fitness_ends(sigma: float, fitness: str) -> None:
     """Steps, ties, and a best length that is far from one mutation."""
     phase = Phase(step="search", fitness=fitness, sigma=sigma, confirm_images=60)
-    for _ in range(4):
+    for _ in range(2):
         _, row = phase.evolve()
         if row["note"] == "no update: all members have equal fitness":
             continue
@@ -143,32 +174,41 @@ def test_a_search_of_any_sigma_and_fitness_ends(sigma: float, fitness: str) -> N
 def test_the_journal_s_numbers_give_the_update(step: str) -> None:
     phase = Phase(step=step, lr=0.01, sigma=0.05)
     for _ in range(2):
-        theta_D = phase.theta_D.astype(np.float64)
-        outcome, _ = phase.evolve()
-        estimate_D = sum(
-            weight * gain * noise("uniform", int(seed), 0, len(theta_D)).astype(np.float64)
-            for weight, gain, seed in zip(outcome.weight_K, outcome.members.gain_K, outcome.members.seed_K, strict=True)
-        )
-        move_D = outcome.factor * outcome.length * outcome.rate * estimate_D
-        assert np.linalg.norm(phase.theta_D - theta_D - move_D) < 1e-4 * np.linalg.norm(move_D)
-
-
-def test_es_that_is_not_confirmed_leaves_the_parent() -> None:
-    """The update is better on the 20 images that made it and, for this parent, worse on 580 others."""
-    phase = Phase(
-        trained(6), confirm=True, fitness_images=20, sigma=0.05, step="ratio", step_ratio=0.3, accept="if-better"
-    )
-    theta_D = phase.theta_D
-    refused = 0
-    for _ in range(6):
-        _, row = phase.evolve()
-        if row["confirm_fitness_after"] is not None:
-            assert row["accepted"] == (row["confirm_fitness_after"] > row["confirm_fitness_before"])
-            refused += not row["accepted"]
-        if not row["accepted"]:
-            np.testing.assert_array_equal(phase.theta_D, theta_D)
         theta_D = phase.theta_D
-    assert refused
+        phase.pool.fitness["search"] = distance(phase, 3)
+        outcome, row = phase.evolve()
+        assert row["accepted"]
+        move_D = outcome.factor * outcome.length * outcome.rate * estimate(outcome, len(theta_D))
+        assert_moved(phase.theta_D, theta_D, move_D)
+
+
+@pytest.mark.parametrize("sign", [1, 0, -1])
+@pytest.mark.parametrize(("strategy", "fitness"), [("es", "loss"), ("best", "accuracy"), ("chain", "accuracy")])
+def test_what_is_better_is_taken_only_if_images_that_did_not_choose_it_confirm_it(
+    strategy: str, fitness: str, sign: int
+) -> None:
+    """On the fitness images every descendant is better; on the others too, or equal, or worse."""
+    options: dict[str, Any] = {"accept": "if-better", "step": "ratio"}
+    if strategy != "es":
+        options = {"strategy": "random-gradients", "accept": strategy, "gradient_images": 64}
+    phase = Phase(fitness=fitness, confirm=True, fitness_images=40, **options)
+    theta_D, moved = phase.theta_D, distance(phase)
+    phase.pool.fitness = {"fitness": moved, "confirm": lambda theta_D: sign * moved(theta_D)}
+    outcome, row = phase.evolve()
+    sets = phase.evolver.image_sets
+    assert len(sets["confirm"]) == 560
+    assert not set(sets["fitness"]) & set(sets["confirm"])
+    assert row["accepted"] == (sign == 1)
+    assert row["confirm_fitness_before"] == 0
+    if sign == 1:
+        assert row["confirm_fitness_after"] == row["parent_fitness_after"] == moved(phase.theta_D)
+    else:
+        assert row["confirm_fitness_after"] <= 0
+        assert row["note"].startswith("not confirmed")
+        assert (row["chosen_member"], row["step_ratio"]) == (None, 0.0)
+        assert row["parent_fitness_after"] == row["parent_fitness_before"] == 0
+        assert not outcome.weight_K.any()
+        np.testing.assert_array_equal(phase.theta_D, theta_D)
 
 
 def test_es_if_better_keeps_a_parent_that_the_update_would_harm() -> None:
@@ -191,17 +231,21 @@ def test_the_best_random_gradient_becomes_the_parent_to_the_bit(fitness: str) ->
     phase.generation = 4
     outcome, row = phase.evolve()
     best = int(np.argmax(outcome.fitness_K))
+    assert outcome.fitness_K[best] > outcome.before + 0.01
     assert row["accepted"]
     assert row["chosen_member"] == best
-    assert row["parent_fitness_after"] == outcome.fitness_K[best] > row["parent_fitness_before"]
+    assert row["parent_fitness_after"] == outcome.fitness_K[best]
     result = phase.score()
     assert row["parent_fitness_after"] == (-result.loss if fitness == "loss" else result.accuracy)
 
-    # The descendant from torch's gradient and the definition of the noise.
-    gradient_D = gradient_at(theta_D, model, phase.generation, 64)
+    # The descendant from the definition of the noise, and the gradient by torch.
+    gradient_D, gain = phase.pool.scales[0], np.float32(-0.05)
+    assert gradient_D is not None
     u_D = noise("uniform", int(outcome.members.seed_K[best]), 0, len(theta_D))
-    np.testing.assert_allclose(phase.theta_D, theta_D - 0.05 * gradient_D * u_D, atol=1e-6)
-    assert abs(row["step_ratio"] - 1) < 0.05
+    np.testing.assert_array_equal(phase.theta_D, theta_D + gradient_D * (gain * u_D))
+    # One of 459 thousand inputs of units may be so near to 0 that rounding turns it on, which is more than ROUNDING.
+    expected_D = gradient_at(theta_D, model, phase.generation, 64)
+    assert np.linalg.norm(gradient_D - expected_D) < 1e-3 * np.linalg.norm(expected_D)
 
 
 def gradient_at(theta_D: NDArray[Any], like: FlatModel, generation: int, images: int) -> NDArray[np.float32]:
@@ -233,6 +277,7 @@ def plain_chain(
         u_D = config.low + (config.high - config.low) * (noise("uniform", int(seed), 0, len(theta_D)) + 1) / 2
         descendant_D = (theta_D - config.lr * error * gradient_D * u_D).astype(np.float32)
         candidate, its_error = fitness_of(descendant_D)
+        assert abs(candidate - fitness) > 10 * ROUNDING or config.fitness == "accuracy"
         if candidate > fitness:
             accepted.append(member)
             theta_D, fitness, error = descendant_D, candidate, its_error
@@ -241,65 +286,69 @@ def plain_chain(
 
 
 @pytest.mark.parametrize("fitness", ["loss", "accuracy"])
-@pytest.mark.parametrize("wave", [1, 3, 16])
-def test_a_chain_accepts_what_the_plain_loop_accepts(fitness: str, wave: int) -> None:
-    phase = Phase(
-        strategy="random-gradients", accept="chain", wave=wave, fitness=fitness, population=16, lr=0.1, low=-1.0,
-        gradient_images=64, temperature="error",
-    )  # fmt: skip
-    accepted, theta_D = plain_chain(
-        phase.theta_D, trained(), phase.config, image_sets({"fitness": 100}, 600, 7, 1)["fitness"]
-    )
-    outcome, row = phase.evolve()
+def test_a_chain_accepts_what_the_plain_loop_accepts(fitness: str) -> None:
+    phases = [
+        Phase(
+            strategy="random-gradients", accept="chain", wave=wave, fitness=fitness, population=16, lr=0.05, low=-1.0,
+            gradient_images=64, temperature="error",
+        )
+        for wave in (1, 3, 16)
+    ]  # fmt: skip
+    start_D, fitness_N = phases[0].theta_D, image_sets({"fitness": 100}, 600, 7, 1)["fitness"]
+    accepted, theta_D = plain_chain(start_D, trained(), phases[0].config, fitness_N)
     assert 1 < len(accepted) < 16
-    assert np.flatnonzero(outcome.weight_K).tolist() == accepted
-    assert (row["accepted_members"], row["chosen_member"]) == (len(accepted), accepted[-1])
-    np.testing.assert_allclose(phase.theta_D, theta_D, atol=1e-5)
-    np.testing.assert_array_equal(outcome.members.seed_K, member_seeds(7, 1, 16))
-    if wave == 1:
-        assert row["images_discarded"] == 0
-    result = phase.score()
-    assert row["parent_fitness_after"] == (-result.loss if fitness == "loss" else result.accuracy)
+    rows = []
+    for phase in phases:
+        outcome, row = phase.evolve()
+        assert np.flatnonzero(outcome.weight_K).tolist() == accepted
+        assert (row["accepted_members"], row["chosen_member"]) == (len(accepted), accepted[-1])
+        assert_moved(phase.theta_D, start_D, theta_D - start_D, 0.05)  # each gradient by some units, as above
+        np.testing.assert_array_equal(outcome.members.seed_K, member_seeds(7, 1, 16))
+        result = phase.score()
+        assert row["parent_fitness_after"] == (-result.loss if fitness == "loss" else result.accuracy)
+        rows.append(row)
+    assert rows[0]["images_discarded"] == 0 < rows[1]["images_discarded"] < rows[2]["images_discarded"]
 
 
 @pytest.mark.parametrize("fitness", ["loss", "accuracy"])
 def test_a_race_is_what_a_plain_reading_of_it_gives(fitness: str) -> None:
     """13 members on a quarter of the images, the better 7 on the next quarter, the best 4 on the other half."""
-    options: dict[str, Any] = {"strategy": "random-gradients", "lr": 0.1, "low": -1.0, "gradient_images": 64}
-    phase = Phase(trained(1), fitness=fitness, racing=2, population=13, fitness_images=80, **options)
+    options: dict[str, Any] = {"strategy": "random-gradients", "lr": 0.05, "low": -1.0, "gradient_images": 64}
+    phase = Phase(fitness=fitness, racing=2, population=13, fitness_images=82, **options)
     theta_D = phase.theta_D
     outcome, row = phase.evolve()
     gradient_D = phase.pool.scales[0]
     assert gradient_D is not None
     index_N = phase.evolver.image_sets["fitness"]
     alive, seen = list(range(-1, 13)), {}
-    for stop in (20, 40, 80):
+    for stop in (20, 41, 82):
         for k in alive:  # member -1 is the parent, which is scored on all
             u_D = 0.0 if k < 0 else noise("uniform", int(outcome.members.seed_K[k]), 0, len(theta_D))
-            network = network_at(theta_D - np.float32(0.1) * gradient_D * u_D, phase.model)
+            network = network_at(theta_D - np.float32(0.05) * gradient_D * u_D, phase.model)
             loss, accuracy = loss_and_accuracy(network, index_N[:stop])
             seen[k] = (-loss if fitness == "loss" else accuracy), stop
         best_first = sorted(alive[1:], key=lambda k: -seen[k][0])
-        alive = [-1, *sorted(best_first[: (len(alive)) // 2])]
-    np.testing.assert_allclose(outcome.fitness_K, [seen[k][0] for k in range(13)], rtol=1e-5)
+        assert np.diff(sorted(seen[k][0] for k in best_first)).min() > 10 * ROUNDING or fitness == "accuracy"
+        alive = [-1, *sorted(best_first[: len(alive) // 2])]
+    np.testing.assert_allclose(outcome.fitness_K, [seen[k][0] for k in range(13)], rtol=ROUNDING)
     assert outcome.images_K.tolist() == [seen[k][1] for k in range(13)]
-    assert sorted(outcome.images_K) == [20] * 6 + [40] * 3 + [80] * 4
-    assert outcome.chosen == max(np.flatnonzero(outcome.images_K == 80).tolist(), key=lambda k: seen[k][0])
-    assert abs(outcome.before - seen[-1][0]) < 1e-5
-    assert row["images_scored"] == 80 + 13 * 20 + 7 * 20 + 4 * 40
-    assert row["images_saved"] == 13 * 80 - (13 * 20 + 7 * 20 + 4 * 40)
-    assert max(seen[k][0] for k in range(13)) > seen[-1][0]
+    assert sorted(outcome.images_K) == [20] * 6 + [41] * 3 + [82] * 4
+    assert outcome.chosen == best_first[0]
+    assert outcome.before == pytest.approx(seen[-1][0], rel=ROUNDING)
+    assert row["images_scored"] == 82 + 13 * 20 + 7 * 21 + 4 * 41
+    assert row["images_saved"] == 13 * 82 - (13 * 20 + 7 * 21 + 4 * 41)
+    assert seen[best_first[0]][0] > seen[-1][0] + 10 * ROUNDING
 
 
 @pytest.mark.parametrize("fitness", ["loss", "accuracy"])
 @pytest.mark.parametrize("accept", ["best", "chain"])
-@pytest.mark.parametrize("lr", [0.1, 500.0])
+@pytest.mark.parametrize("lr", [0.003, 500.0])
 def test_early_rejection_changes_nothing_but_the_images_scored(fitness: str, accept: str, lr: float) -> None:
     """600 images are three passes; at the larger step every member is far worse than the parent."""
     phases = [
         Phase(
-            trained(6), strategy="random-gradients", accept=accept, fitness=fitness, early_rejection=early, lr=lr,
-            low=-1.0, fitness_images=600, gradient_images=64,
+            strategy="random-gradients", accept=accept, fitness=fitness, early_rejection=early, lr=lr,
+            low=-1.0, fitness_images=600, gradient_images=64, population=6,
         )
         for early in (True, False)
     ]  # fmt: skip
@@ -310,87 +359,68 @@ def test_early_rejection_changes_nothing_but_the_images_scored(fitness: str, acc
     assert early_row["images_scored"] + early_row["images_saved"] == full_row["images_scored"]
     rejected = early.images_K < 600
     np.testing.assert_array_equal(early.fitness_K[~rejected], full.fitness_K[~rejected])
-    assert (full.fitness_K[rejected] <= full.before).all()
+    # What a member had to beat: the parent, which in a chain those before it moved.
+    taken_K = np.where((full.weight_K > 0) & (accept == "chain"), full.fitness_K, full.before)
+    bar_K = np.maximum.accumulate([full.before, *taken_K[:-1]])
+    assert (full.fitness_K[rejected] <= bar_K[rejected]).all()
     if lr > 100:
-        assert not full_row["accepted"]
-        assert early.images_K.sum() < 0.5 * full.images_K.sum()
+        assert full.fitness_K.max() < full.before - 0.1
+        assert rejected.all()
     else:
-        assert full_row["accepted"]
-
-
-@pytest.mark.parametrize(("epochs", "confirmed"), [(3, True), (6, False)])
-@pytest.mark.parametrize("population", [5, 13])
-def test_a_winner_is_taken_only_if_images_that_did_not_choose_it_confirm_it(
-    epochs: int, confirmed: bool, population: int
-) -> None:
-    """On 40 images some member is better than each of these parents; on 560 others, of the first alone."""
-    phase = Phase(
-        trained(epochs), strategy="random-gradients", fitness="accuracy", lr=0.1, low=-1.0, fitness_images=40,
-        confirm=True, gradient_images=64, population=population,
-    )  # fmt: skip
-    theta_D = phase.theta_D
-    outcome, row = phase.evolve()
-    sets = phase.evolver.image_sets
-    assert len(sets["confirm"]) == 560
-    assert not set(sets["fitness"]) & set(sets["confirm"])
-    assert outcome.fitness_K.max() > outcome.before
-    assert row["confirm_fitness_before"] == scored(trained(epochs).module, on(sets["confirm"])).accuracy
-    assert (row["confirm_fitness_after"] > row["confirm_fitness_before"]) == row["accepted"] == confirmed
-    if confirmed:
-        assert row["confirm_fitness_after"] == phase.score("confirm").accuracy
-    else:
-        assert row["note"].startswith("not confirmed")
-        assert row["chosen_member"] is None
-        np.testing.assert_array_equal(phase.theta_D, theta_D)
+        assert full.after > full.before + 0.001
 
 
 def test_a_chain_confirms_each_link_and_stays_the_same_for_every_wave() -> None:
-    """Links are refused as well as taken, against a plain reading of what was asked."""
-    ends = []
-    for wave in (1, 5):
+    """Nearly every member is further from the start than its parent, and half of those lie higher on a slope: links
+    are refused as well as taken, against a plain reading of what was asked."""
+
+    def chain(wave: int) -> tuple[Any, ...]:
         phase = Phase(
-            strategy="random-gradients", accept="chain", wave=wave, fitness="accuracy", lr=0.1, low=-1.0,
-            fitness_images=60, confirm=True, confirm_images=60, gradient_images=64, population=30,
+            strategy="random-gradients", accept="chain", wave=wave, fitness="accuracy", confirm=True,
+            confirm_images=60, low=-1.0, gradient_images=64, population=30,
         )  # fmt: skip
-        evaluate, pairs = phase.pool.evaluate, list[list[float]]()
+        slope_D, heights = noise("uniform", 1, 0, len(phase.theta_D)), list[float]()
 
-        def watched(members: Any, images: Any = "fitness", bar: float = -math.inf, part: Any = WHOLE) -> Any:
-            scores = evaluate(members, images, bar, part)  # noqa: B023
-            if images == "confirm":
-                pairs.append(scores.accuracy_K.tolist())  # noqa: B023
-            return scores
+        def height(theta_D: NDArray[np.float32]) -> float:
+            heights.append(float(theta_D @ slope_D))
+            return heights[-1]
 
-        phase.pool.evaluate = watched  # type: ignore[method-assign]
+        phase.pool.fitness = {"fitness": distance(phase), "confirm": height}
         outcome, row = phase.evolve()
-        ends.append((phase.theta_D.tobytes(), outcome.weight_K.tolist(), outcome.confirm, row["images_scored"]))
-        start, first = pairs[0]
-        best, taken = start, 0
-        for candidate in [first, *(pair[0] for pair in pairs[1:])]:
-            if candidate > best:
-                best, taken = candidate, taken + 1
-        assert outcome.accepted == taken > 1
-        assert len(pairs) > taken
-        assert outcome.confirm == (start, best)
-        assert phase.score("confirm").accuracy == best
-    assert ends[0] == ends[1]
+        assert [count for count, images in phase.pool.asked if images == "confirm"] == [2] + [1] * (len(heights) - 2)
+        best = list(itertools.accumulate(heights, max))
+        assert outcome.accepted == len(set(best[1:]) - {best[0]})
+        assert 1 < outcome.accepted < len(heights) - 2
+        assert outcome.confirm == (heights[0], best[-1])
+        assert height(phase.theta_D) == best[-1]
+        return phase.theta_D.tobytes(), outcome.weight_K.tolist(), outcome.confirm, row["images_scored"]
+
+    assert chain(1) == chain(5)
 
 
-def test_es_with_confirm_and_search_uses_three_disjoint_sets() -> None:
-    phase = Phase(step="search", confirm=True, fitness_images=None, sigma=0.05)
+@pytest.mark.parametrize("fitness", ["loss", "accuracy"])
+def test_es_with_confirm_and_search_uses_three_disjoint_sets(fitness: str) -> None:
+    phase = Phase(step="search", confirm=True, fitness=fitness, fitness_images=None)
+    phase.pool.fitness = {"fitness": distance(phase), "search": distance(phase, 3)}
     _, row = phase.evolve()
-    sets = list(phase.evolver.image_sets.values())
-    assert [len(index_N) for index_N in sets] == [200, 200, 200]
-    assert len(set(np.concatenate(sets))) == 600
-    assert row["accepted"]
-    assert row["confirm_fitness_after"] == -phase.score("confirm").loss
+    sets = phase.evolver.image_sets
+    assert [len(index_N) for index_N in sets.values()] == [200, 200, 200]
+    assert len(set(np.concatenate(list(sets.values())))) == 600
+    # The evaluator's network is still that of the last descendant that was scored, the candidate.
+    networks = trained().module, phase.pool.evaluator.model.module
+    before, after = (scored(network, on(sets["confirm"])) for network in networks)
+    expected = (-before.loss, -after.loss) if fitness == "loss" else (before.accuracy, after.accuracy)
+    assert (row["confirm_fitness_before"], row["confirm_fitness_after"]) == expected
+    assert row["accepted"] == (expected[1] > expected[0])
+    assert before.loss != after.loss
 
 
 @pytest.mark.parametrize("strategy", ["es", "random-gradients"])
 @pytest.mark.parametrize("kind", ["running", "batch", "recalibrate"])
 def test_batchnorm_modes(strategy: str, kind: str) -> None:
     """Scoring leaves the parent's statistics; a parent that moved has those that belong to it."""
-    options: dict[str, Any] = {"lr": 0.01, "gradient_images": 64} if strategy == "random-gradients" else {}
-    phase = Phase(strategy=strategy, batchnorm=kind, **options)
+    options: dict[str, Any] = {"gradient_images": 64} if strategy == "random-gradients" else {}
+    phase = Phase(strategy=strategy, batchnorm=kind, population=4, **options)
     buffers = [buffer.clone() for buffer in phase.model.buffers]
     sent: list[bool] = []
     evaluate = phase.pool.evaluate
@@ -405,7 +435,9 @@ def test_batchnorm_modes(strategy: str, kind: str) -> None:
     assert sent
     assert all(sent)
     assert row["accepted"]
-    same = [torch.equal(own, old) for own, old in zip(phase.model.buffers, buffers, strict=True)]
+    assert outcome.after > outcome.before + 0.001 or strategy == "es"
+    pairs = zip(phase.model.buffers, buffers, strict=True)
+    same = [torch.equal(own, old) for own, old in pairs if own.is_floating_point()]
     result = phase.score()
     if kind == "running":
         assert all(same)
@@ -428,21 +460,21 @@ def test_batchnorm_modes(strategy: str, kind: str) -> None:
         images = SPLITS.evolution[torch.from_numpy(phase.evolver.image_sets["fitness"])]
         with torch.no_grad():
             logits = network_at(phase.theta_D, phase.model).train()(NORMALISE(images.pixels_NHWC))
-        assert abs(-F.cross_entropy(logits, images.labels_N).item() - outcome.after) < 1e-5
+        assert -F.cross_entropy(logits, images.labels_N).item() == pytest.approx(outcome.after, rel=ROUNDING)
 
 
 def test_batchnorm_modes_score_the_same_members_differently() -> None:
-    fitness = {kind: Phase(batchnorm=kind).evolve()[0].fitness_K for kind in ("running", "batch", "recalibrate")}
-    assert not np.isclose(fitness["running"], fitness["batch"], rtol=1e-4).any()
-    assert not np.isclose(fitness["running"], fitness["recalibrate"], rtol=1e-4).any()
-    assert not np.isclose(fitness["batch"], fitness["recalibrate"], rtol=1e-4).any()
+    phases = [Phase(batchnorm=kind, population=4) for kind in ("running", "batch", "recalibrate")]
+    for one_K, other_K in itertools.combinations([phase.evolve()[0].fitness_K for phase in phases], 2):
+        assert np.linalg.norm(one_K - other_K) > 10 * ROUNDING * np.linalg.norm(other_K)
 
 
 def test_a_descendant_that_diverged_leaves_nothing_to_the_next_one() -> None:
     """In every mode a member after one with infinite statistics scores as it does alone."""
     for kind in ("running", "batch", "recalibrate"):
         phase = Phase(batchnorm=kind)
-        phase.evolve()
+        phase.evolver.begin(1)
+        phase.evolver.broadcast()
         members = phase.evolver.strategy.phase(7, 1)
         asked = next(members).members  # type: ignore[union-attr]
         alone = phase.pool.evaluate(asked[1:2])
@@ -459,8 +491,9 @@ def test_a_descendant_that_diverged_leaves_nothing_to_the_next_one() -> None:
     ("11.*", {"11.weight", "11.bias"}),
 ])  # fmt: skip
 def test_mutate_moves_what_it_names_and_leaves_the_rest_to_the_bit(strategy: str, which: str, moved: set[str]) -> None:
-    options: dict[str, Any] = {"weight_decay": 0.1} if strategy == "es" else {"gradient_images": 64, "lr": 0.01}
+    options: dict[str, Any] = {"weight_decay": 0.1} if strategy == "es" else {"gradient_images": 64}
     phase = Phase(strategy=strategy, mutate=which, **options)
+    phase.pool.fitness["fitness"] = distance(phase)
     before = {name: parameter.clone() for name, parameter in phase.model.module.named_parameters()}
     _, row = phase.evolve()
     assert row["accepted"]
@@ -487,33 +520,39 @@ def test_relative_sigma_is_times_the_rms_of_each_tensor() -> None:
     noise_KD = np.stack([noise("uniform", int(seed), 0, len(theta_D)) for seed in outcome.members.seed_K])
     for k in (0, 5):
         loss, _ = loss_and_accuracy(network_at(theta_D + scale_D * 0.1 * noise_KD[k], model), index_N)
-        assert abs(-loss / outcome.fitness_K[k] - 1) < 1e-4
+        assert -loss == pytest.approx(outcome.fitness_K[k], rel=ROUNDING)
     shaped_K = (outcome.fitness_K - outcome.fitness_K.mean()) / outcome.fitness_K.std()
     expected_D = 0.05 / (12 * 0.1) * scale_D * (shaped_K @ noise_KD)
-    np.testing.assert_allclose(phase.theta_D - theta_D, expected_D, atol=1e-6)
-    mutation = np.linalg.norm(scale_D * 0.1 * noise_KD[0])
-    assert abs(row["step_ratio"] * mutation / np.linalg.norm(expected_D) - 1) < 0.05
+    assert_moved(phase.theta_D, theta_D, expected_D)
+    mutation = 0.1 * np.linalg.norm(scale_D) / 3**0.5
+    assert row["step_ratio"] == pytest.approx(np.linalg.norm(expected_D) / mutation, rel=ROUNDING)
 
 
-def test_the_step_ratio_of_a_random_gradient_from_zero_to_one_is_one_and_of_a_chain_its_whole_way() -> None:
-    options: dict[str, Any] = {"strategy": "random-gradients", "lr": 0.01, "gradient_images": 64}
-    _, row = Phase(**options).evolve()
-    assert row["accepted"]
-    assert abs(row["step_ratio"] - 1) < 0.02
-    phase = Phase(**options, accept="chain")
+@pytest.mark.parametrize(("accept", "low"), [("best", 0.0), ("best", -1.0), ("chain", 0.0)])
+def test_the_step_ratio_of_a_random_gradient_is_one_and_of_a_chain_its_whole_way(accept: str, low: float) -> None:
+    phase = Phase(strategy="random-gradients", accept=accept, lr=0.01, low=low, gradient_images=64)
     theta_D = phase.theta_D.astype(np.float64)
-    outcome, row = phase.evolve()
-    assert outcome.accepted > 5
-    mutation_D = 0.01 * gradient_at(theta_D, trained(), 1, 64) * (noise("uniform", 5, 0, len(theta_D)) + 1) / 2
-    assert abs(row["step_ratio"] * np.linalg.norm(mutation_D) / np.linalg.norm(phase.theta_D - theta_D) - 1) < 0.02
+    phase.pool.fitness["fitness"] = rising()
+    _, row = phase.evolve()
+    gradient_D = np.float64(phase.pool.scales[0])
+    mutation = 0.01 * np.linalg.norm(gradient_D) / 3**0.5  # u from U(0, 1), as from U(-1, 1), has a mean square of 1/3
+    assert row["step_ratio"] == pytest.approx(np.linalg.norm(phase.theta_D - theta_D) / mutation, rel=ROUNDING)
+    if accept == "best":
+        # Four standard deviations: half that of a mean of u^2 weighted by gradient^2, whose own is sqrt(0.8) of it.
+        deviation = 0.5 * 0.8**0.5 * np.linalg.norm(gradient_D**2) / np.sum(gradient_D**2)
+        assert row["step_ratio"] == pytest.approx(1, abs=4 * deviation)
+    else:
+        assert row["accepted_members"] == 12
+        assert row["step_ratio"] > 2
 
 
 @pytest.mark.parametrize("kind", ["running", "batch", "recalibrate"])
 def test_the_gradient_is_of_the_function_that_is_scored(kind: str) -> None:
     """A short step against it lowers the loss, as the members of this mode measure it, as the gradient says."""
+    images = SPLITS.sgd[slice(0, 256)]  # score, gradient and BatchNorm's statistics are of the same images
     phase = Phase(
-        strategy="random-gradients", batchnorm=kind, gradient_split="evolution", fitness_images=200, lr=1e-4, high=1.0,
-        low=0.999,
+        replace(SPLITS, sgd=images, evolution=images), strategy="random-gradients", batchnorm=kind,
+        fitness_images=256, gradient_images=256, lr=1e-4, high=1.0, low=0.999,
     )  # fmt: skip
     buffers = [buffer.clone() for buffer in phase.model.buffers]
     outcome, row = phase.evolve()
@@ -521,8 +560,7 @@ def test_the_gradient_is_of_the_function_that_is_scored(kind: str) -> None:
     assert gradient_D is not None
     expected = 1e-4 * 0.9995 * float(np.square(gradient_D.astype(np.float64)).sum())
     assert row["accepted"]
-    # The statistics of the fitness images stand for those of the reference images.
-    assert abs((outcome.after - outcome.before) / expected - 1) < (0.3 if kind == "recalibrate" else 0.05)
+    assert outcome.after - outcome.before == pytest.approx(expected, rel=0.05)
     for own, sent in zip(buffers, phase.pool.broadcasts[0].buffers, strict=True):
         np.testing.assert_array_equal(own.numpy(), sent)
 

@@ -34,24 +34,28 @@ def train(config: Parent, epochs: int = 2, images: int = 129, augment: bool = Fa
 
 
 def test_sgd_is_the_textbook_s() -> None:
-    """v = momentum * v + (gradient + decay * w); w -= lr * v, on the batches of the documented order."""
+    """v = momentum * v + (gradient + decay * w); w -= lr * v, on the batches of the documented order. Each step is seen
+    from where the one before it led, since two ways that rounding set apart go on to part."""
     config = Parent(model="convnet", lr=0.05, momentum=0.8, weight_decay=0.01, batch_size=32)
-    network = initial_model(config, 10, 0)[0].train()
-    velocity = [torch.zeros_like(p) for p in network.parameters()]
+    model, other = (FlatModel(initial_model(config, 10, 0)[0], CPU) for _ in range(2))
+    trainer = Trainer(config, model, SPLITS.sgd[slice(0, 129)], NORMALISE, 0, augment=False)
+    velocity_D = torch.zeros_like(model.theta_D)
     for epoch in (1, 2):
-        order = torch.from_numpy(permutation(129, 0, ORDER_OF_EPOCH + epoch))
-        for start in range(0, 128, 32):
-            index = order[start : start + 32]
-            loss = F.cross_entropy(network(NORMALISE(SPLITS.sgd.pixels_NHWC[index])), SPLITS.sgd.labels_N[index])
-            gradients = torch.autograd.grad(loss, list(network.parameters()))
-            with torch.no_grad():
-                for p, v, g in zip(network.parameters(), velocity, gradients, strict=True):
-                    v.mul_(0.8).add_(g + 0.01 * p)
-                    p.sub_(0.05 * v)
-    model = train(config)
-    flat, begun = (FlatModel(module, CPU).theta_D for module in (network, initial_model(config, 10, 0)[0]))
-    # torch's BatchNorm rounds more coarsely in channels-last memory, by 2 % of the way in these eight steps.
-    assert (model.theta_D - flat).norm() < 0.03 * (flat - begun).norm()
+        batches = iter(torch.from_numpy(permutation(129, 0, ORDER_OF_EPOCH + epoch)).split(32))
+
+        def check(count: int) -> None:
+            index = next(batches)  # noqa: B023
+            other.module.train().zero_grad()
+            loss = F.cross_entropy(other.module(NORMALISE(SPLITS.sgd.pixels_NHWC[index])), SPLITS.sgd.labels_N[index])
+            loss.backward()
+            velocity_D.mul_(0.8).add_(other.gradient() + 0.01 * other.theta_D)
+            error_D = model.theta_D - (other.theta_D - 0.05 * velocity_D)
+            # An input of a unit may be so near to 0 that rounding turns it on, which is more than sums round by.
+            assert error_D.norm() < 0.01 * 0.05 * velocity_D.norm()
+            other.theta_D.copy_(model.theta_D)
+
+        trainer.train_epoch(epoch, check)
+        assert len(list(batches)) == 1  # of one image
 
 
 @pytest.mark.parametrize("config", [
@@ -99,7 +103,10 @@ def test_score_is_torch_s_loss_and_accuracy_whatever_the_last_batch() -> None:
         logits = network(((pixels - mean) / std).float())
     result = score(network, images, NORMALISE)
     assert abs(result.loss - F.cross_entropy(logits, images.labels_N).item()) < 1e-5
-    assert result.accuracy == (logits.argmax(1) == images.labels_N).double().mean().item()
+    first_N, second_N = logits.topk(2).values.T
+    undecided = int((first_N - second_N < 1e-4).sum())  # float32 rounds a network's sums by less
+    hits = int((logits.argmax(1) == images.labels_N).sum())
+    assert result.accuracy * 601 == pytest.approx(hits, abs=undecided + 1e-9)
 
 
 def test_evaluator_leaves_parent_and_buffers_alone_and_scores_the_images_asked_for() -> None:
@@ -172,7 +179,7 @@ def test_the_gradient_is_torch_s_in_the_layout_of_theta() -> None:
     F.cross_entropy(other.module.eval()(NORMALISE(images.pixels_NHWC)), images.labels_N).backward()
     for view, parameter in zip(other.views(gradient_D), other.module.parameters(), strict=True):
         assert parameter.grad is not None
-        torch.testing.assert_close(view, parameter.grad, rtol=1e-4, atol=1e-6)
+        assert (view - parameter.grad).norm() < 0.01 * parameter.grad.norm()
     # A step against it, a thousandth long, lowers the loss by its squared norm times the step.
     before = score(model.module, images, NORMALISE).loss
     step = 1e-3 / float(gradient_D.norm())
