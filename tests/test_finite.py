@@ -69,11 +69,11 @@ def test_an_update_whose_score_is_not_finite_is_never_taken(fitness: str) -> Non
 
 
 def test_a_parent_that_is_not_finite_ends_the_phase() -> None:
-    model = trained()
-    model.theta_D[-1] = math.nan
-    assert not model.is_finite()
+    phase = Phase()
+    phase.model.theta_D[-1] = math.nan
+    assert not phase.model.is_finite()
     with pytest.raises(Diverged, match="the parent's own fitness in generation 1 is not finite"):
-        Phase(model).evolve()
+        phase.evolve()
     model = trained()
     assert model.is_finite()
     model.buffers[0][0] = math.inf
