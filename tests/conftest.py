@@ -21,6 +21,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import numba
 import numpy as np
 import psutil
 import pytest
@@ -38,6 +39,12 @@ settings.load_profile("spartan")
 # The cores are shared with the workers of Ray, and threads that wait for each other make small work slow.
 set_up(threads=1)
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def pytest_report_header() -> str:
+    """What the arithmetic is done with."""
+    onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", "all")
+    return f"instructions: torch {torch.backends.cpu.get_cpu_capability()}, oneDNN {onednn}, numba {numba.config.CPU_NAME}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -123,7 +123,7 @@ def test_the_same_bits_with_one_worker_and_with_two_and_others_with_another_seed
 
 CHAIN: dict[str, Any] = {
     "strategy": "random-gradients", "accept": "chain", "population": 20, "lr": 0.1, "low": -1.0, "gradient_images": 64,
-    "temperature": "error", "confirm": True, "fitness_images": 70,
+    "temperature": "error", "fitness_images": 70,
 }  # fmt: skip
 
 
