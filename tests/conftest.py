@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 def pytest_report_header() -> str:
     """What the arithmetic is done with."""
     onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", "all")
-    return f"instructions: torch {torch.backends.cpu.get_cpu_capability()}, oneDNN {onednn}, numba {numba.config.CPU_NAME}"
+    compiler: Any = numba.config
+    return f"instructions: torch {torch.backends.cpu.get_cpu_capability()}, oneDNN {onednn}, numba {compiler.CPU_NAME}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -109,15 +111,21 @@ def ray_head() -> Iterator[Head]:
         command, env=reach, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     assert head.stdout
+    said = ""
     for line in head.stdout:
+        said += line
         if "will now block" in line:
             break
+    else:
+        pytest.fail(f"no Ray starts: {said}")
     # The Ray Client server starts a little after the head says that it is there.
     while head.poll() is None:
         with contextlib.suppress(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", client)).close()
             break
         time.sleep(0.1)
+    else:
+        pytest.fail(f"Ray ended: {said}{head.stdout.read()}")
     started = psutil.Process(head.pid).children(recursive=True)
     yield Head(f"127.0.0.1:{gcs}", f"ray://127.0.0.1:{client}", f"127.0.0.1:{dashboard}", folder, reach)
     head.terminate()

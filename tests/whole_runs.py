@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from spartan_ray import cli
 from spartan_ray.config import Cluster, Config, ImageSet
@@ -65,11 +66,12 @@ class WarmTransport(RayTransport):
         self.actor = ray.remote(Warm).options(num_cpus=0)  # they leave the cores to others while they are idle
 
     def start(self) -> tuple[Any, Any]:
-        if not self.idle:
-            return super().start()
-        worker = self.idle.pop()
-        worker.take.remote(self.spec)
-        return worker, worker.join.remote()
+        while self.idle:
+            worker = self.idle.pop()
+            with contextlib.suppress(RayActorError):  # another test killed it
+                ray.get(worker.take.remote(self.spec))
+                return worker, worker.join.remote()
+        return super().start()
 
     def kill(self, worker: Any) -> None:
         self.idle.append(worker)

@@ -20,7 +20,7 @@ from spartan_ray.config import Config
 from spartan_ray.driver import Progress
 from spartan_ray.supervisor import Supervisor
 
-SECONDS_BETWEEN_KILLS = 8.0
+SECONDS_BETWEEN_KILLS = 4.0
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ def test_a_storm_of_kills_while_sgd_trains_and_while_workers_start(local_ray: No
     """Every second one of them is killed, in whatever state it is, for a minute: longer than a run was given that
     counted deaths. A start takes longer than a second; the storm begins in an SGD epoch, where nobody looks."""
     config = change(
-        config, run={"epochs": 8}, parent={"batch_size": 4}, evolution={"every": 4}, cluster={"driver_restarts": 0}
+        config, run={"epochs": 20}, parent={"batch_size": 4}, evolution={"every": 10}, cluster={"driver_restarts": 0}
     )
     calm, _ = run_here(config)
     chance = random.Random(0)
