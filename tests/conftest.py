@@ -42,6 +42,16 @@ set_up(threads=1)
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="storms and soaks of full length")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether a test may take minutes."""
+    return bool(request.config.getoption("--long"))
+
+
 def pytest_report_header() -> str:
     """What the arithmetic is done with."""
     onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", "all")

@@ -100,8 +100,9 @@ def test_a_run_in_the_working_directory_of_a_job_is_warned_of_first(tmp_path: Pa
 
 
 @pytest.mark.ray
-def test_what_the_cluster_cannot_do_is_one_line_and_exit_2(tmp_path: Path) -> None:
-    ended = spartan("train", *SMALL, "--cluster.gpus-per-worker", "1", cwd=tmp_path)
+def test_what_the_cluster_cannot_do_is_one_line_and_exit_2(ray_head: Head, tmp_path: Path) -> None:
+    flags = ["--cluster.address", ray_head.gcs, "--cluster.gpus-per-worker", "1"]
+    ended = spartan("train", *SMALL, *flags, cwd=tmp_path, **ray_head.environment)
     assert ended.returncode == 2
     errors = [line for line in ended.stderr.splitlines() if line.startswith("spartan: ")]
     assert len(errors) == 1

@@ -24,7 +24,6 @@ from spartan_ray.supervisor import Supervisor
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 GENERATIONS = 10
-STORM_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +44,9 @@ def undisturbed(local_ray: None, config: Config) -> Path:
     return folder
 
 
-def test_a_random_worker_killed_in_every_other_generation(undisturbed: Path, config: Config) -> None:
+def test_a_random_worker_killed_in_mid_generation(undisturbed: Path, config: Config) -> None:
     chance = random.Random(0)
-    when = {generation: chance.randint(1, 90) for generation in range(2, GENERATIONS + 1, 2)}
+    when = {generation: chance.randint(1, 90) for generation in (2, 5, 8)}
 
     def kill(progress: Progress) -> None:
         if progress.phase == "evolve" and progress.worker_pids and progress.done >= when.get(progress.epoch, math.inf):
@@ -56,13 +55,14 @@ def test_a_random_worker_killed_in_every_other_generation(undisturbed: Path, con
 
     folder = run(change(config, cluster={"chunk": 5}), kill)
     assert not when
-    assert sum(row["retries"] for row in metrics(folder)) >= GENERATIONS / 4
+    assert sum(row["retries"] for row in metrics(folder)) >= 2
     assert same_result(folder, undisturbed)
 
 
-def test_a_storm_of_kills_while_sgd_trains_and_while_workers_start(local_ray: None, config: Config) -> None:
-    """Every second one of them is killed, in whatever state it is, for a minute: longer than a run was given that
-    counted deaths. A start takes longer than a second; the storm begins in an SGD epoch, where nobody looks."""
+def test_a_storm_of_kills_while_sgd_trains_and_while_workers_start(local_ray: None, config: Config, long: bool) -> None:
+    """Every second one of them is killed, in whatever state it is: more than a run was given that counted deaths. A
+    start takes longer than a second; the storm begins in an SGD epoch, where nobody looks."""
+    storm_seconds = 60.0 if long else 15.0
     config = change(
         config, run={"epochs": 20}, parent={"batch_size": 4}, evolution={"every": 10}, cluster={"driver_restarts": 0}
     )
@@ -76,7 +76,7 @@ def test_a_storm_of_kills_while_sgd_trains_and_while_workers_start(local_ray: No
         now = time.monotonic()
         if progress.epoch == 2 and began == math.inf:
             began = next_kill = now
-        if not next_kill <= now < began + STORM_SECONDS:
+        if not next_kill <= now < began + storm_seconds:
             return
         next_kill += 1.0
         processes = [process for process in worker_processes() if process.pid != progress.driver_pid]
@@ -87,7 +87,7 @@ def test_a_storm_of_kills_while_sgd_trains_and_while_workers_start(local_ray: No
 
     folder = run(config, kill)
     assert len(set(killed["joined"])) >= 2
-    assert len(set(killed["starting"])) >= 6
+    assert len(set(killed["starting"])) >= (6 if long else 3)
     assert same_result(folder, calm)
 
 

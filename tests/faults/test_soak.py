@@ -18,13 +18,14 @@ from spartan_ray.noise import member_seeds
 from spartan_ray.replay import Replay
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
-GENERATIONS, POPULATION = 200, 64
+POPULATION = 64
 
 
-def test_two_hundred_generations_with_a_worker_killed_every_few_seconds(small_config: Config) -> None:
+def test_generations_with_a_worker_killed_every_few_seconds(small_config: Config, long: bool) -> None:
+    generations = 200 if long else 70
     config = change(
         small_config,
-        run={"epochs": GENERATIONS},
+        run={"epochs": generations},
         data={"sgd_images": 64, "validation_images": 40},
         evolution={"every": 1, "population": POPULATION, "fitness_images": 32},
     )
@@ -38,24 +39,24 @@ def test_two_hundred_generations_with_a_worker_killed_every_few_seconds(small_co
     seen = json.loads(ended.stdout.splitlines()[-1])
     folder = Path(seen["folder"])
     rows = metrics(folder)
-    assert [row["epoch"] for row in rows] == list(range(1, GENERATIONS + 1))
-    assert len(seen["killed"]) >= 5
-    assert sum(row["retries"] for row in rows) >= 5
+    assert [row["epoch"] for row in rows] == list(range(1, generations + 1))
+    assert len(seen["killed"]) >= generations // 40
+    assert sum(row["retries"] for row in rows) >= generations // 40
     assert sum(row["members_failed"] for row in rows) == 0
 
     # No member is lost or counted twice: the journals have each once, and make the recorded parents again.
-    for generation in range(1, GENERATIONS + 1):
+    for generation in range(1, generations + 1):
         journal = read_journal(folder / "journal" / f"{generation:06d}.npz")
         assert journal["seed"].tolist() == member_seeds(0, generation, POPULATION).tolist()
         assert journal["images"].tolist() == [32] * POPULATION
     replay = Replay(folder, lambda note: None)
-    assert replay.generations == list(range(1, GENERATIONS + 1))
+    assert replay.generations == list(range(1, generations + 1))
     assert all(replay.verify(generation) for generation in replay.generations)
-    recorded, scored = replay.descendant(137, 5, folder / "descendant.safetensors")
+    recorded, scored = replay.descendant(37, 5, folder / "descendant.safetensors")
     assert recorded == scored
 
     resident = {int(epoch): size for epoch, size in seen["resident"].items()}
-    late = [size for epoch, size in resident.items() if epoch >= 50]
+    late = [size for epoch, size in resident.items() if epoch >= generations / 4]
     assert max(late) / min(late) < 1.05, late
 
     assert not [pid for pid in {*seen["processes"], *seen["killed"]} if psutil.pid_exists(pid)]
