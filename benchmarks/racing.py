@@ -26,6 +26,7 @@ from spartan_ray.model import FlatModel, initial_model
 from spartan_ray.noise import member_seeds
 from spartan_ray.parent import Trainer, mean_gradient
 from spartan_ray.pool import Pool
+from spartan_ray.process import set_up
 from spartan_ray.resources import resolve_cluster
 from spartan_ray.strategies.base import noisy
 from spartan_ray.transport import RayTransport
@@ -52,6 +53,7 @@ def race(fitness_KP: NDArray[np.float64], halvings: int) -> tuple[int, int]:
 
 
 def main() -> None:
+    set_up()
     config = Config(
         data=Data(name="folder", root=sys.argv[1], sgd_images=10_000, evolution_images=IMAGES),
         parent=Parent(threads=2),

@@ -34,11 +34,16 @@ ImageSet = Literal["fitness", "search", "confirm"]
 Moments = Literal["keep", "reset", "rescale"]
 
 
+def one_line(text: str) -> str:
+    """A text in one line that can be printed, whatever it quotes."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 class OneLineError(Exception):
     """A message of one line, whatever of the user's input it quotes."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join("".join(c if c.isprintable() else " " for c in message).split()))
+        super().__init__(one_line(message))
 
 
 class InputError(OneLineError):
@@ -341,7 +346,7 @@ class Cluster(Section):
     chunk: PositiveInt | Literal["auto"] = "auto"
     """Members sent to a worker at once; auto: about two seconds of work."""
     worker_timeout: PositiveFloat = 600.0
-    """Seconds to wait for a worker when there is none, before the run stops."""
+    """Seconds to wait for a worker when there is none, or none gets anything done, before the run stops."""
     task_timeout: PositiveFloat = 600.0
     """Seconds, and ten times the usual, that a worker with work may be silent before it is replaced."""
     on_member_error: Literal["worst", "stop"] = "worst"

@@ -133,12 +133,14 @@ class Dispatcher:
         self.refused: list[str] = []  # nodes, one for each worker that was refused there
         self.counts: dict[str, float] = {"retries": 0, "late_results": 0}
         self.failures_in_a_row = 0
-        self.deaths_elsewhere = 0  # of workers whose work is not suspected
+        self.deaths_elsewhere = 0  # of workers at nothing that is suspected
         self.last_reason = ""
         now = transport.now()
         self.nodes_seen = self.tend_at = now  # when the nodes were last looked at, and the workers are next
-        self.began = self.progress = now  # the range that is covered, and when something was last done
-        self.said_unmanned = False
+        self.began = now  # to cover a range
+        self.progress = now  # something was last done
+        self.manned = now  # a worker was last there
+        self.covering = self.said_unmanned = False
         self.places = self.size
         # Workers to be started: when, in which place, after how many failures there.
         self.starts = [(now, place, 0) for place in range(self.size)]
@@ -174,7 +176,8 @@ class Dispatcher:
         in that size TRIES times has the result that `give_up(start, reason)` returns. A result that is
         not finite counts when a second worker, if there is one, agrees; else the worker is replaced."""
         # Nobody has looked after the workers since the last range, and some may have answered, or died, meanwhile.
-        self.began = self.progress = self.transport.now()
+        self.began = self.progress = self.manned = self.transport.now()
+        self.covering = True
         self._look_who_is_late()
         answered = self.transport.wait(list(self.tasks), 0) if self.tasks else []
         self.counts["late_results"] += sum(end.error is None for end in self._receive(answered))
@@ -193,13 +196,12 @@ class Dispatcher:
                     if span.copies:
                         continue  # another worker has it
                     if span.failures < TRIES:
-                        # Last: what it is suspected of others are spared until nothing else is left.
-                        range_.waiting += span.parts(range_.smallest) if end.running else [span]
+                        range_.put_back(span.parts(range_.smallest) if end.running else [span], end.running)
                         continue
                     result = give_up(span.start, str(end.error))
                 elif is_finite(result):
                     if span.doubtful:
-                        ended += self._fail(span.doubtful, Failed(f"it returned NaN where {slot.info} does not"))
+                        ended += self._replace(span.doubtful, Failed(f"it returned NaN where {slot.info} does not"))
                 elif span.doubtful is None and len(self.infos) > 1:
                     span.doubtful = slot
                     if not span.copies:
@@ -210,6 +212,7 @@ class Dispatcher:
                 span.done = True
                 range_.left -= len(span)
                 yield slot, (span.start, span.stop), result
+        self.covering = False
 
     def _dispatch(self, range_: Range) -> None:
         """Queue spans on the workers that have joined, the idle ones first; where nothing is left to queue,
@@ -324,19 +327,19 @@ class Dispatcher:
         """Raises PoolError when no worker got anything done for too long. What one is at counts, for as long as it
         is not taken to hang: it may be long work."""
         joined = self.infos
+        if joined:
+            self.manned, self.said_unmanned = now, False
+            if not self.covering:
+                self.progress = now
         at_work = min((slot.since for slot in self.slots if slot.info and slot.tasks), default=now)
         timeout = self.cluster.worker_timeout
         if at_work - self.progress > timeout:
-            said = "no worker got anything done" if joined else "no worker"
+            said = "no worker" if now - self.manned > timeout / 2 else "no worker got anything done"
             reason = f"; the last one: {self.last_reason}" if self.last_reason else ""
             raise PoolError(f"{said} for {timeout:g} s (cluster.worker_timeout){reason}")
-        if joined:
-            self.said_unmanned = False
-        elif now - self.progress > SLOW_START_SECONDS and not self.said_unmanned:
+        if now - self.manned > SLOW_START_SECONDS and not self.said_unmanned:
             self.said_unmanned = True
-            self.note(
-                f"no worker is there: waiting for {timeout:g} s (cluster.worker_timeout) for room in Ray or a node"
-            )
+            self.note(f"no worker is there: waiting for {timeout:g} s (cluster.worker_timeout) for room or a node")
 
     def _resize(self) -> None:
         """Follow the nodes: start workers where there is new room, give up waiting for room that is gone."""
@@ -365,7 +368,13 @@ class Dispatcher:
         slot.info = info
 
     def _fail(self, slot: Slot, error: Lost | Failed) -> list[End]:
-        """Replace a worker that failed or is gone; its tasks, which end with it."""
+        """Replace a worker that failed or is gone at what it was doing; its tasks, which end with it."""
+        if slot in self.slots:
+            self._blame(slot, error)
+        return self._replace(slot, error)
+
+    def _replace(self, slot: Slot, error: Lost | Failed) -> list[End]:
+        """Take another worker in its place; the tasks that it had."""
         if slot not in self.slots:
             return []
         self.last_reason = str(error)
@@ -374,7 +383,6 @@ class Dispatcher:
             self.failures_in_a_row += 1
             if self.failures_in_a_row >= FAILURES_PER_WORKER * (self.size + bool(self.infos)):
                 raise PoolError(f"the workers fail one after another; the last one: {error}") from error
-        self._blame(slot, error)
         wait = backoff(slot.failures)
         self.starts.append((self.transport.now() + wait, slot.place, slot.failures + 1))
         when = f" in {wait:g} s" if wait else ""
@@ -384,7 +392,7 @@ class Dispatcher:
     def _blame(self, slot: Slot, error: Lost | Failed) -> None:
         """Hold the end of a worker against what it was doing. Work that raises an error is to blame. A killed process
         is no evidence, unless it dies at the same element again and again, and none dies elsewhere meanwhile."""
-        task = slot.tasks[0] if slot.tasks else None
+        task, now = slot.tasks[0] if slot.tasks else None, self.transport.now()
         if not task or not task.range:
             self.deaths_elsewhere += 1
             return
@@ -392,15 +400,20 @@ class Dispatcher:
         span.failed_on.append(slot.place)
         if isinstance(error, Failed):
             span.failures += alone
-        elif not alone or slot.heard <= self.began:  # the latter may have been dead before it was asked
+            return
+        if now - slot.since > LONGEST_BACKOFF_SECONDS:
+            self.progress = now  # it was long at work, and not waited for
+        span.suspected = True
+        if not alone or slot.heard <= self.began:  # the latter may have been dead before it was asked
             self.deaths_elsewhere += 1
-        else:
-            if span.deaths_elsewhere < 0:
+        elif slot.heard > span.died:  # else it may have died with the last one
+            if span.others is None:
                 self.deaths_elsewhere += 1  # to all others
-            elif span.deaths_elsewhere != self.deaths_elsewhere:
+            elif span.others != self.deaths_elsewhere:
                 span.failures = 0
             span.failures += 1
-            span.deaths_elsewhere = self.deaths_elsewhere
+            span.others = self.deaths_elsewhere
+        span.died = now
 
     def _remove(self, slot: Slot, error: Exception | None = None) -> list[End]:
         """Take a worker out of the pool; the tasks that it had."""
@@ -421,4 +434,5 @@ def may_do(span: Span, slot: Slot, fit: list[Slot]) -> bool:
     of those that are fit."""
     if span.doubtful is slot:
         return all(other is slot for other in fit)
-    return slot.place not in span.failed_on or all(other.place in span.failed_on for other in fit)
+    others = (other for other in fit if other is not span.doubtful)
+    return slot.place not in span.failed_on or all(other.place in span.failed_on for other in others)

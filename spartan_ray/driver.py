@@ -25,7 +25,7 @@ from spartan_ray.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from spartan_ray.config import Config, Diverged, InputError
+from spartan_ray.config import Config, Diverged, InputError, one_line
 from spartan_ray.data import load_splits
 from spartan_ray.evaluator import EvaluatorSpec, LocalPool
 from spartan_ray.evolve import Evolver
@@ -112,7 +112,7 @@ class Driver:
             self.log("stopped by the user")
             return False
         except Exception as error:
-            self.log(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            self.log(one_line(f"{type(error).__name__}: {error}"))
             raise
         finally:
             self.at_end.close()
@@ -316,6 +316,7 @@ class Driver:
         self.progress.images += images
 
     def _note(self, text: str) -> None:
+        text = one_line(text)  # it may quote the name of a file
         self.progress.said.append(text)
         self.log(text)
 

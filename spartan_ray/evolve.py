@@ -209,6 +209,8 @@ class Evolver:
         estimate_D = torch.from_numpy(sum_D).to(theta_D.device)
         if self.scale is not None:
             estimate_D *= self.model.spread(self.scale)
+        if not estimate_D.isfinite().all():  # the optimizer's moments would never be finite again
+            return torch.full_like(estimate_D, math.nan), 1.0
         if self.config.weight_decay:
             estimate_D -= self.config.weight_decay * theta_D * self.model.spread(self.mutated_T)
         (group,) = self.optimizer.param_groups

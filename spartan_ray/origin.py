@@ -3,6 +3,7 @@ nothing is installed yet."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -65,6 +66,7 @@ def _installed() -> Iterator[Path]:
     """The folder of the installed package, and the one that an editable installation points to."""
     for package in importlib.metadata.distributions(name="spartan-ray"):
         yield Path(str(package.locate_file(HERE.name)))
-        origin = urlsplit(json.loads(package.read_text("direct_url.json") or "{}").get("url", ""))
-        if origin.scheme == "file":
-            yield Path(url2pathname(origin.path)) / HERE.name
+        with contextlib.suppress(ValueError, AttributeError):  # what pip wrote there only informs
+            origin = urlsplit(json.loads(package.read_text("direct_url.json") or "{}").get("url", ""))
+            if origin.scheme == "file":
+                yield Path(url2pathname(origin.path)) / HERE.name

@@ -43,7 +43,7 @@ class Epoch(BaseModel):
     time: str | None = None
     """When it ended, in UTC."""
     run_seconds: Real | None = None
-    """That the run has taken up to then, whatever process did it."""
+    """That the processes which wrote the record have taken for it up to then, from the folder or the checkpoint on."""
     lr: Real | None = None
     """Of the parent's optimizer."""
     kind: Literal["sgd", "evolve"]

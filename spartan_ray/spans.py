@@ -42,8 +42,10 @@ class Span:
     stop: int
     copies: int = 0  # workers that have it now
     failed_on: list[int] = field(default_factory=list)  # places in the pool whose worker ended at it
+    suspected: bool = False  # a worker was killed at it, or at the whole that it is a part of
     failures: int = 0  # that are held against it, in the smallest size
-    deaths_elsewhere: int = -1  # that there had been when a worker was last killed at it
+    died: float = -math.inf  # when a worker was last killed at it ...
+    others: int | None = None  # ... and how many there had been that were killed elsewhere
     doubtful: Any = None  # a worker whose result was not finite
     done: bool = False
 
@@ -54,7 +56,8 @@ class Span:
         """What failed, in its smallest parts."""
         if len(self) <= smallest:
             return [self]
-        return [Span(start, min(start + smallest, self.stop)) for start in range(self.start, self.stop, smallest)]
+        starts = range(self.start, self.stop, smallest)
+        return [Span(start, min(start + smallest, self.stop), suspected=self.suspected) for start in starts]
 
 
 @dataclass(eq=False)
@@ -72,6 +75,17 @@ class Range:
     def expected(self, span: Span) -> float:
         """Seconds that a span should take, 0 if nothing is known."""
         return self.seconds * len(span) / max(self.elements, 1)
+
+    def put_back(self, spans: list[Span], running: bool) -> None:
+        """What is to be done again comes first; but what may have killed a worker comes last, since others would wait
+        for the next one, and one suspect after another, so that each is found out soon."""
+        place = next((place for place, span in enumerate(self.waiting) if span.suspected), len(self.waiting))
+        if not spans[0].suspected:
+            place = 0
+        elif not running:
+            place += 1
+        for span in reversed(spans):
+            self.waiting.insert(place, span)
 
     def take(self, worker: Any, accepts: Callable[[Span], bool]) -> Span | None:
         """The next span that a worker accepts: a fresh one is cut to its size, one that was tried stays as it is."""

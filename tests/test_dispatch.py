@@ -159,6 +159,46 @@ def test_a_storm_of_kills_costs_time_alone(seed: int, room: int, chunk: Any, sec
     assert team.pool.counts["members_failed"] == 0
 
 
+@pytest.mark.parametrize("gain", [0.05, 0.0])
+def test_all_workers_die_at_once_as_a_node_takes_them_along(gain: float) -> None:
+    """The last member, which one of them was at, is asked of the others, which are dead already."""
+
+    def slow(process: Process, method: str, arguments: tuple[Any, ...]) -> None:
+        if method == "evaluate" and 39 in arguments[CHUNK].seed_K:
+            process.free = max(process.free, team.transport.clock) + 5
+
+    def end() -> None:
+        if team.done == 39 and not team.pool.counts["retries"]:
+            for process in team.transport.alive():
+                team.transport.die(process)
+
+    team, members = Team(Scripted(4, slow), chunk=1), noisy(np.arange(40, dtype=np.uint64), 0.0, gain)
+    team.disturb = end
+    assert same(team.pool.evaluate(members), scores(members))
+    assert team.pool.counts["retries"] >= 3
+
+
+@given(st.integers(0, 2**32), st.integers(1, 4))
+def test_a_member_that_is_nan_and_workers_that_say_so_now_and_then_while_some_are_killed(seed: int, room: int) -> None:
+    """A true NaN stays, no other member is given up, and the end is reached."""
+    chance = random.Random(seed)
+
+    def sometimes(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method != "evaluate":
+            return None
+        nan_K = np.where((arguments[CHUNK].seed_K == 7) | (chance.random() < 0.3 and room > 1), np.nan, 0.0)
+        return lambda answer: (replace(answer[0], loss_K=answer[0].loss_K + nan_K), *answer[1:])
+
+    team = Team(Scripted(room, sometimes), chunk=chance.choice([1, 4]))
+    team.transport.events += [
+        (chance.uniform(0, 20), lambda: team.transport.die(chance.choice(team.transport.alive() or [Process(0)])))
+        for _ in range(3)
+    ]
+    found = team.pool.evaluate(MEMBERS)
+    assert np.isnan(found.loss_K[MEMBERS.seed_K == 7]).all()
+    assert team.pool.counts["members_failed"] == 0
+
+
 def killer(*seeds: int) -> Any:
     """A script in which the members of some seeds kill whoever scores them."""
 
@@ -170,7 +210,7 @@ def killer(*seeds: int) -> Any:
 
 
 @pytest.mark.parametrize("room", [1, 2, 5])
-@pytest.mark.parametrize("seeds", [(5,), (5, 6), (0, 20, 39)])
+@pytest.mark.parametrize("seeds", [(5,), (5, 6), (0, 20, 39), tuple(range(3, 40, 3))])
 @pytest.mark.parametrize("chunk", [1, "auto"])
 def test_a_member_that_kills_again_and_again_is_named_and_scored_worst(room: int, seeds: Any, chunk: Any) -> None:
     team, members = Team(Scripted(room, killer(*seeds)), chunk=chunk), noisy(np.arange(40, dtype=np.uint64), 0.0, 0.05)
@@ -201,6 +241,19 @@ def test_a_member_whose_work_raises_is_named_and_scored_worst_or_ends_the_run() 
         stopping.pool.evaluate(members)
 
 
+@pytest.mark.parametrize("chunk", [1, "auto"])
+@pytest.mark.parametrize("room", [1, 2])
+def test_many_members_whose_work_raises_are_all_scored_worst(room: int, chunk: Any) -> None:
+    bad = set(range(20, 600, 25))
+
+    def poison(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        raises = method == "evaluate" and bad & set(arguments[CHUNK].seed_K.tolist())
+        return Failed("FloatingPointError: broken") if raises else None
+
+    team, members = Team(Scripted(room, poison), chunk=chunk), noisy(np.arange(600, dtype=np.uint64), 0.0, 0.05)
+    assert set(np.flatnonzero(np.isnan(team.pool.evaluate(members).loss_K))) == bad
+
+
 def test_workers_that_cannot_start_end_the_run_with_the_reason() -> None:
     def broken(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
         return Failed("RuntimeError: negative dimension")
@@ -224,7 +277,7 @@ def test_kills_without_end_end_the_run_when_nothing_was_done_for_too_long(at_sta
                 team.transport.die(slot.worker)
 
     team.disturb = kill
-    said = "no worker( got anything done)? for 90 s"
+    said = "no worker for 90 s" if at_start else "no worker got anything done for 90 s"
     with pytest.raises(PoolError, match=rf"^{said} \(cluster\.worker_timeout\); the last one: a signal$"):
         team.pool.weighted_sum(SEEDS, WEIGHTS, 5000)
     assert 90 < team.transport.clock - began < 100
@@ -238,6 +291,26 @@ def test_long_work_is_waited_for() -> None:
         process.factor = 1000.0
     assert ends_well(team)
     assert not team.notes
+
+
+def test_a_worker_that_is_killed_after_long_work_was_not_waited_for() -> None:
+    team = Team(Scripted(1), worker_timeout=60.0)
+    team.pool.wait_until_joined()
+    (process,) = team.transport.alive()
+    process.factor = 1000.0
+    team.transport.events.append((team.transport.clock + 90, lambda: team.transport.die(process)))
+    assert ends_well(team)
+    assert team.notes == ["worker 1 on host (cpu) was lost and is replaced: a signal"]
+
+
+def test_a_worker_that_has_joined_is_not_blamed_while_there_is_nothing_to_do() -> None:
+    """The other one never starts."""
+    team = Team(Scripted(2, lambda process, method, _: None), worker_timeout=10.0)
+    team.pool.dispatcher._tend()
+    team.transport.freeze(team.transport.processes[1])
+    team.pool.wait_until_joined()
+    assert team.notes == ["1 of 2 workers have started; the others join when they can"]
+    assert ends_well(team)
 
 
 def test_a_place_where_workers_go_again_and_again_is_filled_after_longer_and_longer_pauses() -> None:

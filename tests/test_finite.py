@@ -68,6 +68,17 @@ def test_an_update_whose_score_is_not_finite_is_never_taken(fitness: str) -> Non
     assert phase.theta_D.tobytes() == theta_D.tobytes()
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_an_estimate_that_is_not_finite_leaves_the_optimizer_as_it_was(optimizer: str) -> None:
+    phase = Phase(optimizer=optimizer, lr=1e-4)
+    phase.evolve()
+    weighted_sum = phase.pool.weighted_sum
+    phase.pool.weighted_sum = lambda *arguments: weighted_sum(*arguments) * np.float32(math.inf)  # type: ignore[method-assign]
+    assert phase.evolve()[1]["note"] == "the score of the update is not finite"
+    phase.pool.weighted_sum = weighted_sum  # type: ignore[method-assign]
+    assert phase.evolve()[1]["accepted"]
+
+
 def test_a_parent_that_is_not_finite_ends_the_phase() -> None:
     phase = Phase()
     phase.model.theta_D[-1] = math.nan

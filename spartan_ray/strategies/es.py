@@ -67,7 +67,9 @@ class EvolutionStrategies:
             rate=decayed(config.lr, config.lr_decay, generation, config.every),
         )
         if not shaped_K.any():
-            return outcome.stay("no update: all members have equal fitness")
+            finite = np.isfinite(fitness_K).sum()
+            alike = "all members have equal fitness" if finite > 1 else f"{finite} of {len(members)} members are finite"
+            return outcome.stay(f"no update: {alike}")
         seed_U, weight_U = merge_seeds(members, outcome.weight_K)
         if not len(seed_U):
             return outcome.stay("no update: the weights of the members cancel")

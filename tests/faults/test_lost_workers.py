@@ -92,12 +92,11 @@ def test_a_storm_of_kills_while_sgd_trains_and_while_workers_start(local_ray: No
 
 
 def worker_processes() -> list[psutil.Process]:
-    """The processes of Ray that run actors, or are about to."""
+    """The processes of Ray that are workers, or are about to be."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            title = process.cmdline()[0]
-            if title.startswith("ray::") and "Agent" not in title:  # a node ends with its agents
+            if process.cmdline()[0].startswith("ray::Worker"):  # not warm ones, and no agents, with which a node ends
                 found.append(process)
     return found
 
