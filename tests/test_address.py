@@ -278,7 +278,10 @@ def test_another_version_of_ray_is_said(ray_head: Head, tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_a_run_through_ray_client(ray_head: Head, tmp_path: Path) -> None:
     flags = ["--cluster.address", ray_head.client, "--run.epochs", "2"]
-    ended = spartan("train", *SMALL, *flags, cwd=tmp_path, **ray_head.environment)
+    for _ in range(3):
+        ended = spartan("train", *SMALL, *flags, cwd=tmp_path, **ray_head.environment)
+        if "Starting Ray client server failed" not in ended.stderr:  # as Ray's may on busy cores
+            break
     assert ended.returncode == 0, ended.stderr
     assert "| run | 2 | 1 moved: " in ended.stdout
     assert (tmp_path / "runs" / "run" / "final.safetensors").exists()

@@ -59,5 +59,6 @@ def test_generations_with_a_worker_killed_every_few_seconds(small_config: Config
     late = [size for epoch, size in resident.items() if epoch >= generations / 4]
     assert max(late) / min(late) < 1.05, late
 
-    assert not [pid for pid in {*seen["processes"], *seen["killed"]} if psutil.pid_exists(pid)]
+    left = [psutil.Process(pid) for pid in {*seen["processes"], *seen["killed"]} if psutil.pid_exists(pid)]
+    assert psutil.wait_procs(left, timeout=60)[1] == []
     assert set(os.listdir("/dev/shm")) <= shared
