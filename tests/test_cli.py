@@ -220,7 +220,7 @@ def test_an_interrupt_stops_cleanly(tmp_path: Path) -> None:
         assert children
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
-        assert process.wait(timeout=120) == 130
+        assert process.wait(timeout=600) == 130
         watchdog.cancel()
     (said,) = [line for line in rest.splitlines() if line.startswith("stopped after epoch")]
     epoch = int(said.split(";")[0].rpartition(" ")[2])
@@ -244,7 +244,7 @@ def test_a_ray_job_does_the_same_as_a_local_run(local_ray: None, ray_head: Head,
     submitted = subprocess.run(
         [program, "job", "submit", "--working-dir", str(ROOT), "--", "python", "-m", "spartan_ray", "train", *flags,
          "--run.out", str(tmp_path / "cluster")],
-        capture_output=True, text=True, env=ray_head.environment, timeout=300, check=False,
+        capture_output=True, text=True, env=ray_head.environment, timeout=900, check=False,
     )  # fmt: skip
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "succeeded" in submitted.stdout + submitted.stderr

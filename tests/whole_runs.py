@@ -90,7 +90,7 @@ def spartan(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProc
     """The program as a user runs it, with `more` in its environment."""
     command = [sys.executable, "-m", "spartan_ray", *arguments]
     given = environment() | more
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=given, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=given, timeout=900, check=False)
 
 
 def environment() -> dict[str, str]:

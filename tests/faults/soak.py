@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -20,7 +19,8 @@ from spartan_ray.config import Config
 from spartan_ray.driver import Progress
 from spartan_ray.supervisor import Supervisor
 
-SECONDS_BETWEEN_KILLS = 4.0
+# Counted in generations, not seconds: where starting a worker is slow, the run must still get on.
+GENERATIONS_BETWEEN_KILLS = 5
 
 
 def main() -> None:
@@ -29,16 +29,17 @@ def main() -> None:
     chance = random.Random(0)
     resident: dict[int, int] = {}
     killed: list[int] = []
-    next_kill = time.monotonic() + SECONDS_BETWEEN_KILLS
+    next_kill = GENERATIONS_BETWEEN_KILLS
 
     def watch(progress: Progress) -> None:
         nonlocal next_kill
         if progress.epoch not in resident:
             resident[progress.epoch] = psutil.Process(progress.driver_pid).memory_info().rss
-        if progress.worker_pids and time.monotonic() > next_kill:
-            killed.append(chance.choice(progress.worker_pids))
+        alive = [pid for pid in progress.worker_pids if pid not in killed]
+        if alive and progress.epoch >= next_kill:
+            killed.append(chance.choice(alive))
             os.kill(killed[-1], signal.SIGKILL)
-            next_kill = time.monotonic() + SECONDS_BETWEEN_KILLS
+            next_kill = progress.epoch + GENERATIONS_BETWEEN_KILLS
 
     folder = attend(Supervisor(config), watch)
     processes = [process.pid for process in psutil.Process().children(recursive=True)]

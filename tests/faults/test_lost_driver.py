@@ -126,7 +126,7 @@ def test_sigterm_and_then_sigkill_leave_nothing_half_written(undisturbed: Path, 
     the bits of one that was never stopped."""
     flags = ["--config", str(undisturbed), "--run.out", str(tmp_path), "--run.name", "stopped"]
     with spartan("train", *flags, cwd=tmp_path) as process:
-        watchdog = threading.Timer(120, process.kill)
+        watchdog = threading.Timer(600, process.kill)
         watchdog.start()
         assert process.stdout
         for line in process.stdout:
@@ -148,7 +148,7 @@ def test_sigterm_and_then_sigkill_leave_nothing_half_written(undisturbed: Path, 
     assert not notes
     assert 4 <= checkpoint.epoch == metrics.count(b"\n") < EPOCHS
     with spartan("resume", str(folder), cwd=tmp_path) as process:
-        said, _ = process.communicate(timeout=240)
+        said, _ = process.communicate(timeout=900)
     assert process.returncode == 0
     going_on = f"going on after epoch {checkpoint.epoch}\n"
     assert said.index(going_on) < said.index(f"epoch {EPOCHS}/{EPOCHS} evolve")

@@ -153,7 +153,7 @@ def test_a_node_removed_in_mid_generation(undisturbed: Path, config: Config, tmp
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     ended = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "two_nodes.py"), given],
-        capture_output=True, text=True, timeout=300, check=False, env=environment,
+        capture_output=True, text=True, timeout=900, check=False, env=environment,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     seen = json.loads(ended.stdout.splitlines()[-1])

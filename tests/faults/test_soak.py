@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.ray]
 POPULATION = 64
 
 
-def test_generations_with_a_worker_killed_every_few_seconds(small_config: Config, long: bool) -> None:
+def test_generations_with_a_worker_killed_every_few_generations(small_config: Config, long: bool) -> None:
     generations = 200 if long else 70
     config = change(
         small_config,
@@ -33,15 +33,15 @@ def test_generations_with_a_worker_killed_every_few_seconds(small_config: Config
     shared = set(os.listdir("/dev/shm"))
     ended = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "soak.py"), config.model_dump_json()],
-        capture_output=True, text=True, timeout=400, check=False, env=environment,
+        capture_output=True, text=True, timeout=1800, check=False, env=environment,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     seen = json.loads(ended.stdout.splitlines()[-1])
     folder = Path(seen["folder"])
     rows = metrics(folder)
     assert [row["epoch"] for row in rows] == list(range(1, generations + 1))
-    assert len(seen["killed"]) >= generations // 40
-    assert sum(row["retries"] for row in rows) >= generations // 40
+    assert len(seen["killed"]) >= generations // 10
+    assert sum(row["retries"] for row in rows) >= generations // 10
     assert sum(row["members_failed"] for row in rows) == 0
 
     # No member is lost or counted twice: the journals have each once, and make the recorded parents again.
