@@ -93,8 +93,9 @@ def test_memory_is_flat_over_a_hundred_thousand_members(local_ray: None) -> None
         assert row["accepted"]
         used.append(peaks)
     close(pool)
-    for before, after in zip(used[1], used[2], strict=True):
-        assert after < 1.05 * before
+    grown = [after / before for before, after in zip(used[1], used[2], strict=True) if after]  # a dead one has none
+    assert len(grown) >= 2
+    assert max(grown) < 1.05
 
 
 def test_memory_is_the_peak_of_a_group_and_what_processes_share_counts_once(tmp_path: Path) -> None:
