@@ -8,6 +8,7 @@ Writes benchmarks/racing.json and prints the table.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
@@ -18,18 +19,22 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from spartan_ray.config import Cluster, Config, Data, Evolution, Parent
-from spartan_ray.data import load_splits
-from spartan_ray.evaluator import EvaluatorSpec, ParentState
-from spartan_ray.fitness import Normaliser
-from spartan_ray.model import FlatModel, initial_model
-from spartan_ray.noise import member_seeds
-from spartan_ray.parent import Trainer, mean_gradient
-from spartan_ray.pool import Pool
-from spartan_ray.process import set_up
-from spartan_ray.resources import resolve_cluster
-from spartan_ray.strategies.base import noisy
-from spartan_ray.transport import RayTransport
+from spartan_ray.distributed.config import Cluster
+from spartan_ray.distributed.placement import resolve_cluster
+from spartan_ray.distributed.pool import Pool
+from spartan_ray.distributed.transport import RayTransport
+from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.process import set_up
+from spartan_ray.engine.strategies.requests import noisy
+from spartan_ray.noise.contract import member_seeds
+from spartan_ray.run.config import Config, Evolution
+from spartan_ray.run.setup import make_fitness
+from spartan_ray.vision.classification import Normaliser, mean_gradient
+from spartan_ray.vision.config import Data, Parent
+from spartan_ray.vision.data import load_splits
+from spartan_ray.vision.models import build_model, initial_model
+from spartan_ray.vision.training import Trainer
 
 SEED, EPOCHS, IMAGES, PARTS = 0, 10, 2048, 8
 MEMBERS, RACES, LR = 256, 2000, 0.05
@@ -66,23 +71,25 @@ def main() -> None:
     for epoch in range(1, EPOCHS + 1):
         trainer.train_epoch(epoch, lambda count: None)
         print(f"epoch {epoch}/{EPOCHS}", file=sys.stderr)
-    gradient_D = mean_gradient(model, splits.sgd[slice(0, 512)], normalise)
+    mean_gradient(model.module, splits.sgd[slice(0, 512)], normalise, "running")
+    gradient_D = model.gradient()
 
     ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     cluster = resolve_cluster(Cluster(), [node["Resources"] for node in ray.nodes()])
-    transport = RayTransport(EvaluatorSpec.of(config, splits), cluster)
+    make_network = functools.partial(build_model, config.parent, 10)
+    spec = EvaluatorSpec(make_network, make_fitness(config.evolution, splits), config.evolution.noise, threads=1)
+    transport = RayTransport(spec, cluster)
     pool = Pool(transport, cluster, config.evolution.noise, print, lambda members, images: None)
     pool.wait_until_joined()
-    buffers = [buffer.numpy() for buffer in model.buffers]
-    pool.broadcast(ParentState(model.theta_D.numpy(), buffers, {"fitness": np.arange(IMAGES)}))
+    pool.broadcast(ParentState(model.theta_D.numpy(), model.buffers, {"fitness": np.arange(IMAGES)}))
     pool.broadcast_scale(gradient_D.numpy())
     found = []
     random = np.random.default_rng(SEED)
     for low in (-1.0, 0.0):
         members = noisy(member_seeds(SEED, 1, MEMBERS), -LR * (1 + low) / 2, -LR * (1 - low) / 2)
         parts = [pool.evaluate(members, part=(part / PARTS, (part + 1) / PARTS)) for part in range(PARTS)]
-        for fitness in ("loss", "accuracy"):
-            fitness_KP = np.stack([part.fitness_K(fitness) for part in parts], axis=1)
+        for statistic, fitness in enumerate(("loss", "accuracy")):
+            fitness_KP = np.stack([part.mean_KM[:, statistic] for part in parts], axis=1)
             mean_K = fitness_KP.mean(axis=1)
             for population in (50, 200):
                 for halvings in (1, 2, 3):

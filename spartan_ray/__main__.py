@@ -1,6 +1,6 @@
 """`python -m spartan_ray` is `spartan`."""
 
-from spartan_ray.cli import main
+from spartan_ray.cli.main import main
 
 if __name__ == "__main__":
     main()

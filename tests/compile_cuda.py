@@ -12,8 +12,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from spartan_ray.kernels import cuda
-from spartan_ray.noise import RMS
+from spartan_ray.noise import cuda
+from spartan_ray.noise.contract import RMS
 
 compiled: dict[str, str] = {}
 

@@ -31,8 +31,9 @@ from hypothesis import settings
 from PIL import Image
 from whole_runs import WarmTransport, environment, run
 
-from spartan_ray.config import Config, Data, Evolution, Parent, Run
-from spartan_ray.process import set_up
+from spartan_ray.engine.process import set_up
+from spartan_ray.run.config import Config, Evolution, Run
+from spartan_ray.vision.config import Data, Parent
 
 # Timings are not asserted: the first call of a kernel compiles it. In CI the examples are the same each time.
 settings.register_profile("spartan", deadline=None, derandomize=bool(os.environ.get("CI")))
@@ -40,6 +41,8 @@ settings.load_profile("spartan")
 # The cores are shared with the workers of Ray, and threads that wait for each other make small work slow.
 set_up(threads=1)
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Workers import what the tests define from where the tests lie.
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

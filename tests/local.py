@@ -14,16 +14,19 @@ from numpy.typing import NDArray
 from sklearn.linear_model import RidgeClassifier
 from torch import nn
 
-from spartan_ray.config import Data, Evolution, ImageSet, Parent
-from spartan_ray.data import Images, Splits, load_splits
-from spartan_ray.evaluator import Evaluator, LocalPool, ParentState, Scale, reference_images
-from spartan_ray.evolve import Evolver
-from spartan_ray.fitness import Normaliser, Result, recalibrate, score
-from spartan_ray.model import FlatModel, Folding, initial_model
-from spartan_ray.noise import noise
-from spartan_ray.record import Row
-from spartan_ray.strategies import Members, Outcome, make_strategy
-from spartan_ray.strategies.base import WHOLE, Part, Scores
+from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale
+from spartan_ray.engine.executor import LocalExecutor
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Outcome, Part, Scores
+from spartan_ray.noise.contract import noise
+from spartan_ray.run.config import Config, Evolution, Run
+from spartan_ray.run.record import Row, phase_row
+from spartan_ray.run.setup import make_fitness, make_population, make_strategy
+from spartan_ray.vision.classification import Normaliser, Result, recalibrate, score
+from spartan_ray.vision.config import Data, Parent
+from spartan_ray.vision.data import Images, Splits, load_splits
+from spartan_ray.vision.folding import Folding
+from spartan_ray.vision.models import build_model, initial_model
 
 CPU = torch.device("cpu")
 PARENT = Parent(model="convnet", threads=1)
@@ -37,20 +40,26 @@ def scored(module: nn.Module, images: Images, normalise: Normaliser = NORMALISE)
         return score(module, images, normalise)
 
 
-class WatchedPool(LocalPool):
-    """Keeps what it was asked. An image set in `fitness` is not looked at: a descendant has that fitness of its
-    parameters, and NaN for the kind of fitness that the phase is not by."""
+def make_spec(splits: Splits = SPLITS, network: Parent = PARENT, **evolution: Any) -> EvaluatorSpec:
+    """What the evaluators of a run are made from."""
+    make_network = functools.partial(build_model, network, len(splits.classes))
+    return EvaluatorSpec(make_network, make_fitness(Evolution(**evolution), splits), "uniform", threads=1)
 
-    def __init__(self, evaluator: Evaluator) -> None:
-        super().__init__(evaluator)
-        self.fitness: dict[ImageSet, Callable[[NDArray[np.float32]], float]] = {}
+
+class WatchedPool(LocalExecutor):
+    """Keeps what it was asked. A set of cases in `fitness` is not looked at: a descendant has that fitness of its
+    parameters."""
+
+    def __init__(self, spec: EvaluatorSpec) -> None:
+        super().__init__(spec, CPU, print)
+        self.fitness: dict[CaseSet, Callable[[NDArray[np.float32]], float]] = {}
         self.broadcasts: list[ParentState] = []
         self.scales: list[Scale] = []
         self.asked: list[tuple[int, str]] = []
 
     def broadcast(self, parent: ParentState) -> None:
         """A copy that cannot be written to, as in Ray's shared memory."""
-        buffers = [buffer.copy() for buffer in parent.buffers]
+        buffers = [buffer.clone() for buffer in parent.buffers]
         parent = replace(parent, theta_D=parent.theta_D.copy(), buffers=buffers)
         parent.theta_D.flags.writeable = False
         self.broadcasts.append(parent)
@@ -64,21 +73,17 @@ class WatchedPool(LocalPool):
         super().broadcast_scale(scale)
 
     def evaluate(
-        self, members: Members, images: ImageSet = "fitness", bar: float = -math.inf, part: Part = WHOLE
+        self, members: Members, cases: CaseSet = "fitness", threshold: float = -math.inf, part: Part = WHOLE
     ) -> Scores:
-        self.asked.append((len(members), images))
-        if images not in self.fitness:
-            return super().evaluate(members, images, bar, part)
+        self.asked.append((len(members), cases))
+        if cases not in self.fitness:
+            return super().evaluate(members, cases, threshold, part)
         fitness_K = np.empty(len(members))
         for k, (seed, offset, gain) in enumerate(zip(members.seed_K, members.offset_K, members.gain_K, strict=True)):
             self.evaluator.descend(int(seed), offset, gain)
-            fitness_K[k] = self.fitness[images](self.evaluator.model.theta_D.numpy())
-        nan_K, images_K = (
-            np.full_like(fitness_K, math.nan),
-            np.full(len(members), len(self.evaluator.image_sets[images])),
-        )
-        by_loss = self.evaluator.config.fitness == "loss"
-        return Scores(-fitness_K, nan_K, images_K) if by_loss else Scores(nan_K, fitness_K, images_K)
+            fitness_K[k] = self.fitness[cases](self.evaluator.model.theta_D.numpy())
+        cases_K = np.full(len(members), len(self.evaluator.case_sets[cases]))
+        return Scores(np.stack([fitness_K, fitness_K], axis=1), fitness_K, cases_K)
 
 
 @functools.cache
@@ -108,24 +113,30 @@ class Phase:
 
     def __init__(self, splits: Splits = SPLITS, **evolution: Any) -> None:
         self.config = Evolution(**{"every": 1, "population": 12, "fitness_images": 100} | evolution).resolved(2)
-        self.model = trained()
-        evaluator = Evaluator(
-            self.config, initial_model(PARENT, 10, 9)[0], splits.evolution, reference_images(splits), NORMALISE, CPU
-        )
-        self.pool = WatchedPool(evaluator)
         strategy = make_strategy(self.config, 10)
         assert strategy
-        self.evolver = Evolver(self.config, 7, strategy, self.model, splits, NORMALISE, self.pool)
+        self.strategy = strategy
+        run = Config(run=Run(seed=7), parent=PARENT, evolution=self.config)
+        self.population = make_population(run, splits, trained().module, print, WatchedPool)
+        self.population.here = None  # all that is scored is asked of the pool
+        assert isinstance(self.population.executor, WatchedPool)
+        self.pool: WatchedPool = self.population.executor
+        self.model = self.population.model
         self.generation = 0
 
     def evolve(self) -> tuple[Outcome, Row]:
         self.generation += 1
-        return self.evolver.evolve(self.generation)
+        outcome = self.population.step(self.strategy, self.generation)
+        return outcome, phase_row(outcome)
 
-    def score(self, images: ImageSet = "fitness") -> Result:
+    @property
+    def case_sets(self) -> dict[CaseSet, NDArray[np.int64]]:
+        """What the last phase was scored on."""
+        return self.population.case_sets
+
+    def score(self, cases: CaseSet = "fitness") -> Result:
         """The parent as it is now on the images of the last phase, by the statistics it has."""
-        index_N = torch.from_numpy(self.evolver.image_sets[images])
-        return scored(self.model.module, self.pool.evaluator.split[index_N])
+        return scored(self.model.module, SPLITS.evolution[torch.from_numpy(self.case_sets[cases])])
 
     @property
     def theta_D(self) -> NDArray[np.float32]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spartan_ray.config import Cluster
-from spartan_ray.dispatch import Lost
-from spartan_ray.joining import WorkerInfo, versions
-from spartan_ray.noise import FINGERPRINT_SEED, FINGERPRINT_SLICES, noise
-from spartan_ray.pool import Pool
-from spartan_ray.strategies import Members, Scores
+from spartan_ray.distributed.config import Cluster
+from spartan_ray.distributed.dispatch import Lost
+from spartan_ray.distributed.joining import WorkerInfo, versions
+from spartan_ray.distributed.pool import Pool
+from spartan_ray.engine.strategies.requests import Members, Scores
+from spartan_ray.noise.contract import noise
+from spartan_ray.noise.kernels import FINGERPRINT_SEED, FINGERPRINT_SLICES
 
 FINGERPRINT = np.concatenate([noise("uniform", FINGERPRINT_SEED, *ends) for ends in FINGERPRINT_SLICES])
 START_SECONDS, MEMBER_SECONDS, ELEMENT_SECONDS = 3.0, 0.125, 0.001
@@ -138,11 +139,11 @@ class Scripted:
         info = WorkerInfo("host", "node", process.pid, "cpu", 1, FINGERPRINT, versions())
         return info, START_SECONDS
 
-    def _evaluate(self, process: Process, *arguments: Any) -> tuple[tuple[Scores, float, float], float]:
+    def _evaluate(self, process: Process, *arguments: Any) -> tuple[tuple[Scores, dict[int, str], float, float], float]:
         members = arguments[CHUNK]
         self.sent.append(("evaluate", len(members)))
         seconds = MEMBER_SECONDS * len(members)
-        return (scores(members), 0.25, seconds * min(process.factor, 1e9)), seconds
+        return (scores(members), {}, 0.25, seconds * min(process.factor, 1e9)), seconds
 
     def _accumulate(
         self, process: Process, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
@@ -153,8 +154,14 @@ class Scripted:
 
 def scores(members: Members) -> Scores:
     """What every worker says of members."""
-    loss_K = members.seed_K / 8 + members.gain_K.astype(np.float64)
-    return Scores(loss_K, loss_K % 1, np.full(len(members), 10))
+    fitness_K = members.seed_K / 8 + members.gain_K.astype(np.float64)
+    return Scores(np.stack([fitness_K, fitness_K % 1], axis=1), fitness_K, np.full(len(members), 10))
+
+
+def without(found: Scores, nowhere_K: NDArray[np.bool_]) -> Scores:
+    """The same scores with NaN for some members."""
+    nan_K = np.where(nowhere_K, np.nan, 0.0)
+    return replace(found, mean_KM=found.mean_KM + nan_K[:, None], fitness_K=found.fitness_K + nan_K)
 
 
 def weighted_sum(seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], stop: int) -> NDArray[np.float32]:

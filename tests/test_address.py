@@ -29,8 +29,8 @@ from ray.core.generated.gcs_service_pb2_grpc import (
 )
 from whole_runs import SMALL, command, environment, spartan
 
-from spartan_ray import address as address_module
-from spartan_ray.address import ray_address
+from spartan_ray.distributed import address as address_module
+from spartan_ray.distributed.address import ray_address
 
 
 def refusal(address: str, cwd: Path, named_by: str = "cluster.address", **more: str) -> str:
@@ -206,7 +206,7 @@ def test_an_empty_token_file_is_filled(tmp_path: Path) -> None:
     token = tmp_path / ".ray" / "auth_token"
     token.parent.mkdir()
     token.touch()
-    program = "from spartan_ray import cli; cli._make_token()"
+    program = "from spartan_ray.distributed.start import make_token; make_token()"
     subprocess.run([sys.executable, "-c", program], env=environment() | {"HOME": str(tmp_path)}, check=True)
     assert len(token.read_text()) >= 32
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
@@ -266,7 +266,7 @@ def test_a_token_here_and_none_there(ray_head: Head, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_another_version_of_ray_is_said(ray_head: Head, tmp_path: Path) -> None:
-    program = "import ray; ray.__version__ = '2.0.0'; from spartan_ray.cli import main; main()"
+    program = "import ray; ray.__version__ = '2.0.0'; from spartan_ray.cli.main import main; main()"
     command = [sys.executable, "-c", program, "train", *SMALL, "--cluster.address", ray_head.gcs]
     ended = subprocess.run(command, env=ray_head.environment, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 2

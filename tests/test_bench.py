@@ -19,13 +19,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from local import CPU, NORMALISE, PARENT, SPLITS, Phase, trained
-
-from spartan_ray.bench import figures, model
-from spartan_ray.bench.bare import PARENT as RESNET
-from spartan_ray.bench.measure import (
+from bench import figures, model
+from bench.bare import PARENT as RESNET
+from bench.measure import (
     SAMPLE_SECONDS,
     SMALL,
     FreeWorker,
@@ -36,25 +32,29 @@ from spartan_ray.bench.measure import (
     stored_bytes,
     worker_processes,
 )
-from spartan_ray.config import Evolution
-from spartan_ray.evaluator import Evaluator, LocalPool, ParentState, reference_images
-from spartan_ray.kernels.cpu import CpuKernel
-from spartan_ray.model import initial_model
-from spartan_ray.pool import Pool
-from spartan_ray.spans import ANSWERS_PER_SECOND, CHUNK_SECONDS, chunk_size, workers_worth
-from spartan_ray.strategies.base import Scores, noisy
+from hypothesis import given
+from hypothesis import strategies as st
+from local import CPU, Phase, make_spec, trained
+
+from spartan_ray.distributed.pool import Pool
+from spartan_ray.distributed.spans import ANSWERS_PER_SECOND, CHUNK_SECONDS, chunk_size, workers_worth
+from spartan_ray.engine.evaluator import Evaluator, ParentState
+from spartan_ray.engine.executor import LocalExecutor
+from spartan_ray.engine.strategies.requests import Scores, noisy
+from spartan_ray.noise.cpu import CpuKernel
+from spartan_ray.vision.classification import Classification
+from spartan_ray.vision.folding import Folding
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def evaluator(**evolution: Any) -> Evaluator:
-    module = initial_model(PARENT, 10, 9)[0]
-    return Evaluator(Evolution(**evolution), module, SPLITS.evolution, reference_images(SPLITS), NORMALISE, CPU)
+    return make_spec(**evolution).make(CPU)
 
 
 def state(images: int) -> ParentState:
     parent = trained()
-    return ParentState(parent.theta_D.numpy(), [b.numpy() for b in parent.buffers], {"fitness": np.arange(images)})
+    return ParentState(parent.theta_D.numpy(), parent.buffers, {"fitness": np.arange(images)})
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def resnet(local_ray: None) -> Iterator[tuple[Generation, Pool]]:
 def test_a_generation_sends_a_parent_and_an_update_and_a_few_numbers_a_member(resnet: tuple[Generation, Pool]) -> None:
     generation, pool = resnet
     before = stored_bytes()
-    row = generation.evolver(pool, 16).evolve(1)[1]
+    row = generation.evolve(pool, 16)
     assert row["accepted"]
     assert stored_bytes() - before < 2.1 * generation.model.theta_D.nbytes + 200 * row["population"]
 
@@ -78,10 +78,10 @@ def test_memory_is_flat_over_a_hundred_thousand_members(local_ray: None) -> None
     class CheapWorker(FreeWorker):
         """Members differ and take long enough for chunks to be what they are in earnest."""
 
-        def evaluate(self, *arguments: Any) -> tuple[Scores, float, float]:
-            scores, broadcast, _ = super().evaluate(*arguments)
+        def evaluate(self, *arguments: Any) -> tuple[Scores, dict[int, str], float, float]:
+            scores, failed, loading, _ = super().evaluate(*arguments)
             members = arguments[3]
-            return replace(scores, loss_K=members.seed_K / 2**64), broadcast, 1e-4 * len(members)
+            return replace(scores, fitness_K=members.seed_K / 2**64), failed, loading, 1e-4 * len(members)
 
     small = Generation(SMALL, 2)
     pool = small.pool(2, CheapWorker)
@@ -89,7 +89,7 @@ def test_memory_is_flat_over_a_hundred_thousand_members(local_ray: None) -> None
     used = []
     for population in (4000, 1000, 100_000):  # the first is a warm-up
         with peak_memory(*watched) as peaks:
-            row = small.evolver(pool, population).evolve(1)[1]
+            row = small.evolve(pool, population)
         assert row["accepted"]
         used.append(peaks)
     close(pool)
@@ -144,8 +144,10 @@ def test_a_member_costs_its_passes_and_no_copy_of_the_parent() -> None:
     scoring.load(parent)
     assert scoring.theta_D.data_ptr() == parent.theta_D.ctypes.data
     own, counts = scoring.model.theta_D.data_ptr(), {"passes": 0, "normalised": 0, "folded": 0}
+    fitness = scoring.fitness
+    assert isinstance(fitness, Classification)
+    normalise, folding = fitness.normalise, Folding(scoring.model.module, fitness.reference_NCHW[:1])
     scoring.model.module.register_forward_hook(lambda *_: counts.update(passes=counts["passes"] + 1))
-    normalise, folding = scoring.normalise, scoring.folding
 
     def normalised(pixels_NHWC: torch.Tensor) -> torch.Tensor:
         counts["normalised"] += 1
@@ -155,7 +157,7 @@ def test_a_member_costs_its_passes_and_no_copy_of_the_parent() -> None:
         counts["folded"] += 1
         return folding(dtype)
 
-    scoring.normalise, scoring.folding = normalised, folded  # type: ignore[assignment]
+    fitness.normalise, fitness.folding = normalised, folded  # type: ignore[assignment]
     for seeds in ((1, 2), (3, 4, 5)):
         scoring.evaluate(noisy(np.array(seeds, np.uint64), 0.0, 0.01), "fitness", -math.inf)
     assert counts == {"passes": 5 * 3, "normalised": 3, "folded": 5}
@@ -166,11 +168,12 @@ def test_what_is_scored_is_built_without_dead_taps_and_scored_as_the_whole() -> 
     generation = Generation(RESNET, 40)
     scoring = generation.spec.make(CPU)
     scoring.load(generation.state(40))
+    assert scoring.needed_R2 is not None
     first_R, end_R = scoring.needed_R2.T
     assert 4_200_000 < (end_R - first_R).sum() < 4_300_000
     members = noisy(np.array([7], np.uint64), 0.0, 0.05)
     scoring.model.theta_D.fill_(math.nan)
-    scored = scoring.evaluate(members, "fitness", -math.inf)
+    scored = scoring.evaluate(members, "fitness", -math.inf)[0]
     built_D = scoring.model.theta_D.clone()
     scoring.descend(7, 0.0, 0.05)
     needed_D = torch.zeros(len(built_D), dtype=torch.bool)
@@ -179,14 +182,14 @@ def test_what_is_scored_is_built_without_dead_taps_and_scored_as_the_whole() -> 
     assert torch.equal(built_D[needed_D], scoring.model.theta_D[needed_D])
     assert built_D[~needed_D].isnan().all()
     assert not scoring.model.theta_D.isnan().any()
-    again = scoring.evaluate(members, "fitness", -math.inf)
-    assert scored.loss_K.tobytes() == again.loss_K.tobytes()
+    again = scoring.evaluate(members, "fitness", -math.inf)[0]
+    assert scored.fitness_K.tobytes() == again.fitness_K.tobytes()
 
 
 def test_the_score_of_an_update_is_the_driver_s_own_to_the_bit() -> None:
     """And the update is then sent nowhere."""
     sent, alone = Phase(lr=0.01), Phase(lr=0.01)
-    alone.evolver.here = LocalPool(evaluator(), threads=1)
+    alone.population.here = LocalExecutor(make_spec(), CPU, print)
     rows = [phase.evolve()[1] for phase in (sent, alone)]
     assert rows[0]["parent_fitness_after"] == rows[1]["parent_fitness_after"] != rows[1]["parent_fitness_before"]
     assert (len(sent.pool.broadcasts), len(sent.pool.scales)) == (1, 2)
@@ -196,9 +199,9 @@ def test_the_score_of_an_update_is_the_driver_s_own_to_the_bit() -> None:
 
 def test_an_update_is_not_scored_by_a_driver_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     phase = Phase(lr=0.01)
-    here = LocalPool(evaluator())
-    monkeypatch.setattr(LocalPool, "devices", property(lambda pool: {"H100" if pool is here else "cpu"}))
-    phase.evolver.here = here
+    here = LocalExecutor(make_spec(), CPU, print)
+    monkeypatch.setattr(LocalExecutor, "devices", property(lambda pool: {"H100" if pool is here else "cpu"}))
+    phase.population.here = here
     phase.evolve()
     assert len(phase.pool.scales) == 2
 
@@ -209,21 +212,21 @@ def test_bf16_scores_nearly_the_same_and_the_same_again() -> None:
     for precision in ("fp32", "bf16", "bf16"):
         scoring = evaluator(precision=precision)
         scoring.load(state(300))
-        scores.append(scoring.evaluate(members, "fitness", -math.inf))
-    assert np.corrcoef(scores[0].loss_K, scores[1].loss_K)[0, 1] > 0.99
-    assert not np.array_equal(scores[0].loss_K, scores[1].loss_K)
-    assert scores[1].loss_K.tobytes() == scores[2].loss_K.tobytes()
+        scores.append(scoring.evaluate(members, "fitness", -math.inf)[0])
+    assert np.corrcoef(scores[0].fitness_K, scores[1].fitness_K)[0, 1] > 0.99
+    assert not np.array_equal(scores[0].fitness_K, scores[1].fitness_K)
+    assert scores[1].fitness_K.tobytes() == scores[2].fitness_K.tobytes()
 
 
 def test_a_driver_without_memory_for_it_sends_the_update_to_be_scored() -> None:
     sent, without = Phase(lr=0.01), Phase(lr=0.01)
-    here = LocalPool(evaluator())
+    here = LocalExecutor(make_spec(), CPU, print)
 
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("a tenth of a GPU")
 
     here.evaluator.evaluate = full  # type: ignore[method-assign, assignment]
-    without.evolver.here = here
+    without.population.here = here
     rows = [phase.evolve()[1] for phase in (sent, without)]
     assert rows[0]["parent_fitness_after"] == rows[1]["parent_fitness_after"]
     assert len(without.pool.scales) == 2
@@ -239,9 +242,9 @@ def test_a_gpu_scores_as_a_cpu_does(precision: str, tolerance: float) -> None:
     for device in (CPU, torch.device("cuda"), torch.device("cuda")):
         scoring = generation.spec.make(device)
         scoring.load(generation.state(600))
-        scores.append(scoring.evaluate(members, "fitness", -math.inf))
-    np.testing.assert_allclose(scores[0].loss_K, scores[1].loss_K, rtol=tolerance)
-    assert scores[1].loss_K.tobytes() == scores[2].loss_K.tobytes()
+        scores.append(scoring.evaluate(members, "fitness", -math.inf)[0])
+    np.testing.assert_allclose(scores[0].fitness_K, scores[1].fitness_K, rtol=tolerance)
+    assert scores[1].fitness_K.tobytes() == scores[2].fitness_K.tobytes()
 
 
 @given(st.integers(1, 10**6), st.integers(1, 2000), st.floats(1e-6, 100))

@@ -20,9 +20,13 @@ from conftest import Head
 from whole_runs import ROOT, SMALL, change, command, environment, run_here, same_result, spartan
 
 import spartan_ray
-from spartan_ray import cli, origin, supervisor
-from spartan_ray.checkpoint import latest_checkpoint
-from spartan_ray.config import Config, load_config
+from spartan_ray import origin
+from spartan_ray.cli import main as cli
+from spartan_ray.cli import train
+from spartan_ray.run import supervisor
+from spartan_ray.run.checkpoint import latest_checkpoint
+from spartan_ray.run.config import Config
+from spartan_ray.run.loading import load_config
 
 
 @pytest.mark.ray
@@ -182,16 +186,17 @@ def test_a_run_that_is_ended_in_a_hurry_says_how_to_go_on(
     """A second Ctrl-C while the first is waited for, and output that nobody reads any more."""
     watches: list[float] = []
     monkeypatch.setattr(supervisor, "Supervisor", lambda config, folder: EndedFromOutside(error, watches))
-    for part, name in ((cli, "_check_paths"), (cli, "_make_token"), (cli, "_start_ray"), (ray, "shutdown")):
+    for part, name in ((train, "_check_paths"), (train, "start_ray"), (ray, "shutdown")):
         monkeypatch.setattr(part, name, lambda *arguments, **named: None)
+    monkeypatch.setattr(train, "reach_ray", lambda flag: ("local", "cluster.address"))
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     if error is KeyboardInterrupt:
-        assert cli.run(Config()) == 130
+        assert train.run(Config()) == 130
         assert len(watches) == 2
     else:
         with pytest.raises(BrokenPipeError):
-            cli.run(Config())
-    assert "".join(capsys.readouterr()) == said
+            train.run(Config())
+    assert "".join(capsys.readouterr()) == f"starting Ray\n{said}"
 
 
 @pytest.mark.ray

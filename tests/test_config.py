@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from spartan_ray.cli import parse_config
-from spartan_ray.config import Config, Evolution, InputError, Run, dump_config, load_config, preset_names
+from spartan_ray.cli.flags import parse_config
+from spartan_ray.errors import InputError
+from spartan_ray.run.config import Config, Evolution, Run
+from spartan_ray.run.loading import dump_config, load_config, preset_names
 
 RANDOM_GRADIENTS = ["--evolution.strategy", "random-gradients"]
 

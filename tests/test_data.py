@@ -15,9 +15,11 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spartan_ray import data
-from spartan_ray.config import Data, InputError
-from spartan_ray.data import Images, load_splits, permutation
+from spartan_ray.engine.draws import permutation
+from spartan_ray.errors import InputError
+from spartan_ray.vision import data
+from spartan_ray.vision.config import Data
+from spartan_ray.vision.data import Images, load_splits
 
 
 def keys(images: Images) -> set[bytes]:
@@ -161,7 +163,10 @@ def test_fashion_mnist_is_padded_to_32(fashion_mnist: Path) -> None:
 
 @pytest.mark.parametrize(
     ("download", "trouble"),
-    [(False, r" \(data.download is off\): no {path}"), (True, ", and could not be downloaded: .*urlopen error")],
+    [
+        (False, r" \(data.download is off\): no {path}"),
+        (True, r", and could not be downloaded \(.*urlopen error.*\): put {path} there"),
+    ],
 )
 def test_a_data_set_that_is_not_there_is_not_called_corrupt(
     cifar10: Path, fashion_mnist: Path, download: bool, trouble: str

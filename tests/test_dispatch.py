@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import CHUNK, Process, Scripted, Team, scores, weighted_sum
+from scripted import CHUNK, Process, Scripted, Team, scores, weighted_sum, without
 
-from spartan_ray.dispatch import FAILURES_PER_WORKER, TRIES, Failed, Lost, PoolError, Slot, backoff, may_do
-from spartan_ray.joining import versions
-from spartan_ray.spans import Span
-from spartan_ray.strategies import Members, Scores
-from spartan_ray.strategies.base import noisy
+from spartan_ray.distributed.dispatch import FAILURES_PER_WORKER, TRIES, Failed, Lost, PoolError, Slot, backoff, may_do
+from spartan_ray.distributed.joining import versions
+from spartan_ray.distributed.spans import Span
+from spartan_ray.engine.strategies.requests import Members, Scores, noisy
+from spartan_ray.errors import RunError
 
 MEMBERS = Members(
     np.arange(40, dtype=np.uint64) // 3,
@@ -112,21 +112,56 @@ def test_a_worker_that_hangs_is_replaced() -> None:
     ]
 
 
-def test_a_worker_that_alone_answers_nan_is_replaced_and_what_two_answer_counts() -> None:
+@pytest.mark.parametrize("right", [True, False])
+def test_a_worker_that_alone_answers_nan_joins_again_and_what_two_answer_counts(right: bool) -> None:
+    """It is replaced if its noise is another one by now; else it is the fitness that differs."""
+
     def broken(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method == "join" and not right and process.pid == 1 and team.notes:
+            return lambda info: replace(info, fingerprint=info.fingerprint + 1)
         if method != "evaluate":
             return None
-        nan_K = np.where((arguments[CHUNK].seed_K == 7) | (process.pid == 1), np.nan, 0.0)
-        return lambda answer: (replace(answer[0], loss_K=answer[0].loss_K + nan_K), *answer[1:])
+        nowhere_K = (arguments[CHUNK].seed_K == 7) | (process.pid == 1)
+        return lambda answer: (without(answer[0], nowhere_K), *answer[1:])
 
     team = Team(Scripted(2, broken), chunk=5)
     team.pool.wait_until_joined()
-    found, expected = team.pool.evaluate(MEMBERS), scores(MEMBERS)
-    expected.loss_K[MEMBERS.seed_K == 7] = np.nan
+    found, expected = team.pool.evaluate(MEMBERS), without(scores(MEMBERS), MEMBERS.seed_K == 7)
     assert same(found, expected)
+    team.pool.wait_until_joined()
     assert team.notes == [
-        "worker 1 on host (cpu) was lost and is replaced: it returned NaN where worker 2 on host (cpu) does not"
+        "worker 1 on host (cpu) returned NaN where worker 2 on host (cpu) does not: its noise is looked at again",
+        "worker 1 on host (cpu) computes the right noise: the fitness differs between workers"
+        if right
+        else "worker 1 on host (cpu) was lost and is replaced: its noise fingerprint differs",
     ]
+    team.transport.die(team.transport.processes[1])  # alone it is not believed
+    assert same(team.pool.evaluate(MEMBERS), expected)
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_a_member_for_which_the_fitness_raises_is_tried_elsewhere_and_costs_no_worker(room: int) -> None:
+    """Member 5 raises everywhere, member 9 on one worker alone, the parent never."""
+    asked: list[tuple[int, int]] = []
+
+    def raising(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method != "evaluate":
+            return None
+        seed_K = arguments[CHUNK].seed_K
+        asked.extend((process.pid, seed) for seed in seed_K.tolist() if seed in (5, 9))
+        bad_K = (seed_K == 5) | ((seed_K == 9) & (process.pid == 1) & (room > 1))
+        failed = {int(k): f"ValueError: seed {seed_K[k]}" for k in np.flatnonzero(bad_K)}
+        return lambda answer: (without(answer[0], bad_K), failed, *answer[2:])
+
+    team, members = Team(Scripted(room, raising), chunk=4), noisy(np.arange(40, dtype=np.uint64), 0.0, 0.05)
+    assert same(team.pool.evaluate(members), without(scores(members), members.seed_K == 5))
+    said = "the member of seed 5 failed on 3 workers and is scored worst: ValueError: seed 5"
+    assert team.notes == [said]
+    assert team.pool.counts["members_failed"] == 1
+    assert len({pid for pid, seed in asked if seed == 5}) == room
+    assert sum(seed == 5 for _, seed in asked) == TRIES
+    with pytest.raises(RunError, match="the member of seed 5 failed on 3 workers: ValueError: seed 5"):
+        Team(Scripted(room, raising), on_member_error="stop").pool.evaluate(members)
 
 
 def test_workers_that_died_while_nobody_looked_are_no_failures() -> None:
@@ -186,8 +221,8 @@ def test_a_member_that_is_nan_and_workers_that_say_so_now_and_then_while_some_ar
     def sometimes(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
         if method != "evaluate":
             return None
-        nan_K = np.where((arguments[CHUNK].seed_K == 7) | (chance.random() < 0.3 and room > 1), np.nan, 0.0)
-        return lambda answer: (replace(answer[0], loss_K=answer[0].loss_K + nan_K), *answer[1:])
+        nowhere_K = (arguments[CHUNK].seed_K == 7) | (chance.random() < 0.3 and room > 1)
+        return lambda answer: (without(answer[0], nowhere_K), *answer[1:])
 
     team = Team(Scripted(room, sometimes), chunk=chance.choice([1, 4]))
     team.transport.events += [
@@ -195,7 +230,7 @@ def test_a_member_that_is_nan_and_workers_that_say_so_now_and_then_while_some_ar
         for _ in range(3)
     ]
     found = team.pool.evaluate(MEMBERS)
-    assert np.isnan(found.loss_K[MEMBERS.seed_K == 7]).all()
+    assert np.isnan(found.fitness_K[MEMBERS.seed_K == 7]).all()
     assert team.pool.counts["members_failed"] == 0
 
 
@@ -215,13 +250,13 @@ def killer(*seeds: int) -> Any:
 def test_a_member_that_kills_again_and_again_is_named_and_scored_worst(room: int, seeds: Any, chunk: Any) -> None:
     team, members = Team(Scripted(room, killer(*seeds)), chunk=chunk), noisy(np.arange(40, dtype=np.uint64), 0.0, 0.05)
     found = team.pool.evaluate(members)
-    assert np.flatnonzero(np.isnan(found.loss_K)).tolist() == list(seeds)
+    assert np.flatnonzero(np.isnan(found.fitness_K)).tolist() == list(seeds)
     assert team.pool.counts["members_failed"] == len(seeds)
     said = [note for note in team.notes if "scored worst" in note]
     assert sorted(said) == sorted(
         f"the member of seed {seed} failed on 3 workers and is scored worst: out of memory" for seed in seeds
     )
-    with pytest.raises(PoolError, match="the member of seed 5 failed on 3 workers: out of memory"):
+    with pytest.raises(RunError, match="the member of seed 5 failed on 3 workers: out of memory"):
         # What has no noise is the parent, or its update: without its score there is no phase.
         Team(Scripted(room, killer(5))).pool.evaluate(noisy(np.array([5], np.uint64), 0.0, 0.0))
 
@@ -231,13 +266,13 @@ def test_a_member_whose_work_raises_is_named_and_scored_worst_or_ends_the_run() 
         return Failed("FloatingPointError: broken") if method == "evaluate" and 5 in arguments[CHUNK].seed_K else None
 
     team, members = Team(Scripted(2, poison)), noisy(np.array([4, 5, 6, 7], np.uint64), 0.0, 0.05)
-    assert np.isnan(team.pool.evaluate(members).loss_K).tolist() == [False, True, False, False]
+    assert np.isnan(team.pool.evaluate(members).fitness_K).tolist() == [False, True, False, False]
     assert team.pool.counts["members_failed"] == 1
     said = "the member of seed 5 failed on 3 workers and is scored worst: FloatingPointError: broken"
     assert [note for note in team.notes if "scored worst" in note] == [said]
     assert sum("is replaced" in note for note in team.notes) >= TRIES
     stopping = Team(Scripted(2, poison), on_member_error="stop")
-    with pytest.raises(PoolError, match="the member of seed 5 failed on 3 workers: FloatingPointError"):
+    with pytest.raises(RunError, match="the member of seed 5 failed on 3 workers: FloatingPointError"):
         stopping.pool.evaluate(members)
 
 
@@ -251,7 +286,7 @@ def test_many_members_whose_work_raises_are_all_scored_worst(room: int, chunk: A
         return Failed("FloatingPointError: broken") if raises else None
 
     team, members = Team(Scripted(room, poison), chunk=chunk), noisy(np.arange(600, dtype=np.uint64), 0.0, 0.05)
-    assert set(np.flatnonzero(np.isnan(team.pool.evaluate(members).loss_K))) == bad
+    assert set(np.flatnonzero(np.isnan(team.pool.evaluate(members).fitness_K))) == bad
 
 
 def test_workers_that_cannot_start_end_the_run_with_the_reason() -> None:
@@ -342,9 +377,9 @@ def test_what_failed_in_one_place_is_done_in_another() -> None:
     assert may_do(span, first, [])
     span.failed_on.append(second.place)
     assert may_do(span, first, [second])
-    doubtful = Span(0, 4, doubtful=second)
-    assert not may_do(doubtful, second, [first])
-    assert may_do(doubtful, second, [])
+    unconfirmed = Span(0, 4, unconfirmed=second)
+    assert not may_do(unconfirmed, second, [first])
+    assert may_do(unconfirmed, second, [])
 
 
 @pytest.mark.parametrize(("differs", "said"), [

@@ -19,12 +19,14 @@ from local import CPU, NORMALISE, PARENT, SPLITS, Phase, scored, trained
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from spartan_ray.config import InputError
-from spartan_ray.data import Images, permutation
-from spartan_ray.evolve import GRADIENT_IMAGES_OF_GENERATION, image_sets
-from spartan_ray.model import FlatModel, initial_model
-from spartan_ray.noise import member_seeds, noise
-from spartan_ray.strategies import Outcome
+from spartan_ray.engine.draws import permutation
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.population import GRADIENT_CASES_OF_GENERATION, draw_cases
+from spartan_ray.engine.strategies.requests import Outcome
+from spartan_ray.errors import InputError
+from spartan_ray.noise.contract import member_seeds, noise
+from spartan_ray.vision.data import Images
+from spartan_ray.vision.models import initial_model
 
 Array = NDArray[np.floating[Any]]
 
@@ -92,7 +94,7 @@ def test_es_is_the_article_s_formula_computed_densely(mirrored: bool, shaping: s
     noise_KD *= np.sign(members.gain_K)[:, None]
     if mirrored:
         np.testing.assert_array_equal(noise_KD[0::2], -noise_KD[1::2])
-    index_N = phase.evolver.image_sets["fitness"]
+    index_N = phase.case_sets["fitness"]
     results = [loss_and_accuracy(network_at(theta_D + sigma * n_D, phase.model), index_N) for n_D in noise_KD]
     expected_K = np.array([-loss if fitness == "loss" else accuracy for loss, accuracy in results])
     np.testing.assert_allclose(outcome.fitness_K, expected_K, rtol=ROUNDING)
@@ -147,7 +149,7 @@ def test_step_ratio_holds_the_norm_of_the_update(population: int) -> None:
 def test_step_search_takes_the_best_length_on_images_that_did_not_choose_the_direction() -> None:
     phase = Phase(step="search", fitness_images=150, confirm_images=200, sigma=0.05)
     _, row = phase.evolve()
-    sets = phase.evolver.image_sets
+    sets = phase.case_sets
     assert {name: len(index_N) for name, index_N in sets.items()} == {"fitness": 150, "search": 200}
     assert not set(sets["fitness"]) & set(sets["search"])
     tried = dict(zip(row["search_ratios"], row["search_fitness"], strict=True))
@@ -195,7 +197,7 @@ def test_what_is_better_is_taken_only_if_images_that_did_not_choose_it_confirm_i
     theta_D, moved = phase.theta_D, distance(phase)
     phase.pool.fitness = {"fitness": moved, "confirm": lambda theta_D: sign * moved(theta_D)}
     outcome, row = phase.evolve()
-    sets = phase.evolver.image_sets
+    sets = phase.case_sets
     assert len(sets["confirm"]) == 560
     assert not set(sets["fitness"]) & set(sets["confirm"])
     assert row["accepted"] == (sign == 1)
@@ -250,7 +252,7 @@ def test_the_best_random_gradient_becomes_the_parent_to_the_bit(fitness: str) ->
 
 def gradient_at(theta_D: NDArray[Any], like: FlatModel, generation: int, images: int) -> NDArray[np.float32]:
     """The gradient, by torch, of a network of its own on the phase's SGD images."""
-    index_N = permutation(len(SPLITS.sgd), 7, GRADIENT_IMAGES_OF_GENERATION + generation)[:images]
+    index_N = permutation(len(SPLITS.sgd), 7, GRADIENT_CASES_OF_GENERATION + generation)[:images]
     batch = SPLITS.sgd[torch.from_numpy(index_N)]
     network = network_at(theta_D, like)
     F.cross_entropy(network(NORMALISE(batch.pixels_NHWC)), batch.labels_N).backward()
@@ -294,7 +296,7 @@ def test_a_chain_accepts_what_the_plain_loop_accepts(fitness: str) -> None:
         )
         for wave in (1, 3, 16)
     ]  # fmt: skip
-    start_D, fitness_N = phases[0].theta_D, image_sets({"fitness": 100}, 600, 7, 1)["fitness"]
+    start_D, fitness_N = phases[0].theta_D, draw_cases({"fitness": 100}, 600, 7, 1)["fitness"]
     accepted, theta_D = plain_chain(start_D, trained(), phases[0].config, fitness_N)
     assert 1 < len(accepted) < 16
     rows = []
@@ -319,7 +321,7 @@ def test_a_race_is_what_a_plain_reading_of_it_gives(fitness: str) -> None:
     outcome, row = phase.evolve()
     gradient_D = phase.pool.scales[0]
     assert gradient_D is not None
-    index_N = phase.evolver.image_sets["fitness"]
+    index_N = phase.case_sets["fitness"]
     alive, seen = list(range(-1, 13)), {}
     for stop in (20, 41, 82):
         for k in alive:  # member -1 is the parent, which is scored on all
@@ -331,8 +333,8 @@ def test_a_race_is_what_a_plain_reading_of_it_gives(fitness: str) -> None:
         assert np.diff(sorted(seen[k][0] for k in best_first)).min() > 10 * ROUNDING or fitness == "accuracy"
         alive = [-1, *sorted(best_first[: len(alive) // 2])]
     np.testing.assert_allclose(outcome.fitness_K, [seen[k][0] for k in range(13)], rtol=ROUNDING)
-    assert outcome.images_K.tolist() == [seen[k][1] for k in range(13)]
-    assert sorted(outcome.images_K) == [20] * 6 + [41] * 3 + [82] * 4
+    assert outcome.cases_K.tolist() == [seen[k][1] for k in range(13)]
+    assert sorted(outcome.cases_K) == [20] * 6 + [41] * 3 + [82] * 4
     assert outcome.chosen == best_first[0]
     assert outcome.before == pytest.approx(seen[-1][0], rel=ROUNDING)
     assert row["images_scored"] == 82 + 13 * 20 + 7 * 21 + 4 * 41
@@ -357,7 +359,7 @@ def test_early_rejection_changes_nothing_but_the_images_scored(fitness: str, acc
     assert early.weight_K.tolist() == full.weight_K.tolist()
     assert full_row["images_saved"] == 0
     assert early_row["images_scored"] + early_row["images_saved"] == full_row["images_scored"]
-    rejected = early.images_K < 600
+    rejected = early.cases_K < 600
     np.testing.assert_array_equal(early.fitness_K[~rejected], full.fitness_K[~rejected])
     # What a member had to beat: the parent, which in a chain those before it moved.
     taken_K = np.where((full.weight_K > 0) & (accept == "chain"), full.fitness_K, full.before)
@@ -387,7 +389,7 @@ def test_a_chain_confirms_each_link_and_stays_the_same_for_every_wave() -> None:
 
         phase.pool.fitness = {"fitness": distance(phase), "confirm": height}
         outcome, row = phase.evolve()
-        assert [count for count, images in phase.pool.asked if images == "confirm"] == [2] + [1] * (len(heights) - 2)
+        assert [count for count, cases in phase.pool.asked if cases == "confirm"] == [2] + [1] * (len(heights) - 2)
         best = list(itertools.accumulate(heights, max))
         assert outcome.accepted == len(set(best[1:]) - {best[0]})
         assert 1 < outcome.accepted < len(heights) - 2
@@ -403,7 +405,7 @@ def test_es_with_confirm_and_search_uses_three_disjoint_sets(fitness: str) -> No
     phase = Phase(step="search", confirm=True, fitness=fitness, fitness_images=None)
     phase.pool.fitness = {"fitness": distance(phase), "search": distance(phase, 3)}
     _, row = phase.evolve()
-    sets = phase.evolver.image_sets
+    sets = phase.case_sets
     assert [len(index_N) for index_N in sets.values()] == [200, 200, 200]
     assert len(set(np.concatenate(list(sets.values())))) == 600
     # The evaluator's network is still that of the last descendant that was scored, the candidate.
@@ -457,7 +459,7 @@ def test_batchnorm_modes(strategy: str, kind: str) -> None:
     if kind == "recalibrate":
         assert outcome.after == -result.loss
     if kind == "batch":
-        images = SPLITS.evolution[torch.from_numpy(phase.evolver.image_sets["fitness"])]
+        images = SPLITS.evolution[torch.from_numpy(phase.case_sets["fitness"])]
         with torch.no_grad():
             logits = network_at(phase.theta_D, phase.model).train()(NORMALISE(images.pixels_NHWC))
         assert -F.cross_entropy(logits, images.labels_N).item() == pytest.approx(outcome.after, rel=ROUNDING)
@@ -473,15 +475,14 @@ def test_a_descendant_that_diverged_leaves_nothing_to_the_next_one() -> None:
     """In every mode a member after one with infinite statistics scores as it does alone."""
     for kind in ("running", "batch", "recalibrate"):
         phase = Phase(batchnorm=kind)
-        phase.evolver.begin(1)
-        phase.evolver.broadcast()
-        members = phase.evolver.strategy.phase(7, 1)
-        asked = next(members).members  # type: ignore[union-attr]
+        phase.population.begin(("fitness",), 1)
+        phase.population.broadcast()
+        asked = next(phase.strategy.generation(7, 1)).members  # type: ignore[union-attr]
         alone = phase.pool.evaluate(asked[1:2])
         asked.gain_K[0] = 1e38
         both = phase.pool.evaluate(asked[0:2])
-        assert not math.isfinite(both.loss_K[0])
-        assert both.loss_K[1] == alone.loss_K[0]
+        assert not math.isfinite(both.fitness_K[0])
+        assert both.fitness_K[1] == alone.fitness_K[0]
 
 
 @pytest.mark.parametrize("strategy", ["es", "random-gradients"])
@@ -516,7 +517,7 @@ def test_relative_sigma_is_times_the_rms_of_each_tensor() -> None:
     assert scale_T is not None
     np.testing.assert_allclose(scale_T, [np.sqrt((part**2).mean()) for part in parts], rtol=1e-6)
     scale_D = model.spread(torch.from_numpy(scale_T)).numpy().astype(np.float64)
-    index_N = phase.evolver.image_sets["fitness"]
+    index_N = phase.case_sets["fitness"]
     noise_KD = np.stack([noise("uniform", int(seed), 0, len(theta_D)) for seed in outcome.members.seed_K])
     for k in (0, 5):
         loss, _ = loss_and_accuracy(network_at(theta_D + scale_D * 0.1 * noise_KD[k], model), index_N)
@@ -567,25 +568,24 @@ def test_the_gradient_is_of_the_function_that_is_scored(kind: str) -> None:
 
 @pytest.mark.parametrize("split", ["sgd", "evolution"])
 def test_gradient_images_are_drawn_anew_for_each_generation(split: str) -> None:
-    phase = Phase(strategy="random-gradients", gradient_split=split, gradient_images=50)
+    """And as many of the images that score a generation are all of them."""
+    phase = Phase(strategy="random-gradients", gradient_split=split, gradient_images=50, fitness_images=80)
+    images = SPLITS.sgd if split == "sgd" else SPLITS.evolution
     drawn = []
-    for _ in range(2):
+    for generation in (1, 2):
+        theta_D, scales = phase.theta_D, len(phase.pool.scales)
         phase.evolve()
-        drawn.append({bytes(pixels.numpy()) for pixels in phase.evolver.gradient_images.pixels_NHWC})
+        index_N = np.arange(600) if split == "sgd" else phase.case_sets["fitness"]
+        index_N = index_N[permutation(len(index_N), 7, GRADIENT_CASES_OF_GENERATION + generation)[:50]]
+        batch = images[torch.from_numpy(index_N)]
+        network = network_at(theta_D, trained())
+        F.cross_entropy(network(NORMALISE(batch.pixels_NHWC)), batch.labels_N).backward()
+        expected_D = FlatModel(network, CPU).gradient().numpy()
+        gradient_D = phase.pool.scales[scales]
+        assert gradient_D is not None
+        assert np.linalg.norm(gradient_D - expected_D) < 1e-3 * np.linalg.norm(expected_D)
+        drawn.append(set(index_N.tolist()))
     assert len(drawn[0] & drawn[1]) < 40
-    if split == "evolution":
-        fitness = on(phase.evolver.image_sets["fitness"])
-        assert drawn[1] <= {bytes(pixels.numpy()) for pixels in fitness.pixels_NHWC}
-
-
-def test_gradient_images_of_the_evolution_split_have_all_chosen() -> None:
-    phase = Phase(
-        strategy="random-gradients", gradient_split="evolution", confirm=True, fitness_images=80, gradient_images=80
-    )
-    phase.evolve()
-    fitness = on(phase.evolver.image_sets["fitness"])
-    chosen = [sorted(map(bytes, images.pixels_NHWC.numpy())) for images in (fitness, phase.evolver.gradient_images)]
-    assert chosen[0] == chosen[1]
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -608,7 +608,7 @@ def test_images_that_are_not_there_are_refused(options: dict[str, Any], message:
 
 
 def test_images_are_drawn_anew_for_each_generation() -> None:
-    first, again, second = (image_sets({"fitness": 100}, 500, 3, generation)["fitness"] for generation in (5, 5, 10))
+    first, again, second = (draw_cases({"fitness": 100}, 500, 3, generation)["fitness"] for generation in (5, 5, 10))
     assert first.tolist() == again.tolist() != second.tolist()
     assert len(set(first)) == 100
-    assert image_sets({"fitness": 500}, 500, 3, 5)["fitness"].tolist() == list(range(500))
+    assert draw_cases({"fitness": 500}, 500, 3, 5)["fitness"].tolist() == list(range(500))

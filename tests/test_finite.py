@@ -10,11 +10,13 @@ import torch
 from local import NORMALISE, SPLITS, Phase, trained
 from scipy.stats import rankdata
 
-from spartan_ray.config import Diverged, Evolution
-from spartan_ray.data import Images
-from spartan_ray.fitness import recalibrate, statistics_of
-from spartan_ray.strategies import Aim, Score, Scores, make_strategy
-from spartan_ray.strategies.base import SHAPING, centered_rank, noisy, zscore
+from spartan_ray.engine.strategies.requests import Score, Scores, SetDirection, noisy
+from spartan_ray.engine.strategies.shaping import SHAPING, centered_rank, zscore
+from spartan_ray.errors import Diverged
+from spartan_ray.run.config import Evolution
+from spartan_ray.run.setup import make_strategy
+from spartan_ray.vision.classification import Classification, recalibrate, statistics_of
+from spartan_ray.vision.data import Images
 
 
 def mostly_zeros(phase: Phase) -> Phase:
@@ -22,7 +24,9 @@ def mostly_zeros(phase: Phase) -> Phase:
     others, so that the parent is right about few."""
     pixels_NHWC, labels_N = SPLITS.evolution.pixels_NHWC, (SPLITS.evolution.labels_N + 1) % 10
     labels_N[torch.arange(len(labels_N)) % 10 < 6] = 0
-    phase.pool.evaluator.split = Images(pixels_NHWC, labels_N)
+    fitness = phase.pool.evaluator.fitness
+    assert isinstance(fitness, Classification)
+    fitness.images = Images(pixels_NHWC, labels_N)
     return phase
 
 
@@ -45,15 +49,19 @@ def test_a_dead_network_has_no_accuracy_and_never_becomes_the_parent(batchnorm: 
     assert phase.theta_D.tobytes() == theta_D.tobytes()
     # Among others that live, too: what they score is what they score without it.
     phase = mostly_zeros(Phase(fitness="accuracy", batchnorm=batchnorm))
-    phase.evolver.begin(1)
-    phase.evolver.broadcast()
+    phase.population.begin(("fitness",), 1)
+    phase.population.broadcast()
     members = noisy(np.arange(5, dtype=np.uint64), 0.0, 0.01)
     alone = phase.pool.evaluate(members)
     members.gain_K[2] = 1e38
     both = phase.pool.evaluate(members)
-    assert np.isnan(both.accuracy_K).tolist() == np.isnan(both.loss_K).tolist() == [False, False, True, False, False]
+    assert (
+        np.isnan(both.fitness_K).tolist()
+        == np.isnan(both.mean_KM).all(1).tolist()
+        == [False, False, True, False, False]
+    )
     others = [0, 1, 3, 4]
-    assert both.loss_K[others].tobytes() == alone.loss_K[others].tobytes()
+    assert both.mean_KM[others].tobytes() == alone.mean_KM[others].tobytes()
 
 
 @pytest.mark.parametrize("fitness", ["loss", "accuracy"])
@@ -106,13 +114,13 @@ def test_what_is_not_finite_weighs_as_the_worst_and_enters_no_mean(value: float)
 def test_weights_of_a_phase_with_dead_members_are_those_of_the_living() -> None:
     strategy = make_strategy(Evolution(population=4), 10)
     assert strategy
-    phase = strategy.phase(1, 5)
+    phase = strategy.generation(1, 5)
     assert isinstance(next(phase), Score)
-    loss_K = np.array([1.0, 2.0, math.nan, 4.0, 5.0])
-    aim = phase.send(Scores(loss_K, loss_K, np.full(5, 10)))
-    assert isinstance(aim, Aim)
+    fitness_K = -np.array([1.0, 2.0, math.nan, 4.0, 5.0])
+    wanted = phase.send(Scores(fitness_K[:, None], fitness_K, np.full(5, 10)))
+    assert isinstance(wanted, SetDirection)
     z_K = (11 / 3 - np.array([2.0, 5.0, 4.0, 5.0])) / np.std([2, 4, 5])
-    np.testing.assert_allclose(aim.weight_U, z_K / (4 * 0.01), rtol=1e-6)
+    np.testing.assert_allclose(wanted.weight_U, z_K / (4 * 0.01), rtol=1e-6)
 
 
 def test_what_fails_within_leaves_the_layers_as_they_were() -> None:

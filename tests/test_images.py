@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
-from spartan_ray import images
-from spartan_ray.config import InputError
-from spartan_ray.images import read_folder
+from spartan_ray.errors import InputError
+from spartan_ray.vision import images
+from spartan_ray.vision.images import read_folder
 
 RANDOM = np.random.default_rng(0)
 WIDE = RANDOM.integers(0, 2**16, (32, 32), dtype=np.uint16)
@@ -284,7 +284,7 @@ def test_a_damaged_cache_is_written_anew(image_folder: Path, decoded: list[Path]
 
 def test_runs_at_once_leave_one_whole_cache(image_folder: Path, decoded: list[Path]) -> None:
     program = (
-        "import hashlib, sys; from pathlib import Path; from spartan_ray.images import read_folder;"
+        "import hashlib, sys; from pathlib import Path; from spartan_ray.vision.images import read_folder;"
         "train, test, _ = read_folder(Path(sys.argv[1]), lambda note: None);"
         "print(hashlib.sha256(train[0].tobytes() + test[0].tobytes()).hexdigest())"
     )

@@ -10,41 +10,59 @@ from pathlib import Path
 import spartan_ray
 
 PACKAGE = Path(spartan_ray.__file__).parent
-# A module may import what stands before it.
-ORDER = [
-    "origin", "config", "process", "noise", "kernels", "images", "data", "layers", "resnet", "model", "fitness",
-    "strategies", "evaluator", "parent", "checkpoint", "journal", "record", "resources", "spans", "joining", "dispatch",
-    "pool", "evolve", "replay", "worker", "transport", "driver", "supervisor", "plots", "report", "bench",
-    "address", "cli", "__main__",
+# A room may import what stands before it.
+ROOMS = [
+    "errors", "origin", "section", "noise", "engine", "vision", "distributed", "run", "report", "cli", "__main__",
 ]  # fmt: skip
-UPWARD = {("noise", "kernels")}  # the choice of a kernel, at the call
-KNOW_RAY = {"worker", "transport", "supervisor", "bench", "address", "cli"}
+APART = {("distributed", "vision")}  # guests of the engine that know nothing of each other
+KNOW_RAY = {f"distributed.{name}" for name in ("address", "population", "start", "transport", "worker")}
+KNOW_RAY |= {"run.supervisor", "cli.train"}
+# What a room does without, whatever it imports.
+WITHOUT = {
+    "noise": {"ray", "pydantic", "torchvision"},
+    "engine": {"ray", "pydantic", "torchvision"},
+    "vision": {"ray"},
+    "report": {"ray", "torch"},
+}
 
 
 def imports() -> dict[str, set[str]]:
+    """What each module imports, by its name in the package."""
     found: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
-        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        modules = found.setdefault(name, set())
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                modules |= {alias.name for alias in node.names}
+                found[name] |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}: relative import"
-                modules.add(str(node.module))
+                found[name].add(str(node.module))
     return found
 
 
-def test_imports_run_downward() -> None:
+def test_imports_run_downward_from_room_to_room() -> None:
     for name, modules in imports().items():
-        if name == "__init__":
-            assert not any(module.startswith("spartan_ray") for module in modules)
-            continue
+        room = name.split(".")[0]
         for module in modules:
-            if module.startswith("spartan_ray."):
-                used = module.split(".")[1]
-                allowed = ORDER.index(used) <= ORDER.index(name) or (name, used) in UPWARD
-                assert allowed, f"{name} imports {used}"
+            if not module.startswith("spartan_ray.") or name == "__init__":
+                continue
+            used = module.split(".")[1]
+            assert ROOMS.index(used) <= ROOMS.index(room), f"{name} imports {module}"
+            assert (room, used) not in APART, f"{name} imports {module}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Also not inside a function."""
+    modules = {
+        name: {used.removeprefix("spartan_ray.") for used in found if used.startswith("spartan_ray.")}
+        for name, found in imports().items()
+    }
+    while modules:
+        free = [name for name, used in modules.items() if not used & modules.keys() - {name}]
+        assert free, f"a circle among {sorted(modules)}"
+        for name in free:
+            del modules[name]
 
 
 def test_only_these_know_ray() -> None:
@@ -52,8 +70,9 @@ def test_only_these_know_ray() -> None:
     assert know == KNOW_RAY
 
 
-def test_all_but_those_modules_can_be_imported_without_ray() -> None:
-    through_them = {"driver", "__main__"}
-    names = [name for name in ORDER if name not in KNOW_RAY | through_them]
-    program = "import sys; sys.modules['ray'] = None\n" + "\n".join(f"import spartan_ray.{name}" for name in names)
-    subprocess.run([sys.executable, "-c", program], check=True)
+def test_each_room_can_be_imported_without_what_it_does_not_need() -> None:
+    for room, others in WITHOUT.items():
+        names = [name for name in imports() if name.split(".")[0] == room and not name.endswith(".cuda")]
+        program = "import sys\n" + "\n".join(f"sys.modules[{other!r}] = None" for other in sorted(others))
+        program += "\n" + "\n".join(f"import spartan_ray.{name}" for name in names)
+        subprocess.run([sys.executable, "-c", program], check=True)

@@ -17,9 +17,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18
 
-from spartan_ray.config import InputError, Parent
-from spartan_ray.layers import FoldedBatchNorm2d, LiveConv2d
-from spartan_ray.model import FlatModel, Folding, Leaves, build_model, initial_model
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.errors import InputError
+from spartan_ray.vision.config import Parent
+from spartan_ray.vision.folding import Folding
+from spartan_ray.vision.layers import FoldedBatchNorm2d, LiveConv2d
+from spartan_ray.vision.leaves import Leaves
+from spartan_ray.vision.models import build_model, initial_model
 
 CPU = torch.device("cpu")
 

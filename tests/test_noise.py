@@ -17,20 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from spartan_ray.config import NoiseKind
-from spartan_ray.kernels import portable
-from spartan_ray.kernels.cpu import CpuKernel
-from spartan_ray.kernels.portable import PortableKernel
-from spartan_ray.noise import (
-    RMS,
-    Kernel,
-    fingerprint,
-    fingerprint_agrees,
-    kernel_for,
-    member_seeds,
-    noise,
-    philox4x32_10,
-)
+from spartan_ray.noise import portable
+from spartan_ray.noise.contract import RMS, NoiseKind, member_seeds, noise, philox4x32_10
+from spartan_ray.noise.cpu import CpuKernel
+from spartan_ray.noise.kernels import Kernel, fingerprint, fingerprint_agrees, kernel_for
+from spartan_ray.noise.portable import PortableKernel
 
 KINDS: tuple[NoiseKind, ...] = ("uniform", "gaussian", "rademacher")
 CPU = torch.device("cpu")
@@ -38,7 +29,7 @@ HERE: dict[str, Callable[[NoiseKind], Kernel]] = {"cpu": CpuKernel, "portable": 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     # In Triton's interpreter.
-    from spartan_ray.kernels.cuda import CudaKernel
+    from spartan_ray.noise.cuda import CudaKernel
 
     HERE["cuda"] = lambda kind: CudaKernel(kind, CPU)
 KERNELS = {(kind, name): make(kind) for kind in KINDS for name, make in HERE.items()}
@@ -194,7 +185,7 @@ def test_each_device_gets_its_kernel(name: str, monkeypatch: pytest.MonkeyPatch)
     assert type(kernel_for("uniform", torch.device(name))).__name__ == expected[name]
     if name == "cuda":
         monkeypatch.setitem(sys.modules, "triton", None)
-        monkeypatch.delitem(sys.modules, "spartan_ray.kernels.cuda")
+        monkeypatch.delitem(sys.modules, "spartan_ray.noise.cuda")
         assert isinstance(kernel_for("uniform", torch.device(name)), PortableKernel)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from spartan_ray import __version__, origin
-from spartan_ray.record import environment
+from spartan_ray.run.record import environment
 
 ROOT = Path(__file__).parent.parent
 GIT = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
@@ -81,7 +81,7 @@ def test_a_checkout_is_of_its_commit_unless_the_package_was_changed(checkout: Pa
     assert said(checkout) == (head, origin.sources())
     (checkout / "README.md").write_text("other words")
     assert said(checkout)[0] == head
-    source = checkout / "spartan_ray" / "noise.py"
+    source = checkout / "spartan_ray" / "noise" / "contract.py"
     text = source.read_text()
     source.write_text(text + "\n# changed\n")
     assert said(checkout)[0] == f"{head}-dirty"
@@ -98,7 +98,7 @@ def test_a_wheel_is_of_the_commit_that_it_was_built_from(checkout: Path, wheel: 
     repository(tmp_path)  # whatever the environment lies in
     head = git(checkout, "rev-parse", "HEAD")
     assert said(environment / "site") == (head, origin.sources())
-    with open(environment / "site" / "spartan_ray" / "noise.py", "a") as source:
+    with open(environment / "site" / "spartan_ray" / "noise" / "contract.py", "a") as source:
         source.write("# changed\n")
     assert said(environment / "site")[0] is None
 
@@ -126,7 +126,7 @@ def test_a_job_is_of_the_commit_of_the_installed_package_if_the_sources_are_the_
     (about / "METADATA").write_text(f"Metadata-Version: 2.4\nName: spartan-ray\nVersion: {__version__}\n")
     (about / "direct_url.json").write_text(f'{{"dir_info": {{"editable": true}}, "url": "{checkout.as_uri()}"}}')
     assert said(folder, about.parent)[0] == head
-    with open(folder / "spartan_ray" / "noise.py", "a") as source:
+    with open(folder / "spartan_ray" / "noise" / "contract.py", "a") as source:
         source.write("# changed\n")
     assert said(folder, wheel)[0] is None
     assert said(folder, about.parent)[0] is None

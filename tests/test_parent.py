@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from local import scored
+from local import make_spec, scored
 
-from spartan_ray.checkpoint import load_optimizer, optimizer_tensors
-from spartan_ray.config import Data, Evolution, Parent
-from spartan_ray.data import load_splits, permutation
-from spartan_ray.evaluator import Evaluator, ParentState
-from spartan_ray.fitness import Normaliser, score
-from spartan_ray.model import FlatModel, initial_model
-from spartan_ray.noise import noise
-from spartan_ray.parent import ORDER_OF_EPOCH, Trainer, mean_gradient, shift_and_flip
-from spartan_ray.strategies import Members
+from spartan_ray.engine.draws import permutation
+from spartan_ray.engine.evaluator import ParentState
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.strategies.requests import Members
+from spartan_ray.noise.contract import noise
+from spartan_ray.run.checkpoint import load_optimizer, optimizer_tensors
+from spartan_ray.vision.classification import Normaliser, mean_gradient, score
+from spartan_ray.vision.config import Data, Parent
+from spartan_ray.vision.data import load_splits
+from spartan_ray.vision.models import initial_model
+from spartan_ray.vision.training import ORDER_OF_EPOCH, Trainer, shift_and_flip
 
 CPU = torch.device("cpu")
 SPLITS = load_splits(Data(name="digits"), 0)
@@ -113,16 +115,14 @@ def test_evaluator_leaves_parent_and_buffers_alone_and_scores_the_images_asked_f
     parent = train(Parent(model="convnet"))
     theta_D = parent.theta_D.numpy().copy()
     image_N = np.array([3, 5, 70, 9])
-    evaluator = Evaluator(
-        Evolution(), initial_model(Parent(model="convnet"), 10, 4)[0], SPLITS.evolution, SPLITS.sgd, NORMALISE, CPU
-    )
-    state = ParentState(theta_D.copy(), [buffer.numpy() for buffer in parent.buffers], {"fitness": image_N})
+    evaluator = make_spec(SPLITS).make(CPU)
+    state = ParentState(theta_D.copy(), parent.buffers, {"fitness": image_N})
     state.theta_D.flags.writeable = False  # as Ray's shared memory is
     evaluator.load(state)
     gain_K = np.array([0.1, 0.1, -0.1, 0], np.float32)
     members = Members(np.array([7, 8, 7, 1], np.uint64), np.zeros(4, np.float32), gain_K)
-    scores = evaluator.evaluate(members, "fitness", -math.inf)
-    np.testing.assert_array_equal(scores.loss_K, evaluator.evaluate(members, "fitness", -math.inf).loss_K)
+    scores, _ = evaluator.evaluate(members, "fitness", -math.inf)
+    np.testing.assert_array_equal(scores.mean_KM, evaluator.evaluate(members, "fitness", -math.inf)[0].mean_KM)
     np.testing.assert_array_equal(state.theta_D, theta_D)
     for own, given in zip(evaluator.model.buffers, parent.buffers, strict=True):
         assert torch.equal(own, given)
@@ -131,7 +131,7 @@ def test_evaluator_leaves_parent_and_buffers_alone_and_scores_the_images_asked_f
     for k in (3, 0, 2):
         parent.theta_D.copy_(torch.from_numpy(theta_D + gain_K[k] * noise("uniform", 7, 0, len(theta_D))))
         expected = scored(parent.module, images, NORMALISE)
-        assert (scores.loss_K[k], scores.accuracy_K[k], scores.images_K[k]) == expected
+        assert (-scores.mean_KM[k, 0], scores.mean_KM[k, 1], scores.cases_K[k]) == expected
 
 
 @pytest.mark.parametrize("eta", [0.01, 0.3, 1.0])
@@ -170,7 +170,9 @@ def test_the_gradient_is_torch_s_in_the_layout_of_theta() -> None:
     model = train(Parent(model="convnet"))
     images = SPLITS.sgd[slice(0, 300)]
     buffers = [buffer.clone() for buffer in model.buffers]
-    gradient_D = mean_gradient(model, images, NORMALISE)
+    model.module.zero_grad()
+    mean_gradient(model.module, images, NORMALISE, "running")
+    gradient_D = model.gradient()
     for own, old in zip(model.buffers, buffers, strict=True):
         assert torch.equal(own, old)
     other = FlatModel(initial_model(Parent(model="convnet"), 10, 5)[0], CPU)

@@ -6,24 +6,27 @@ import math
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
+from local import make_spec
 
-from spartan_ray.config import Cluster, Data, Evolution, Parent
-from spartan_ray.data import load_splits
-from spartan_ray.dispatch import Failed, Lost, PoolError
-from spartan_ray.evaluator import EvaluatorSpec, ParentState
-from spartan_ray.model import FlatModel, initial_model
-from spartan_ray.noise import noise
-from spartan_ray.pool import Pool
-from spartan_ray.resources import resolve_cluster
-from spartan_ray.strategies import Members
-from spartan_ray.strategies.base import Scores
-from spartan_ray.transport import RayTransport
+from spartan_ray.distributed.config import Cluster
+from spartan_ray.distributed.dispatch import Failed, Lost, PoolError
+from spartan_ray.distributed.placement import resolve_cluster
+from spartan_ray.distributed.pool import Pool
+from spartan_ray.distributed.transport import RayTransport
+from spartan_ray.engine.evaluator import ParentState
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.strategies.requests import Members, Scores
+from spartan_ray.noise.contract import noise
+from spartan_ray.vision.config import Data, Parent
+from spartan_ray.vision.data import load_splits
+from spartan_ray.vision.models import initial_model
 
 CPU = torch.device("cpu")
 PARENT = Parent(model="convnet")
@@ -43,8 +46,7 @@ class Running:
 
     def __init__(self, **cluster: Any) -> None:
         splits = load_splits(Data(name="digits"), 0)
-        images = splits.evolution[slice(0, 64)]
-        spec = EvaluatorSpec(PARENT, Evolution(), images, images, 10, splits.mean_C, splits.std_C, threads=1)
+        spec = make_spec(replace(splits, evolution=splits.evolution[slice(0, 64)]))
         self.notes: list[str] = []
         self.done = 0
         resolved = resolve_cluster(Cluster(**cluster), [{"CPU": 2}])
@@ -53,13 +55,12 @@ class Running:
         model = FlatModel(initial_model(PARENT, 10, 3)[0], CPU)
         image_N = np.arange(0, 64, 2)
         scale_D = np.linspace(-1, 2, model.theta_D.numel()).astype(np.float32)
-        buffers = [b.numpy() for b in model.buffers]
-        self.state = ParentState(model.theta_D.numpy(), buffers, {"fitness": image_N, "search": image_N[:9]})
+        self.state = ParentState(model.theta_D.numpy(), model.buffers, {"fitness": image_N, "search": image_N[:9]})
         evaluator = spec.make(CPU)
         evaluator.load(self.state)
         evaluator.load_scale(scale_D)
-        self.expected = evaluator.evaluate(MEMBERS, "fitness", -math.inf)
-        self.expected_search = evaluator.evaluate(MEMBERS[3:9], "search", -math.inf)
+        self.expected = evaluator.evaluate(MEMBERS, "fitness", -math.inf)[0]
+        self.expected_search = evaluator.evaluate(MEMBERS[3:9], "search", -math.inf)[0]
         self.pool.broadcast(self.state)
         self.pool.broadcast_scale(scale_D)
 
@@ -139,7 +140,7 @@ def test_a_member_that_raises_on_three_workers_is_named_and_scored_worst(running
 
     seed_K = np.array([4, Poison(), 6, 7], dtype=object)
     scores = running.pool.evaluate(Members(seed_K, np.zeros(4, np.float32), np.full(4, 0.05, np.float32)))
-    assert np.isnan(scores.loss_K).tolist() == [False, True, False, False]
+    assert np.isnan(scores.fitness_K).tolist() == [False, True, False, False]
     assert running.pool.counts["members_failed"] == 1
     (said,) = [note for note in running.notes if "scored worst" in note]
     assert said == (

@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from whole_runs import bars_of, change, run_here
+from whole_runs import change, run_here, thresholds_of
 
-from spartan_ray.checkpoint import prune
-from spartan_ray.config import Config, InputError, Parent, dump_config, load_config
-from spartan_ray.journal import read_journal
-from spartan_ray.model import FlatModel, initial_model
-from spartan_ray.noise import noise
-from spartan_ray.replay import Replay
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.errors import InputError
+from spartan_ray.noise.contract import noise
+from spartan_ray.run.checkpoint import prune
+from spartan_ray.run.config import Config
+from spartan_ray.run.journal import read_journal
+from spartan_ray.run.loading import dump_config, load_config
+from spartan_ray.run.replay import Replay
+from spartan_ray.vision.config import Parent
+from spartan_ray.vision.models import initial_model
 
 
 @pytest.fixture
@@ -34,10 +38,10 @@ def flat(path: Path) -> FlatModel:
 def test_a_descendant_is_its_parent_and_its_noise(folder: Path) -> None:
     """The parent before generation 4 is the network of the checkpoint of epoch 3."""
     replay = Replay(folder, lambda note: None)
-    bars = bars_of(replay)
+    thresholds = thresholds_of(replay)
     recorded, scored = replay.descendant(4, 11, folder / "descendant.safetensors")
     assert recorded == scored
-    assert bars == [-math.inf]  # es rejects nobody early
+    assert thresholds == [-math.inf]  # es rejects nobody early
     parent = flat(folder / "checkpoints" / "epoch-000003.safetensors")
     journal = read_journal(folder / "journal" / "000004.npz")
     assert recorded == journal["fitness"][11]

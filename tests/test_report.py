@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from spartan_ray.config import Config, InputError, dump_config
-from spartan_ray.report import evolve_table, final_table, markdown, read_run, unique_frames, write_report
+from spartan_ray.errors import InputError
+from spartan_ray.report.page import write_report
+from spartan_ray.report.reading import read_run, unique_frames
+from spartan_ray.report.tables import evolve_table, final_table, markdown
+from spartan_ray.run.config import Config
+from spartan_ray.run.loading import dump_config
 
 
 def write_run(folder: Path, accuracies: list[float], evolve: dict[int, bool]) -> Path:
@@ -83,7 +87,7 @@ def test_the_report_tells_who_replaced_the_parent_and_what_confirmed_it(tmp_path
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = read_run(folder)
     phases = evolve_table({"x": run.metrics}).to_dict("records")
-    moved = ["better: member 7", "better: 3 members, the last 9", "no: all equal"]
+    moved = ["better: member 7", "better: 3 members, last: member 9", "no: all equal"]
     assert [phase["moved"] for phase in phases] == moved
     assert [(phase["confirm before"], phase["confirm after"]) for phase in phases] == [
         ("-1.5000", "-1.2500"), ("", ""), ("-2.0000", "-2.5000"),

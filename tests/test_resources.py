@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from spartan_ray.config import Cluster, InputError
-from spartan_ray.resources import resolve_cluster, workers_that_fit
+from spartan_ray.distributed.config import Cluster
+from spartan_ray.distributed.placement import resolve_cluster, workers_that_fit
+from spartan_ray.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,19 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from spartan_ray.config import Evolution
-from spartan_ray.noise import noise
-from spartan_ray.strategies import Aim, Gradient, Members, Score, Scores, make_strategy, merge_seeds
-from spartan_ray.strategies.base import SHAPING, Phase, centered_rank, zscore
+from spartan_ray.engine.strategies.requests import (
+    Generation,
+    Members,
+    Score,
+    Scores,
+    SetDirection,
+    SetScale,
+    merge_seeds,
+)
+from spartan_ray.engine.strategies.shaping import SHAPING, centered_rank, zscore
+from spartan_ray.noise.contract import noise
+from spartan_ray.run.config import Evolution
+from spartan_ray.run.setup import make_strategy
 
 finite_fitness = arrays(np.float64, st.integers(2, 60), elements=st.floats(-1e6, 1e6, width=32))
 any_fitness = arrays(np.float64, st.integers(2, 60), elements=st.floats(-1e6, 1e6, width=32) | st.sampled_from(
@@ -60,14 +69,15 @@ def test_equal_fitness_is_no_update_and_said(name: str, value: float) -> None:
     assert outcome.note == f"no update: {alike}"
 
 
-def make_phase(config: Evolution) -> Phase:
+def make_phase(config: Evolution) -> Generation:
     strategy = make_strategy(config, 10)
     assert strategy
-    return strategy.phase(1, 5)
+    return strategy.generation(1, 5)
 
 
 def scores(losses: list[float]) -> Scores:
-    return Scores(np.array(losses), np.zeros(len(losses)), np.full(len(losses), 100))
+    fitness_K = -np.array(losses)
+    return Scores(fitness_K[:, None], fitness_K, np.full(len(losses), 100))
 
 
 @given(st.integers(1, 20))
@@ -117,14 +127,14 @@ def search(fitness: Callable[[float], float]) -> tuple[float, dict[float, float]
         while True:
             if isinstance(request, Score):
                 assert len(request.members)
-            if isinstance(request, Score) and request.images == "search":
+            if isinstance(request, Score) and request.cases == "search":
                 lengths = [float(length) for length in request.members.offset_K]
                 tried |= {length: fitness(length) for length in lengths}
                 request = phase.send(scores([-tried[length] for length in lengths]))
             elif isinstance(request, Score):
                 request = phase.send(scores([float(k) for k in range(len(request.members))]))
             else:
-                request = phase.send(1.0 if isinstance(request, Aim) else None)
+                request = phase.send(1.0 if isinstance(request, SetDirection) else None)
     except StopIteration as end:
         outcome = end.value
     assert outcome.search
@@ -137,9 +147,9 @@ def test_temperatures_are_what_is_computed_by_hand(kind: str, expected: float) -
     """The parent has a loss of 1.5, classifies 5 of 8 images of 10 classes, and the step is 0.2."""
     config = Evolution(strategy="random-gradients", temperature=kind, lr=0.2, low=-1, high=3)  # type: ignore[arg-type]
     phase = make_phase(config)
-    assert isinstance(next(phase), Gradient)
+    assert next(phase) == SetScale("gradient")
     phase.send(None)
-    request = phase.send(Scores(np.array([1.5]), np.array([0.625]), np.array([8])))
+    request = phase.send(Scores(np.array([[-1.5, 0.625]]), np.array([-1.5]), np.array([8])))
     assert isinstance(request, Score)
     np.testing.assert_allclose(request.members.offset_K, -0.2 * expected * 1, rtol=1e-6)
     np.testing.assert_allclose(request.members.gain_K, -0.2 * expected * 2, rtol=1e-6)
@@ -150,19 +160,19 @@ def test_schedules_decay_by_the_phase() -> None:
     strategy = make_strategy(config, 10)
     assert strategy
     for generation, sigma, rate in ((5, 0.1, 0.3), (10, 0.05, 0.03), (15, 0.025, 0.003)):
-        phase = strategy.phase(1, generation)
+        phase = strategy.generation(1, generation)
         request = next(phase)
         assert isinstance(request, Score)
         np.testing.assert_allclose(request.members.gain_K, [0, *[sigma] * 4], rtol=1e-6)
         aim = phase.send(scores([1.0, 2, 3, 4, 5]))
-        assert isinstance(aim, Aim)
+        assert isinstance(aim, SetDirection)
         assert abs(aim.rate / rate - 1) < 1e-9
         # The estimate is 1 / (K sigma) * sum of shaped * noise; the weights here are those of the noise.
         np.testing.assert_allclose(aim.weight_U, zscore(np.array([-2.0, -3, -4, -5])) / (4 * sigma), rtol=1e-6)
     descents = make_strategy(Evolution(strategy="random-gradients", every=5, lr=0.3, lr_decay=0.1), 10)
     assert descents
     for generation, step in ((5, 0.3), (10, 0.03)):
-        phase = descents.phase(1, generation)
+        phase = descents.generation(1, generation)
         next(phase)
         phase.send(None)
         request = phase.send(scores([1.0]))

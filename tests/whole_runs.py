@@ -18,17 +18,17 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from spartan_ray import cli
-from spartan_ray.config import Cluster, Config, ImageSet
-from spartan_ray.driver import Driver, Progress
-from spartan_ray.evaluator import EvaluatorSpec
-from spartan_ray.replay import Replay
-from spartan_ray.resources import resolve_cluster
-from spartan_ray.strategies import Members
-from spartan_ray.strategies.base import WHOLE, Part, Scores
-from spartan_ray.supervisor import Supervisor
-from spartan_ray.transport import RayTransport
-from spartan_ray.worker import Worker
+from spartan_ray.cli import main as cli
+from spartan_ray.distributed.config import Cluster
+from spartan_ray.distributed.placement import resolve_cluster
+from spartan_ray.distributed.transport import RayTransport
+from spartan_ray.distributed.worker import Worker
+from spartan_ray.engine.evaluator import EvaluatorSpec
+from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part, Scores
+from spartan_ray.run.config import Config
+from spartan_ray.run.driver import Driver, Progress
+from spartan_ray.run.replay import Replay
+from spartan_ray.run.supervisor import Supervisor
 
 TIMINGS = {"seconds", "evaluation_seconds", "images_per_second", "scoring_seconds", "update_seconds",
            "gradient_seconds", "broadcast_seconds", "retries", "late_results", "workers",
@@ -81,7 +81,7 @@ def run_here(config: Config, folder: Path | None = None) -> tuple[Path, list[str
     """The same with the driver in this process and workers that are warm: the run folder and what was said. No
     worker may be killed meanwhile."""
     driver = Driver(config.model_copy(update={"cluster": resolve_cluster(config.cluster, [{"CPU": 2}])}), folder)
-    with patch("spartan_ray.driver.RayTransport", WarmTransport):
+    with patch("spartan_ray.run.driver.RayTransport", WarmTransport):
         assert driver.run()
     return Path(str(driver.progress.folder)), driver.progress.notes
 
@@ -143,17 +143,19 @@ def in_worker(supervisor: Supervisor, pid: int, change_worker: Callable[[Any], N
     ray.get(supervisor.driver.__ray_call__.remote(in_driver))
 
 
-def bars_of(replay: Replay) -> list[float]:
-    """A list that grows by the bar of each scoring that a replay does."""
-    bars: list[float] = []
-    evaluate = replay.pool.evaluate
+def thresholds_of(replay: Replay) -> list[float]:
+    """A list that grows by the threshold of each scoring that a replay does."""
+    thresholds: list[float] = []
+    evaluate = replay.executor.evaluate
 
-    def watched(members: Members, images: ImageSet = "fitness", bar: float = -math.inf, part: Part = WHOLE) -> Scores:
-        bars.append(bar)
-        return evaluate(members, images, bar, part)
+    def watched(
+        members: Members, cases: CaseSet = "fitness", threshold: float = -math.inf, part: Part = WHOLE
+    ) -> Scores:
+        thresholds.append(threshold)
+        return evaluate(members, cases, threshold, part)
 
-    replay.pool.evaluate = watched  # type: ignore[method-assign]
-    return bars
+    replay.executor.evaluate = watched  # type: ignore[method-assign]
+    return thresholds
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -15,9 +15,9 @@ import ray
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from whole_runs import attend
 
-from spartan_ray.config import Config
-from spartan_ray.driver import Progress
-from spartan_ray.supervisor import Supervisor
+from spartan_ray.run.config import Config
+from spartan_ray.run.driver import Progress
+from spartan_ray.run.supervisor import Supervisor
 
 # Counted in generations, not seconds: where starting a worker is slow, the run must still get on.
 GENERATIONS_BETWEEN_KILLS = 5

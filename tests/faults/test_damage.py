@@ -24,7 +24,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from spartan_ray.checkpoint import (
+from spartan_ray.cli.flags import parse_config
+from spartan_ray.engine.strategies.requests import Outcome, noisy
+from spartan_ray.errors import InputError, RunError
+from spartan_ray.report.reading import read_run
+from spartan_ray.report.tables import evolve_table, final_table
+from spartan_ray.run.checkpoint import (
     Checkpoint,
     CheckpointError,
     Loop,
@@ -40,26 +45,14 @@ from spartan_ray.checkpoint import (
     save_checkpoint,
     write_whole,
 )
-from spartan_ray.cli import parse_config
-from spartan_ray.config import (
-    Config,
-    Data,
-    InputError,
-    Parent,
-    Run,
-    RunError,
-    differences,
-    load_config,
-    load_run_config,
-)
-from spartan_ray.data import load_splits
-from spartan_ray.journal import read_journal, write_journal
-from spartan_ray.model import initial_model
-from spartan_ray.record import RunFolder, lock_folder
-from spartan_ray.replay import Replay
-from spartan_ray.report import evolve_table, final_table, read_run
-from spartan_ray.strategies import Outcome
-from spartan_ray.strategies.base import noisy
+from spartan_ray.run.config import Config, Run
+from spartan_ray.run.journal import read_journal, write_journal
+from spartan_ray.run.loading import differences, load_config, load_run_config
+from spartan_ray.run.record import RunFolder, lock_folder
+from spartan_ray.run.replay import Replay
+from spartan_ray.vision.config import Data, Parent
+from spartan_ray.vision.data import load_splits
+from spartan_ray.vision.models import initial_model
 
 pytestmark = pytest.mark.faults
 HEALTH = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much)

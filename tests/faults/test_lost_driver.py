@@ -17,10 +17,14 @@ import pytest
 from ray.exceptions import RayActorError, RayTaskError
 from whole_runs import attend, change, command, run, run_here, same_result
 
-from spartan_ray.checkpoint import epochs_kept, latest_checkpoint, load_checkpoint
-from spartan_ray.config import Cluster, Config, Data, Evolution, InputError, Parent, Run, RunError, load_config
-from spartan_ray.driver import Progress
-from spartan_ray.supervisor import Supervisor
+from spartan_ray.distributed.config import Cluster
+from spartan_ray.errors import InputError, RunError
+from spartan_ray.run.checkpoint import epochs_kept, latest_checkpoint, load_checkpoint
+from spartan_ray.run.config import Config, Evolution, Run
+from spartan_ray.run.driver import Progress
+from spartan_ray.run.loading import load_config
+from spartan_ray.run.supervisor import Supervisor
+from spartan_ray.vision.config import Data, Parent
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 EPOCHS = 20

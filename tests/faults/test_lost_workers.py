@@ -18,9 +18,10 @@ import psutil
 import pytest
 from whole_runs import attend, change, in_worker, metrics, run, run_here, same_result
 
-from spartan_ray.config import Config, Data, Evolution, Parent, Run
-from spartan_ray.driver import Progress
-from spartan_ray.supervisor import Supervisor
+from spartan_ray.run.config import Config, Evolution, Run
+from spartan_ray.run.driver import Progress
+from spartan_ray.run.supervisor import Supervisor
+from spartan_ray.vision.config import Data, Parent
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 GENERATIONS = 10
@@ -103,13 +104,13 @@ def worker_processes() -> list[psutil.Process]:
 
 def test_a_worker_that_returns_nan_one_that_raises_and_one_that_hangs(undisturbed: Path, config: Config) -> None:
     """One after another in a run: what a broken device, a GPU out of memory and a stuck one do. Each is found
-    out and replaced."""
+    out, and the last two are replaced."""
     notes: list[str] = []
     disturbed: list[int] = []
     supervisor = Supervisor(change(config, cluster={"task_timeout": 1.0, "chunk": 5}))
 
     def to_nan(worker: Any) -> None:
-        worker.evaluator.normalise.shift_C += math.nan
+        worker.evaluator.fitness.normalise.shift_C += math.nan
 
     def out_of_memory(worker: Any) -> None:
         def fail(*_: Any) -> None:
@@ -137,7 +138,7 @@ def test_a_worker_that_returns_nan_one_that_raises_and_one_that_hangs(undisturbe
     for pid, reason in zip(
         disturbed,
         (
-            "it returned NaN where worker",
+            "returned NaN where worker",
             "MemoryError: out of memory",
             "no answer for 1 s or more (cluster.task_timeout)",
         ),

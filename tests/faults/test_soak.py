@@ -12,10 +12,10 @@ import psutil
 import pytest
 from whole_runs import change, metrics
 
-from spartan_ray.config import Config
-from spartan_ray.journal import read_journal
-from spartan_ray.noise import member_seeds
-from spartan_ray.replay import Replay
+from spartan_ray.noise.contract import member_seeds
+from spartan_ray.run.config import Config
+from spartan_ray.run.journal import read_journal
+from spartan_ray.run.replay import Replay
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 POPULATION = 64

@@ -16,9 +16,9 @@ from ray.cluster_utils import Cluster
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from whole_runs import attend
 
-from spartan_ray.config import Config
-from spartan_ray.driver import Progress
-from spartan_ray.supervisor import Supervisor
+from spartan_ray.run.config import Config
+from spartan_ray.run.driver import Progress
+from spartan_ray.run.supervisor import Supervisor
 
 
 def main() -> None:

@@ -1,0 +1,128 @@
+"""More machines than there are: workers that sleep as long as a GPU would compute, and a model of a thousand.
+
+The dispatcher, Ray, the messages and their number are real; scoring is a sleep. Nodes are Ray nodes on this
+machine. Shapes: W workers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+from ray.cluster_utils import Cluster as RayCluster
+
+from bench.figures import Results
+from bench.measure import Said, pss
+from bench.model import PARENT_BYTES
+from bench.sleeper import SECONDS_A_MEMBER, SLOW_FACTOR, Sleeper, recover, slow_down
+from spartan_ray.distributed.config import Cluster
+from spartan_ray.distributed.placement import resolve_cluster
+from spartan_ray.distributed.pool import Pool
+from spartan_ray.distributed.transport import RayTransport
+from spartan_ray.engine.strategies.requests import noisy
+
+WORKERS, NODES = 64, 4
+POPULATION = 100_000
+SLOW = 3
+
+
+@dataclass
+class Team:
+    """A pool of sleeping workers, and what disturbs it when so many members are done."""
+
+    pool: Pool
+    capacity: float = 0.0  # members that the workers that are there could have scored
+    missing: float = 0.0  # workers that are there and do nothing
+    done: int = 0
+    disturb: Any = None
+    counted: float = 0.0
+
+    def able(self) -> float:
+        """Workers that are there; one that is slow counts as the part of one that it is."""
+        return len(self.pool.infos) - self.missing
+
+    def advance(self, members: int, images: int) -> None:
+        now = time.perf_counter()
+        self.capacity += (now - self.counted) * self.able() / SECONDS_A_MEMBER
+        self.counted = now
+        self.done += members
+        if self.disturb:
+            self.disturb(self.done)
+
+
+def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) -> list[Results]:
+    """A generation of the population undisturbed, with slow and stopped workers, and with nodes that come and go."""
+    per_node = workers // NODES
+    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": per_node + 1})
+    nodes = [cluster.add_node(num_cpus=per_node) for _ in range(NODES - 1)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    parent: Any = np.zeros(PARENT_BYTES, np.uint8)
+    resolved = resolve_cluster(Cluster(cpus_per_worker=1, driver_cpus=1), [node["Resources"] for node in ray.nodes()])
+    team = Team(pool=None)  # type: ignore[arg-type]
+    notes: list[str] = []
+    started = time.perf_counter()
+    team.pool = Pool(RayTransport(None, resolved, Sleeper), resolved, "uniform", notes.append, team.advance)
+    while len(team.pool.infos) < workers:
+        team.pool.wait_until_joined()
+    say(f"simulation: {workers} workers on {NODES} nodes have joined after {time.perf_counter() - started:.0f} s")
+    members = noisy(np.arange(population, dtype=np.uint64), 0.0, 0.01)
+    stopped: list[int] = []
+    slowed: list[Any] = []
+    changed: list[str] = []
+
+    def stragglers(done: int) -> None:
+        if done > population // 10 and not stopped:
+            slowed.extend(slot.worker for slot in team.pool.dispatcher.slots[:SLOW])
+            for worker in slowed:
+                worker.__ray_call__.remote(slow_down)
+            stopped.append(team.pool.infos[SLOW].pid)
+            os.kill(stopped[0], signal.SIGSTOP)
+            team.missing = SLOW * (1 - 1 / SLOW_FACTOR) + 1
+
+    def elastic(done: int) -> None:
+        if done > population // 4 and not changed:
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+            changed.append("lost")
+        elif done > population // 2 and len(changed) == 1:
+            nodes.append(cluster.add_node(num_cpus=per_node))
+            changed.append("joined")
+
+    found = []
+    for name, disturb in (("undisturbed", None), ("stragglers", stragglers), ("elastic", elastic)):
+        team.disturb, team.done, team.capacity = disturb, 0, 0.0
+        counts, processor, before_mb = dict(team.pool.counts), time.process_time(), pss(psutil.Process())
+        started = team.counted = time.perf_counter()
+        team.pool.broadcast(parent)
+        team.pool.broadcast_scale(None)
+        scores = team.pool.evaluate(members)
+        seconds = time.perf_counter() - started
+        assert np.array_equal(scores.fitness_K, members.seed_K), "every member once, in its place"
+        found.append(
+            {
+                "scenario": name,
+                "workers": workers,
+                "population": population,
+                "seconds": seconds,
+                "efficiency": population / team.capacity,
+                "driver_cpu_seconds": time.process_time() - processor,
+                "driver_grew_mb": pss(psutil.Process()) - before_mb,
+                **{key: team.pool.counts[key] - counts[key] for key in ("retries", "late_results")},
+            }
+        )
+        say(f"simulation: {name}, {seconds:.0f} s, {found[-1]['efficiency']:.3f} of what the workers could do")
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        stopped.clear()
+        team.missing = 0.0
+        ray.get([worker.__ray_call__.remote(recover) for worker in slowed])
+        slowed.clear()
+    team.pool.close()
+    ray.shutdown()
+    cluster.shutdown()
+    return found

@@ -1,0 +1,55 @@
+"""A worker for simulations that sleeps as long as a GPU would compute. Without torch dozens fit a machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import numpy as np
+import ray
+
+from spartan_ray.distributed.joining import WorkerInfo, versions
+from spartan_ray.engine.strategies.requests import CaseSet, Members, Part, Scores
+from spartan_ray.noise.contract import noise
+from spartan_ray.noise.kernels import FINGERPRINT_SEED, FINGERPRINT_SLICES
+
+SECONDS_A_MEMBER = 0.02
+SLOW_FACTOR = 5.0
+
+
+class Sleeper:
+    """Scores by waiting; the fitness of a member is its seed, so that a result can be checked."""
+
+    def __init__(self, spec: object) -> None:
+        self.seconds = SECONDS_A_MEMBER
+
+    def join(self) -> WorkerInfo:
+        node = ray.get_runtime_context().get_node_id()
+        sample = np.concatenate([noise("uniform", FINGERPRINT_SEED, *ends) for ends in FINGERPRINT_SLICES])
+        return WorkerInfo(socket.gethostname(), node, os.getpid(), "sleep", 1, sample, versions())
+
+    def evaluate(
+        self,
+        keys: tuple[int, int],
+        parent: object,
+        scale: object,
+        members: Members,
+        cases: CaseSet,
+        threshold: float,
+        part: Part,
+    ) -> tuple[Scores, dict[int, str], float, float]:
+        seconds = len(members) * self.seconds
+        time.sleep(seconds)
+        fitness_K = members.seed_K.astype(np.float64)
+        return Scores(fitness_K[:, None], fitness_K, np.ones(len(members), np.int64)), {}, 0.0, seconds
+
+
+def slow_down(worker: Sleeper) -> None:
+    """Run inside a worker: it takes several times as long from now on."""
+    worker.seconds = SECONDS_A_MEMBER * SLOW_FACTOR
+
+
+def recover(worker: Sleeper) -> None:
+    """Run inside a worker: it is as fast as the others again."""
+    worker.seconds = SECONDS_A_MEMBER

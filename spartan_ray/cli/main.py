@@ -1,0 +1,162 @@
+"""The command line, `spartan`. Exit codes: 0 done, 2 bad configuration or input, 130 stopped by the
+user, 141 nobody reads the output, 1 anything else."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from spartan_ray import __version__
+from spartan_ray.cli.flags import parse_config, with_absolute_paths
+from spartan_ray.cli.train import resume_run, run
+from spartan_ray.errors import InputError, RunError
+from spartan_ray.section import no_url
+
+DESCRIPTION = """Spartan training: SGD alternated with evolution, the population scored on Ray."""
+# The file descriptor of standard output.
+STDOUT = 1
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    code: int | str | None
+    try:
+        try:
+            code = _command()
+        except SystemExit as end:  # of --help, and what argparse refuses
+            code = end.code
+        except InputError as error:
+            print(f"spartan: {error}", file=sys.stderr)
+            code = 2
+        except RunError as error:
+            print(f"spartan: {error}", file=sys.stderr)
+            code = 1
+        except KeyboardInterrupt:  # before there was a run to stop, or after its end
+            print("stopped")
+            code = 130
+        print(end="", flush=True)
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # for what Python still writes when it ends
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def _command() -> int:
+    """Parse the command line and run its command; the exit code."""
+    parser = argparse.ArgumentParser(prog="spartan", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"spartan {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("train", add_help=False, help="train a network; its flags: spartan train --help")
+    resume = commands.add_parser(
+        "resume",
+        help="go on with a run that was stopped or lost, to the same result",
+        epilog="--cluster.* and --run.keep may follow, as in `spartan train`; nothing else of a run can change.",
+    )
+    resume.add_argument("run", type=_path("RUN"), metavar="RUN", help="a run folder")
+    report = commands.add_parser("report", help="tables and pictures of one run, or of several compared")
+    report.add_argument("runs", nargs="+", type=_path("RUN"), metavar="RUN", help="a run folder")
+    report.add_argument(
+        "-o",
+        dest="folder",
+        type=_path("-o"),
+        metavar="DIR",
+        help="where to write (default: RUN/report; for several runs, ./report)",
+    )
+    replay = commands.add_parser(
+        "replay", help="rebuild any descendant that a run scored, or verify the run's updates from its journal"
+    )
+    replay.add_argument("run", type=_path("RUN"), metavar="RUN", help="a run folder")
+    replay.add_argument(
+        "--verify", action="store_true", help="make every next parent again and compare it with its digest on record"
+    )
+    replay.add_argument("--generation", type=int, metavar="G", help="the epoch of the evolve phase")
+    replay.add_argument("--member", type=int, metavar="K", help="the member, counted from 0")
+    replay.add_argument(
+        "-o",
+        dest="file",
+        type=_path("-o"),
+        metavar="FILE",
+        help="the descendant's weights (default: descendant-G-K.safetensors)",
+    )
+    arguments, rest = parser.parse_known_args()
+    if rest and arguments.command not in ("train", "resume"):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    if arguments.command == "replay" and arguments.verify == (arguments.generation is not None):
+        replay.error("either --verify, or --generation G and --member K")
+    if arguments.command == "replay" and (arguments.generation is None) != (arguments.member is None):
+        replay.error("--generation and --member go together")
+    match arguments.command:
+        case "train":
+            return run(with_absolute_paths(parse_config(rest)))
+        case "resume":
+            return resume_run(arguments.run, rest)
+        case "report":
+            return write_report(arguments.runs, arguments.folder)
+        case _:
+            return replay_run(arguments)
+
+
+def _path(name: str) -> Callable[[str], Path]:
+    """What makes a path of an argument."""
+    return lambda text: Path(no_url(name, text))
+
+
+def _is_unread() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    output = select.poll()
+    output.register(STDOUT, 0)  # an error is told unasked
+    return any(event & select.POLLERR for _, event in output.poll(0))
+
+
+def write_report(folders: list[Path], out: Path | None) -> int:
+    """`spartan report`: tables and pictures."""
+    from spartan_ray.report import page
+    from spartan_ray.report.reading import read_run, unique_frames
+    from spartan_ray.report.tables import SHORT, final_table, markdown
+
+    runs = [read_run(folder) for folder in folders]
+    out = out or (folders[0] / "report" if len(folders) == 1 else Path("report"))
+    paths = page.write_report(runs, out)
+    print(markdown(final_table(unique_frames(runs))[SHORT]))
+    for path in paths:
+        print(path)
+    return 0
+
+
+def replay_run(arguments: argparse.Namespace) -> int:
+    """`spartan replay`: a descendant again, or all updates."""
+    import torch
+
+    from spartan_ray.engine.process import set_up
+    from spartan_ray.run.replay import Replay, ran_on_gpu
+
+    device = set_up(gpu=ran_on_gpu(arguments.run) and torch.cuda.is_available())
+    replay = Replay(arguments.run, print, device)
+    if arguments.verify:
+        agree = []
+        for generation in replay.generations:
+            try:
+                agree.append(replay.verify(generation))
+            except InputError as error:
+                print(f"generation {generation}: {error}")
+                agree.append(False)
+        print(f"{sum(agree)} of {len(agree)} updates agree with the recorded parents")
+        return 0 if all(agree) else 1
+    generation, member = arguments.generation, arguments.member
+    file = arguments.file or Path(f"descendant-{generation}-{member}.safetensors")
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise InputError(f"-o {file}: {'is a folder' if file.is_dir() else 'there is no such folder'}")
+    recorded, scored = replay.descendant(generation, member, file)
+    print(f"{file}: member {member} of generation {generation}; fitness {recorded!r} on record, {scored!r} here")
+    same = recorded == scored or math.isnan(recorded)
+    reason = "on record it was not finite, or no worker could score it" if math.isnan(recorded) else "equal to the bit"
+    print(reason if same else "they differ: other versions or another device than the run's?")
+    return 0 if same else 1

@@ -1,0 +1,169 @@
+"""`spartan train` and `spartan resume`: a run from its start, or its last checkpoint, to its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from spartan_ray.cli.flags import with_flags
+from spartan_ray.cli.follow import follow, say, summarise
+from spartan_ray.cli.watchdog import watchdog
+from spartan_ray.distributed.address import ray_address
+from spartan_ray.distributed.start import reach_ray, start_ray
+from spartan_ray.errors import Diverged, InputError, RunError
+from spartan_ray.run.config import Config
+from spartan_ray.run.loading import differences, load_run_config
+
+# Seconds that Ray may take to start, and a stopping run to stop.
+START_SECONDS = 300.0
+STOP_SECONDS = 30.0
+# Seconds that a run which was just killed may take to let go of its folder.
+LOCK_PATIENCE = 3.0
+# What the path of a Ray job's working directory has in it.
+JOB_FOLDER = "/runtime_resources/working_dir_files/"
+
+
+def resume_run(folder: Path, flags: list[str]) -> int:
+    """`spartan resume`: go on from the last checkpoint."""
+    from spartan_ray.run.checkpoint import latest_checkpoint
+    from spartan_ray.run.record import lock_folder
+
+    before = load_run_config(folder)
+    try:
+        config = with_flags(before, flags, "spartan resume RUN", "Only --cluster.* and --run.keep may be given.")
+    except InputError as error:
+        raise InputError(f"{error} (resume takes one RUN, --cluster.* and --run.keep)") from None
+    with lock_folder(folder, LOCK_PATIENCE):  # a run in progress is said before Ray starts
+        warnings: list[str] = []
+        try:
+            checkpoint, _ = latest_checkpoint(folder, warnings.append)
+        except InputError:
+            for warning in warnings:
+                print(warning)
+            raise
+    changed = differences(checkpoint.loop.config, config)
+    if changed:
+        raise InputError(f"{folder}: only cluster and run.keep may change on resume: {'; '.join(changed)}")
+    if config.cluster.cpus_per_worker != before.cluster.cpus_per_worker:
+        print("cluster.cpus_per_worker is another one now: the bits of the scores depend on it")
+    if checkpoint.epoch == config.run.epochs and (folder / "final.safetensors").exists():
+        print(f"{folder}: finished, all {config.run.epochs} epochs are done")
+        return 0
+    return run(config, folder.absolute())
+
+
+def run(config: Config, folder: Path | None = None) -> int:
+    """Run the driver on Ray, from the checkpoint in a folder if there is one, and show its progress."""
+    if folder is None and JOB_FOLDER in config.run.out:
+        print(
+            f"run.out {config.run.out}: this is the working directory of a Ray job, which Ray may delete once the job "
+            "has ended: give --run.out an absolute path elsewhere",
+            flush=True,
+        )
+    if ray_address(config.cluster.address)[0] == "local":
+        _check_paths(config, new=folder is None)
+    address, named_by = reach_ray(config.cluster.address)
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    from spartan_ray.run.supervisor import Supervisor
+
+    print("starting Ray", flush=True)
+    with watchdog("the start of Ray", START_SECONDS, "its logs are in /tmp/ray/session_latest/logs"):
+        start_ray(address, named_by)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
+    supervisor = None
+    try:
+        supervisor = Supervisor(config, folder)
+        console = Console()
+        try:
+            follow(supervisor, console)
+        except KeyboardInterrupt:
+            _stop(supervisor, console)
+            return 130
+        supervisor.result()
+        _, progress = supervisor.watch(0, 0)
+        summarise(progress)
+        return 0
+    except RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        if not isinstance(error.cause, RunError):
+            print(error, file=sys.stderr)
+            return 1
+        assert supervisor
+        hint = "" if isinstance(error.cause, Diverged) else f"; {_how_to_go_on(supervisor.folder)}"
+        print(f"spartan: {error.cause}{hint}", file=sys.stderr)
+        return 1
+    except RunError as error:  # of the supervisor
+        known = supervisor.folder if supervisor else None
+        raise RunError(f"{error}; {_how_to_go_on(known)}") from None
+    except RayError as error:
+        known, lost = (supervisor.folder, supervisor.restarts) if supervisor else (None, 1)
+        reason = _first_line(error).rstrip(".")
+        allowed = f"cluster.driver_restarts {config.cluster.driver_restarts}"
+        print(f"spartan: the driver was lost {lost} x ({allowed}): {reason}; {_how_to_go_on(known)}", file=sys.stderr)
+        return 1
+    except BrokenPipeError as error:  # nobody reads what is printed
+        known = supervisor.folder if supervisor else None
+        print(f"spartan: {error.strerror}; {_how_to_go_on(known)}", file=sys.stderr)
+        raise
+    finally:
+        if supervisor:
+            supervisor.close()
+        ray.shutdown()
+
+
+def _stop(supervisor: Any, console: Console) -> None:
+    """End a run, or leave it at its last checkpoint when the user does not wait, and say how to go on."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        print("stopping", flush=True)
+        supervisor.stop()
+        _, progress = supervisor.watch(STOP_SECONDS, 0)
+        say(console, supervisor)
+        if not progress.folder:
+            print("stopped before the run began", flush=True)
+        else:
+            print(f"stopped after epoch {len(progress.rows)}; {_how_to_go_on(progress.folder)}", flush=True)
+    except RayTaskError:
+        raise
+    except (RayError, RunError):  # what was sent to the whole group ended the driver too
+        print(f"stopped; {_how_to_go_on(supervisor.folder)}", flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped at once; {_how_to_go_on(supervisor.folder)}", flush=True)
+
+
+def _how_to_go_on(folder: Path | str | None) -> str:
+    return f"go on with: spartan resume {folder}" if folder else "there is no run folder yet"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_paths(config: Config, new: bool) -> None:
+    """Answer a wrong path before Ray starts, where the driver will run on this machine. A run that goes on
+    has its folder, and its weights in its checkpoint."""
+    if new:
+        out = Path(config.run.out)
+        place = next(folder for folder in (out, *out.parents) if os.path.exists(folder))
+        try:
+            tempfile.TemporaryDirectory(dir=place).cleanup()
+        except OSError as error:
+            raise InputError(f"run.out {out}: cannot make a run folder: {place}: {error.strerror}") from None
+    if config.data.name == "folder":
+        from spartan_ray.vision.images import list_folder
+
+        list_folder(Path(str(config.data.root)))
+    if new and config.parent.weights not in ("none", "imagenet"):
+        from spartan_ray.vision.weights import read_weights
+
+        read_weights(Path(config.parent.weights))

@@ -1,0 +1,455 @@
+"""Covers a range with tasks on workers that fail, hang, come and go. Knows no Ray: a transport carries the tasks.
+
+A worker that dies, hangs or fails costs what was queued on it, which others do again, and what is late is done
+twice; since a task's result depends on nothing but its range, the outcome is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from spartan_ray.distributed.config import Cluster
+from spartan_ray.distributed.joining import WorkerInfo
+from spartan_ray.distributed.spans import Range, Span
+from spartan_ray.errors import RunError
+
+# Tasks on a worker: one that runs and one that is ready when it ends.
+QUEUED_PER_WORKER = 2
+# What fails alone so many times is given up.
+TRIES = 3
+# Failures in a row, for each worker of the pool, after which the fault is not a worker's.
+FAILURES_PER_WORKER = 3
+# A worker that is gone is replaced at once; if the new one goes too, after so many seconds, doubled each time.
+BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 1.0, 30.0
+# A task is late after so many seconds more than so many times its usual: idle workers then do it too.
+LATE_SECONDS, LATE_FACTOR = 2.0, 3.0
+# A worker hangs after cluster.task_timeout more than so many times the usual.
+HANG_FACTOR = 10.0
+# After so long a start the user is told what is waited for.
+SLOW_START_SECONDS = 30.0
+# How long to wait for a result, how often to look after the workers, and to look for nodes that came or went.
+POLL_SECONDS = 0.5
+TEND_SECONDS = 0.1
+NODES_SECONDS = 5.0
+
+
+class PoolError(RunError):
+    """The workers cannot do the work; the message says why."""
+
+
+class Lost(Exception):
+    """A worker's process was killed, or cannot be reached. That says nothing of its work."""
+
+
+class Failed(Exception):
+    """What a worker's own code raised, at its start or in its work."""
+
+
+class Transport(Protocol):
+    """What starts the workers and carries tasks to them. A reference stands for an answer that is to come."""
+
+    def start(self) -> tuple[Any, Any]:
+        """A new worker, and the reference of the WorkerInfo that it sends when it is there."""
+
+    def wait(self, references: list[Any], seconds: float) -> list[Any]:
+        """The references that are ready, as soon as one is, or none after so many seconds."""
+
+    def put(self, value: Any) -> Any:
+        """What stands for a value in the arguments of tasks: it is sent to each node once."""
+
+    def submit(self, worker: Any, method: str, *arguments: Any) -> Any:
+        """Have a worker do something after what it has to do already; the reference of its answer."""
+
+    def result(self, reference: Any) -> Any:
+        """The answer behind a reference that is ready. Raises Lost or Failed."""
+
+    def kill(self, worker: Any) -> None:
+        """End a worker, in whatever state it is."""
+
+    def now(self) -> float:
+        """Seconds on a clock that never goes back."""
+
+    def room(self) -> tuple[int, set[str]]:
+        """How many workers there are to be now, and the names of the nodes that are up."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """A worker of the pool."""
+
+    worker: Any
+    place: int  # in the pool; a worker that replaces another one takes its place
+    failures: int = 0  # in its place, since the last success there
+    info: WorkerInfo | None = None  # None until it joined
+    doubted: WorkerInfo | None = None  # it had to join again
+    tasks: list[Task] = field(default_factory=list)  # in the order in which it does them
+    heard: float = -math.inf  # when it last answered
+    since: float = 0.0  # the same, or when it began to have something to answer
+    late: bool = False  # as it was when somebody last looked
+    seconds_per_member: float | None = None  # in the last chunk that it scored
+
+
+@dataclass(eq=False)
+class Task:
+    """A span on a worker."""
+
+    slot: Slot
+    reference: Any
+    range: Range | None  # None: the worker is joining
+    span: Span
+
+
+@dataclass
+class End:
+    """A task that ended: with a result, or with its worker, and then it is at fault or not."""
+
+    task: Task
+    result: Any = None
+    error: Exception | None = None
+    running: bool = False
+
+
+class Dispatcher:
+    """The workers of a pool and what they have to do. `note` takes one-line messages for the user, `advance` is called
+    again and again and may raise to end the run, after which the dispatcher is to be closed. `refuse` says why a
+    worker that joins cannot be had, or nothing."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        cluster: Cluster,
+        note: Callable[[str], None],
+        advance: Callable[[int, int], None],
+        refuse: Callable[[WorkerInfo], str],
+    ) -> None:
+        self.transport = transport
+        self.cluster = cluster
+        self.note, self.advance, self.refuse = note, advance, refuse
+        self.size, _ = transport.room()
+        self.slots: list[Slot] = []
+        self.tasks: dict[Any, Task] = {}  # in flight, by their references
+        self.refused: list[str] = []  # nodes, one for each worker that was refused there
+        self.counts: dict[str, float] = {"retries": 0, "late_results": 0}
+        self.failures_in_a_row = 0
+        self.deaths_elsewhere = 0  # of workers at nothing that is suspected
+        self.last_reason = ""
+        now = transport.now()
+        self.nodes_seen = self.tend_at = now  # when the nodes were last looked at, and the workers are next
+        self.began = now  # to cover a range
+        self.progress = now  # something was last done
+        self.manned = now  # a worker was last there
+        self.covering = self.said_unmanned = False
+        self.places = self.size
+        # Workers to be started: when, in which place, after how many failures there.
+        self.starts = [(now, place, 0) for place in range(self.size)]
+
+    @property
+    def infos(self) -> list[WorkerInfo]:
+        """The workers that have joined."""
+        return [slot.info for slot in list(self.slots) if slot.info]
+
+    def wait_until_joined(self) -> None:
+        """Return when every worker has joined or was refused, or after a while with those that have."""
+        deadline = self.transport.now() + SLOW_START_SECONDS
+        while self.starts or any(slot.info is None for slot in self.slots):
+            self._collect()
+            if self.infos and self.transport.now() > deadline:
+                self.note(f"{len(self.infos)} of {self.size} workers have started; the others join when they can")
+                return
+
+    def close(self) -> None:
+        """End all workers."""
+        for slot in self.slots:
+            self.transport.kill(slot.worker)
+        self.slots.clear()
+        self.tasks.clear()
+        self.starts.clear()
+
+    def cover(
+        self, range_: Range, is_finite: Callable[[Any], bool], give_up: Callable[[int, str], Any]
+    ) -> Iterator[tuple[Slot, Span, Any]]:
+        """Do a range in spans, in any order; yield each span's worker and result once.
+
+        A span that failed is done again in parts of the smallest size, elsewhere if it can be; one that fails
+        in that size TRIES times has the result that `give_up(start, reason)` returns. A result that is
+        not finite counts when a second worker, if there is one, agrees; else that one's counts, and the first worker
+        has to show again that it computes the same noise."""
+        # Nobody has looked after the workers since the last range, and some may have answered, or died, meanwhile.
+        self.began = self.progress = self.manned = self.transport.now()
+        self.covering = True
+        self._look_who_is_late()
+        answered = self.transport.wait(list(self.tasks), 0) if self.tasks else []
+        self.counts["late_results"] += sum(end.error is None for end in self._receive(answered))
+        while range_.left:
+            self._dispatch(range_)
+            ended = deque(self._collect())
+            while ended:
+                end = ended.popleft()
+                span, slot, result = end.task.span, end.task.slot, end.result
+                span.copies -= 1
+                if end.task.range is not range_ or span.done:
+                    self.counts["late_results"] += end.error is None
+                    continue
+                if end.error:
+                    self.counts["retries"] += 1
+                    if span.copies:
+                        continue  # another worker has it
+                    if span.failures < TRIES:
+                        range_.put_back(span.parts(range_.smallest) if end.running else [span], end.running)
+                        continue
+                    result = give_up(span.start, str(end.error))
+                elif is_finite(result):
+                    if span.unconfirmed:
+                        self._doubt(span.unconfirmed, slot)
+                elif span.unconfirmed is None and (len(self.infos) > 1 or slot.doubted):
+                    span.unconfirmed = slot
+                    if not span.copies:
+                        range_.waiting.append(span)
+                    continue
+                self.failures_in_a_row = 0
+                self.progress = self.transport.now()
+                span.done = True
+                range_.left -= len(span)
+                yield slot, span, result
+        self.covering = False
+
+    def _dispatch(self, range_: Range) -> None:
+        """Queue spans on the workers that have joined, the idle ones first; where nothing is left to queue,
+        idle workers take what is late on others."""
+        fit = [slot for slot in self.slots if slot.info and not slot.late]
+        for queued in range(QUEUED_PER_WORKER):
+            for slot in fit:
+                if not range_.waiting:
+                    break
+                if len(slot.tasks) > queued:
+                    continue
+                if span := range_.take(slot, lambda span, slot=slot: may_do(span, slot, fit)):  # type: ignore[misc]
+                    self._queue(slot, span, range_)
+        idle = [slot for slot in fit if not slot.tasks]
+        late = [slot for slot in self.slots if slot.late] if idle else []
+        for task in (task for slot in late for task in slot.tasks):
+            if task.range is not range_ or task.span.copies > 1 or task.span.done:
+                continue
+            if free := next((slot for slot in idle if slot is not task.span.unconfirmed), None):
+                idle.remove(free)
+                self._queue(free, task.span, range_)
+
+    def _queue(self, slot: Slot, span: Span, range_: Range) -> None:
+        span.copies += 1
+        self._add(Task(slot, range_.submit(slot.worker, span.start, span.stop), range_, span))
+
+    def _add(self, task: Task) -> None:
+        if not task.slot.tasks:
+            task.slot.since = self.transport.now()
+        task.slot.tasks.append(task)
+        self.tasks[task.reference] = task
+
+    def _look_who_is_late(self) -> None:
+        """Mark the workers whose work is late. Unknown, and so not late, before anything like it was done."""
+        now = self.transport.now()
+        for slot in self.slots:
+            doing = slot.tasks[0].range if slot.tasks else None
+            usual = doing.expected(slot.tasks[0].span) if doing and doing.elements else math.inf
+            slot.late = now - slot.since > LATE_SECONDS + LATE_FACTOR * usual
+
+    def _collect(self) -> list[End]:
+        """Wait for something to end, or a moment, and look after the workers; the tasks that ended."""
+        ended = self._tend()
+        # Without tasks it is a worker that is waited for, which is to be started.
+        ready = self.transport.wait(list(self.tasks), 0 if ended else POLL_SECONDS)
+        self.advance(0, 0)
+        return ended + self._receive(ready)
+
+    def _receive(self, ready: list[Any]) -> list[End]:
+        """The tasks behind references that are ready."""
+        ended = []
+        for reference in ready:
+            if reference not in self.tasks:
+                continue  # lost with its worker, a reference ago
+            task = self.tasks[reference]
+            try:
+                result = self.transport.result(reference)
+            except (Lost, Failed) as error:
+                ended += self._fail(task.slot, error)
+                continue
+            ended += self._took(task, result)
+        return ended
+
+    def _took(self, task: Task, result: Any) -> list[End]:
+        """A task's result has come."""
+        now, slot = self.transport.now(), task.slot
+        if task.range:
+            task.range.seconds += now - slot.since
+            task.range.elements += len(task.span)
+        slot.heard = slot.since = now
+        slot.late = False
+        slot.tasks.remove(task)
+        del self.tasks[task.reference]
+        if task.range:
+            slot.failures = 0
+            return [End(task, result)]
+        self._welcome(slot, result)
+        return []
+
+    def _tend(self) -> list[End]:
+        """Start the workers that are due, drop those that hang, follow the nodes that come and go. Raises
+        PoolError when nothing was done for too long."""
+        now = self.transport.now()
+        if now < self.tend_at:
+            return []
+        self.tend_at = now + TEND_SECONDS
+        self._look_who_is_late()
+        if self.cluster.workers == "auto" and now - self.nodes_seen > NODES_SECONDS:
+            self.nodes_seen = now
+            self._resize()
+        due = [start for start in self.starts if start[0] <= now]
+        self.starts = [start for start in self.starts if start[0] > now]
+        for _, place, failures in due:
+            worker, reference = self.transport.start()
+            slot = Slot(worker, place, failures)
+            self.slots.append(slot)
+            self._add(Task(slot, reference, None, Span(0, 0)))
+        if not self.slots and not self.starts:
+            raise PoolError(f"no workers are left: {self.last_reason}")
+        self._look_for_progress(now)
+        ended = []
+        for slot in list(self.slots):
+            if slot.info and slot.tasks and slot.tasks[0].range:
+                usual = slot.tasks[0].range.expected(slot.tasks[0].span)
+                if now - slot.since > self.cluster.task_timeout + HANG_FACTOR * usual:
+                    ended += self._fail(
+                        slot, Failed(f"no answer for {self.cluster.task_timeout:g} s or more (cluster.task_timeout)")
+                    )
+        return ended
+
+    def _look_for_progress(self, now: float) -> None:
+        """Raises PoolError when no worker got anything done for too long. What one is at counts, for as long as it
+        is not taken to hang: it may be long work."""
+        joined = self.infos
+        if joined:
+            self.manned, self.said_unmanned = now, False
+            if not self.covering:
+                self.progress = now
+        at_work = min((slot.since for slot in self.slots if slot.info and slot.tasks), default=now)
+        timeout = self.cluster.worker_timeout
+        if at_work - self.progress > timeout:
+            said = "no worker" if now - self.manned > timeout / 2 else "no worker got anything done"
+            reason = f"; the last one: {self.last_reason}" if self.last_reason else ""
+            raise PoolError(f"{said} for {timeout:g} s (cluster.worker_timeout){reason}")
+        if now - self.manned > SLOW_START_SECONDS and not self.said_unmanned:
+            self.said_unmanned = True
+            self.note(f"no worker is there: waiting for {timeout:g} s (cluster.worker_timeout) for room or a node")
+
+    def _resize(self) -> None:
+        """Follow the nodes: start workers where there is new room, give up waiting for room that is gone."""
+        self.size, up = self.transport.room()
+        wanted = self.size - sum(node in up for node in self.refused)
+        missing = max(0, wanted - len(self.slots))
+        fresh = max(0, missing - len(self.starts))
+        new = [(self.transport.now(), self.places + number, 0) for number in range(fresh)]
+        self.places += fresh
+        self.starts = (self.starts + new)[:missing]
+        for slot in [slot for slot in self.slots if not slot.info][: max(0, len(self.slots) - wanted)]:
+            self._remove(slot)
+
+    def _welcome(self, slot: Slot, info: WorkerInfo) -> None:
+        """Let a worker in that computes as this process does."""
+        odd = self.refuse(info)
+        if slot.doubted:
+            if odd:
+                self._replace(slot, Failed(odd))
+                return
+            self.note(f"{info} computes the right noise: the fitness differs between workers")
+        elif odd:
+            self.last_reason = f"refused {info}: {odd}"
+            self.note(self.last_reason)
+            self.refused.append(info.node)
+            self._remove(slot)
+            return
+        devices = {info.device for info in self.infos}
+        if devices and info.device not in devices:
+            others = ", ".join(sorted(devices))
+            self.note(f"{info} is not like the others ({others}): bits depend on who scores what")
+        slot.info = info
+
+    def _doubt(self, slot: Slot, other: Slot) -> None:
+        """Of two workers one scores what the other cannot: let it join again, which shows whether its noise is still
+        right. If it is, it is the fitness that differs."""
+        if slot in self.slots and slot.info and not slot.doubted:
+            self.note(f"{slot.info} returned NaN where {other.info} does not: its noise is looked at again")
+            slot.doubted, slot.info = slot.info, None
+            self._add(Task(slot, self.transport.submit(slot.worker, "join"), None, Span(0, 0)))
+
+    def _fail(self, slot: Slot, error: Lost | Failed) -> list[End]:
+        """Replace a worker that failed or is gone at what it was doing; its tasks, which end with it."""
+        if slot in self.slots:
+            self._blame(slot, error)
+        return self._replace(slot, error)
+
+    def _replace(self, slot: Slot, error: Lost | Failed) -> list[End]:
+        """Take another worker in its place; the tasks that it had."""
+        if slot not in self.slots:
+            return []
+        self.last_reason = str(error)
+        if isinstance(error, Failed):
+            self.progress = self.transport.now()  # the number of failures has a limit of its own
+            self.failures_in_a_row += 1
+            if self.failures_in_a_row >= FAILURES_PER_WORKER * (self.size + bool(self.infos)):
+                raise PoolError(f"the workers fail one after another; the last one: {error}") from error
+        wait = backoff(slot.failures)
+        self.starts.append((self.transport.now() + wait, slot.place, slot.failures + 1))
+        who, when = slot.info or slot.doubted or "a worker that was starting", f" in {wait:g} s" if wait else ""
+        self.note(f"{who} was lost and is replaced{when}: {error}")
+        return self._remove(slot, error)
+
+    def _blame(self, slot: Slot, error: Lost | Failed) -> None:
+        """Hold the end of a worker against what it was doing. Work that raises an error is to blame. A killed process
+        is no evidence, unless it dies at the same element again and again, and none dies elsewhere meanwhile."""
+        task, now = slot.tasks[0] if slot.tasks else None, self.transport.now()
+        if not task or not task.range:
+            self.deaths_elsewhere += 1
+            return
+        span, alone = task.span, len(task.span) <= task.range.smallest
+        span.failed_on.append(slot.place)
+        if isinstance(error, Failed):
+            span.failures += alone
+            return
+        if now - slot.since > LONGEST_BACKOFF_SECONDS:
+            self.progress = now  # it was long at work, and not waited for
+        span.suspected = True
+        if not alone or slot.heard <= self.began:  # the latter may have been dead before it was asked
+            self.deaths_elsewhere += 1
+        elif slot.heard > span.died:  # else it may have died with the last one
+            if span.others is None:
+                self.deaths_elsewhere += 1  # to all others
+            elif span.others != self.deaths_elsewhere:
+                span.failures = 0
+            span.failures += 1
+            span.others = self.deaths_elsewhere
+        span.died = now
+
+    def _remove(self, slot: Slot, error: Exception | None = None) -> list[End]:
+        """Take a worker out of the pool; the tasks that it had."""
+        self.slots.remove(slot)
+        self.transport.kill(slot.worker)
+        for task in slot.tasks:
+            del self.tasks[task.reference]
+        return [End(task, error=error, running=place == 0) for place, task in enumerate(slot.tasks) if task.range]
+
+
+def backoff(failures: int) -> float:
+    """Seconds before a worker is replaced in a place where so many failed before it without a success."""
+    return min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** (failures - 1)) if failures else 0.0
+
+
+def may_do(span: Span, slot: Slot, fit: list[Slot]) -> bool:
+    """Whether a worker may have a span: one that failed in its place, or that it made doubtful, is for others
+    of those that are fit."""
+    if span.unconfirmed is slot:  # what was contradicted before is not believed alone
+        return not slot.doubted and all(other is slot for other in fit)
+    others = (other for other in fit if other is not span.unconfirmed)
+    return slot.place not in span.failed_on or all(other.place in span.failed_on for other in others)

@@ -1,0 +1,181 @@
+"""The workers of a run: what they hold, and the two things that they do. Shapes: D parameters, K members.
+
+Both cover a range with tasks: members 0..K-1 with chunks to score, elements 0..D-1 with slices of the update.
+`dispatch.py` is the one engine for both, a transport carries the tasks: Ray's, or a scripted one of the tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spartan_ray.distributed.config import Cluster
+from spartan_ray.distributed.dispatch import TRIES, Dispatcher, PoolError, Slot, Transport
+from spartan_ray.distributed.joining import WorkerInfo, objections
+from spartan_ray.distributed.spans import Range, Span, chunk_size, workers_worth
+from spartan_ray.engine.evaluator import ParentState, Scale
+from spartan_ray.engine.executor import given_up
+from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part, Scores
+from spartan_ray.noise.contract import NoiseKind
+
+# What a worker answers: scores, what the fitness raised by member, the seconds to load what was new and to score.
+Answer = tuple[Scores, dict[int, str], float, float]
+
+
+class Pool:
+    """The workers of a run. `note` takes one-line messages for the user, `advance` the members
+    and images that are done as they come in; it may raise to end the run, after which the pool is to be closed."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        cluster: Cluster,
+        noise: NoiseKind,
+        note: Callable[[str], None],
+        advance: Callable[[int, int], None],
+    ) -> None:
+        self.transport = transport
+        self.cluster = cluster
+        self.note, self.advance = note, advance
+        refuse = functools.partial(objections, noise=noise)
+        self.dispatcher = Dispatcher(transport, cluster, note, advance, refuse)
+        self.counts = self.dispatcher.counts
+        self.counts |= {"broadcast_seconds": 0.0, "members_failed": 0}
+        self.keys = itertools.count()
+        self.parent: tuple[int, Any]  # the last broadcast of each and its key
+        self.scale: tuple[int, Any]
+        self.seconds_per_member: float | None = None
+        self.seconds_per_noise = 0.0  # an element of one noise vector, in the last update
+
+    @property
+    def infos(self) -> list[WorkerInfo]:
+        """The workers that have joined."""
+        return self.dispatcher.infos
+
+    @property
+    def workers(self) -> int:
+        return len(self.infos)
+
+    @property
+    def devices(self) -> set[str]:
+        """The names of the devices that score."""
+        return {info.device for info in self.infos}
+
+    def wait_until_joined(self) -> None:
+        """Return when every worker has joined or was refused, or after a while with those that have."""
+        self.dispatcher.wait_until_joined()
+
+    def close(self) -> None:
+        """End all workers."""
+        self.dispatcher.close()
+
+    def broadcast(self, parent: ParentState) -> None:
+        """Make this the parent of the members that are evaluated from here on."""
+        self.parent = self._put(parent)
+
+    def broadcast_scale(self, scale: Scale) -> None:
+        """Make this the scale of what is added to the parent."""
+        self.scale = self._put(scale)
+
+    def _put(self, value: ParentState | Scale) -> tuple[int, Any]:
+        started = self.transport.now()
+        reference = self.transport.put(value)
+        self.counts["broadcast_seconds"] += self.transport.now() - started
+        return next(self.keys), reference
+
+    def evaluate(
+        self, members: Members, cases: CaseSet = "fitness", threshold: float = -math.inf, part: Part = WHOLE
+    ) -> Scores:
+        """The scores of every member on a part of the cases; one that can no longer exceed the threshold is left. A
+        member that no worker can score has NaN, or ends the run as `cluster.on_member_error` says."""
+        (parent_key, parent), (scale_key, scale) = self.parent, self.scale
+        keys = (parent_key, scale_key)
+        found: list[tuple[int, Scores]] = []  # from which member on; the later one counts
+        slowest_load = 0.0
+
+        def submit(worker: Any, start: int, stop: int) -> Any:
+            chunk = members[start:stop]
+            return self.transport.submit(worker, "evaluate", keys, parent, scale, chunk, cases, threshold, part)
+
+        def give_up(start: int, reason: str) -> Answer:
+            return Scores(np.empty((1, 0)), np.array([math.nan]), np.zeros(1, np.int64)), {0: reason}, 0.0, 0.0
+
+        def is_finite(answer: Answer) -> bool:
+            scores, failed, *_ = answer
+            return bool(np.isfinite(np.delete(scores.mean_KM, list(failed), 0)).all())
+
+        next_size = functools.partial(self._chunk_size, len(members))
+        spans = [Span(0, len(members))]
+        for tries in range(1, TRIES + 1):
+            size = sum(map(len, spans))
+            range_ = Range(submit, next_size, deque(spans), size, smallest=1)
+            if self.seconds_per_member:
+                range_.seconds, range_.elements = self.seconds_per_member, 1
+            spans = []
+            for slot, span, (scores, failed, seconds_to_load, seconds) in self.dispatcher.cover(
+                range_, is_finite, give_up
+            ):
+                found.append((span.start, scores))
+                slowest_load = max(slowest_load, seconds_to_load)
+                if seconds:
+                    self.seconds_per_member = slot.seconds_per_member = seconds / len(span)
+                for k, reason in failed.items():
+                    if tries == TRIES or not seconds:  # raised on so many workers, or killed them
+                        self._give_up(members, span.start + k, reason)
+                    else:
+                        failed_on = [*span.failed_on, slot.place]
+                        spans.append(Span(span.start + k, span.start + k + 1, failed_on=failed_on))
+                self.advance(len(span) - len(failed), int(scores.cases_K.sum()))
+            if not spans:
+                break
+        self.counts["broadcast_seconds"] += slowest_load
+        mean_KM = np.full((len(members), max(scores.mean_KM.shape[1] for _, scores in found)), math.nan)
+        fitness_K, cases_K = np.full(len(members), math.nan), np.zeros(len(members), np.int64)
+        for start, scores in found:
+            rows = slice(start, start + len(scores))
+            if scores.mean_KM.shape[1]:  # else nothing is known of them
+                mean_KM[rows] = scores.mean_KM
+            fitness_K[rows], cases_K[rows] = scores.fitness_K, scores.cases_K
+        return Scores(mean_KM, fitness_K, cases_K)
+
+    def _give_up(self, members: Members, member: int, reason: str) -> None:
+        self.note(given_up(members, member, TRIES, reason, self.cluster.on_member_error == "stop"))
+        self.counts["members_failed"] += 1
+
+    def weighted_sum(
+        self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], size_D: int
+    ) -> NDArray[np.float32]:
+        """sum_k weight_k * noise_k, D float32, computed by the workers in one slice each, or by as many as pay."""
+        seeds, weights = self.transport.put(seed_K), self.transport.put(weight_K)
+        usual = self.seconds_per_noise * len(seed_K) * size_D or math.inf
+        slice_size = -(-size_D // workers_worth(usual, max(1, len(self.dispatcher.slots))))
+        sum_D = np.empty(size_D, np.float32)
+
+        def submit(worker: Any, start: int, stop: int) -> Any:
+            return self.transport.submit(worker, "accumulate", seeds, weights, start, stop)
+
+        def give_up(start: int, reason: str) -> NDArray[np.float32]:
+            raise PoolError(f"the update failed on {TRIES} workers: {reason}")
+
+        def is_finite(part: NDArray[np.float32]) -> bool:
+            return bool(np.isfinite(part).all())
+
+        range_ = Range(submit, lambda slot, left: slice_size, deque([Span(0, size_D)]), size_D, smallest=slice_size)
+        if self.seconds_per_noise:
+            range_.seconds, range_.elements = self.seconds_per_noise * len(seed_K), 1
+        for _, span, part in self.dispatcher.cover(range_, is_finite, give_up):
+            sum_D[span.start : span.stop] = part
+        self.seconds_per_noise = range_.seconds / (range_.elements * max(len(seed_K), 1))
+        return sum_D
+
+    def _chunk_size(self, members: int, slot: Slot, left: int) -> int:
+        if self.cluster.chunk != "auto":
+            return self.cluster.chunk
+        return chunk_size(left, members, self.dispatcher.size, slot.seconds_per_member or self.seconds_per_member)

@@ -1,0 +1,103 @@
+"""A population in this process, or on the workers of a Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from spartan_ray.distributed.config import Cluster
+from spartan_ray.distributed.placement import resolve_cluster
+from spartan_ray.distributed.pool import Pool
+from spartan_ray.distributed.start import reach_ray, start_ray
+from spartan_ray.engine import population
+from spartan_ray.engine.evaluator import EvaluatorSpec
+from spartan_ray.engine.fitness import Fitness
+from spartan_ray.noise.contract import NoiseKind
+
+
+class Population(population.Population):
+    """A parent network and its descendants, which this process scores or the workers of a Ray.
+
+        with Population(network, accuracy, cases=len(images), workers=2) as population:
+            for _ in range(20):
+                outcome = population.step(EvolutionStrategies(population=1000))
+
+    `step` runs one evolve phase and moves the network in place, to the same bits wherever it is scored."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        fitness: Fitness | Callable[[nn.Module, torch.Tensor], torch.Tensor],
+        *,
+        cases: int | None = None,
+        workers: int | Literal["local", "auto"] = "local",
+        seed: int = 0,
+        noise: NoiseKind = "uniform",
+        mutate: str = "all",
+        fitness_cases: int | None = None,
+        confirm_cases: int | None = None,
+        gradient: population.Gradient | None = None,
+        gradient_cases: int = population.GRADIENT_CASES,
+        factory: Callable[[], nn.Module] | None = None,
+        threads: int = 1,
+        cluster: Cluster | None = None,
+        note: Callable[[str], None] = population.LOG.warning,
+    ) -> None:
+        """`fitness` is a Fitness, or a function of a network and case numbers (N) that returns one number a case (N)
+        or M statistics a case (N x M), with `cases` the number of cases. Higher is better.
+
+        workers          "local": this process, without Ray; a number, or "auto" (one a GPU, or one a CPU core): Ray
+                         actors, of the Ray that this process is connected to, else of the one that RAY_ADDRESS names,
+                         else of a new one on this machine, which ends with `close`
+        seed             of the noise, and of the cases that a generation draws
+        noise            uniform, gaussian, rademacher
+        mutate           what evolution moves: all, no-batchnorm, or a pattern of parameter names
+        fitness_cases    how many cases score a generation, and `confirm_cases` how many others choose a length or
+                         confirm; by default all cases, in equal shares
+        gradient         `gradient(network, generation)` calls backward on the loss that random gradients descend; by
+                         default that of the fitness on `gradient_cases` of the cases that score the generation
+        factory          makes the network anew, with any parameters, where a copy of it would be larger
+        threads          torch's CPU threads while a descendant is scored; the bits depend on it
+        cluster          more settings of the workers: CPUs, GPUs, timeouts, retries
+        note             takes one-line messages; by default they are warnings of the logger `spartan_ray`
+
+        Raises InputError for what cannot be used, by its name."""
+        settings: dict[str, Any] = {
+            "cases": cases, "seed": seed, "noise": noise, "mutate": mutate, "fitness_cases": fitness_cases,
+            "confirm_cases": confirm_cases, "gradient": gradient, "gradient_cases": gradient_cases,
+            "factory": factory, "threads": threads, "note": note,
+        }  # fmt: skip
+        self.started_ray = False
+
+        def pool(spec: EvaluatorSpec) -> Pool:
+            values = (cluster or Cluster()).model_dump() | {"workers": workers, "cpus_per_worker": threads}
+            return self._start(spec, Cluster(**values), note)
+
+        super().__init__(network, fitness, executor=None if workers == "local" else pool, **settings)
+
+    def _start(self, spec: EvaluatorSpec, cluster: Cluster, note: Callable[[str], None]) -> Pool:
+        import ray
+
+        if not ray.is_initialized():
+            address, named_by = reach_ray(cluster.address)
+            start_ray(address, named_by)
+            self.started_ray = True
+        from spartan_ray.distributed.transport import RayTransport, nodes_here_first
+
+        nodes = [node["Resources"] for node in nodes_here_first()]
+        resolved = resolve_cluster(cluster, nodes)
+        pool = Pool(RayTransport(spec, resolved), resolved, spec.noise, note, lambda members, cases: None)
+        pool.wait_until_joined()
+        return pool
+
+    def close(self) -> None:
+        """End the workers, and the Ray if it was started for them. The network keeps its parameters."""
+        super().close()
+        if self.started_ray:
+            import ray
+
+            ray.shutdown()
+            self.started_ray = False

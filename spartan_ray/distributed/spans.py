@@ -1,0 +1,103 @@
+"""The book of a range that tasks cover: what waits, what runs, what is done. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+# An automatic chunk is long against Ray's overhead of a task, and short against a generation ...
+CHUNK_SECONDS = 2.0
+# ... but no shorter than what keeps the driver from more answers than this: it can take more than that.
+ANSWERS_PER_SECOND = 500.0
+
+
+def workers_worth(seconds: float, workers: int) -> int:
+    """How many of the workers are worth an answer each, for work that one would do in so many seconds: n workers
+    take seconds / n, and n / ANSWERS_PER_SECOND to be told and heard."""
+    return max(1, int(min(workers, math.sqrt(seconds * ANSWERS_PER_SECOND))))
+
+
+def chunk_size(left: int, members: int, workers: int, seconds_per_member: float | None) -> int:
+    """Members of a worker's next chunk, when so many of all are left. Chunks shrink towards the end, so that the
+    workers finish together. 1 where nothing is known of the speed."""
+    if seconds_per_member is None:
+        return 1
+    seconds_per_member = max(seconds_per_member, 1e-9)
+    between_answers = workers / ANSWERS_PER_SECOND
+    longest = int(max(CHUNK_SECONDS, between_answers) / seconds_per_member)
+    share = -(-members // workers_worth(members * seconds_per_member, workers))
+    shortest = min(share, int(between_answers / seconds_per_member))
+    shrinking = -(-left // (4 * workers))
+    return max(1, min(max(shrinking, shortest), longest))
+
+
+@dataclass(eq=False)
+class Span:
+    """A part of a range, done as a whole."""
+
+    start: int
+    stop: int
+    copies: int = 0  # workers that have it now
+    failed_on: list[int] = field(default_factory=list)  # places in the pool whose worker ended at it
+    suspected: bool = False  # a worker was killed at it, or at the whole that it is a part of
+    failures: int = 0  # that are held against it, in the smallest size
+    died: float = -math.inf  # when a worker was last killed at it ...
+    others: int | None = None  # ... and how many there had been that were killed elsewhere
+    unconfirmed: Any = None  # a worker whose result was not finite
+    done: bool = False
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def parts(self, smallest: int) -> list[Span]:
+        """What failed, in its smallest parts."""
+        if len(self) <= smallest:
+            return [self]
+        starts = range(self.start, self.stop, smallest)
+        return [Span(start, min(start + smallest, self.stop), suspected=self.suspected) for start in starts]
+
+
+@dataclass(eq=False)
+class Range:
+    """A range that is being covered."""
+
+    submit: Callable[[Any, int, int], Any]
+    next_size: Callable[[Any, int], int]  # for a worker, when so many elements wait
+    waiting: deque[Span]
+    left: int  # elements that are not done
+    smallest: int  # elements of a task that can fail no smaller
+    seconds: float = 0.0  # that so many elements took
+    elements: int = 0
+
+    def expected(self, span: Span) -> float:
+        """Seconds that a span should take, 0 if nothing is known."""
+        return self.seconds * len(span) / max(self.elements, 1)
+
+    def put_back(self, spans: list[Span], running: bool) -> None:
+        """What is to be done again comes first; but what may have killed a worker comes last, since others would wait
+        for the next one, and one suspect after another, so that each is found out soon."""
+        place = next((place for place, span in enumerate(self.waiting) if span.suspected), len(self.waiting))
+        if not spans[0].suspected:
+            place = 0
+        elif not running:
+            place += 1
+        for span in reversed(spans):
+            self.waiting.insert(place, span)
+
+    def take(self, worker: Any, accepts: Callable[[Span], bool]) -> Span | None:
+        """The next span that a worker accepts: a fresh one is cut to its size, one that was tried stays as it is."""
+        for span in self.waiting:
+            if not accepts(span):
+                continue
+            self.waiting.remove(span)
+            if span.failed_on or span.unconfirmed:
+                return span
+            size = self.next_size(worker, sum(map(len, self.waiting)) + len(span))
+            if size < len(span):
+                self.waiting.appendleft(Span(span.start + size, span.stop))
+                span = Span(span.start, span.start + size)
+            return span
+        return None

@@ -1,0 +1,59 @@
+"""Joins a Ray, or starts one of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from spartan_ray.distributed.address import check_address, check_token, ray_address
+from spartan_ray.errors import InputError
+
+
+def reach_ray(flag: str | None) -> tuple[str, str]:
+    """The address of the Ray that a flag or RAY_ADDRESS names, which answers, or `local`; and what named it. Ray and
+    torch take seconds to import: a wrong address is answered before. Raises InputError."""
+    address, named_by = ray_address(flag)
+    if address == "local":
+        make_token()  # Ray reads the mode when it is imported
+    # It warns of what protects the user: the token.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    return (address if address == "local" else check_address(address, named_by)), named_by
+
+
+def start_ray(address: str, named_by: str) -> None:
+    """Join the Ray at an address, or start one of this machine that takes nobody in without its token."""
+    import ray
+    from ray.exceptions import RayError
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    try:
+        if address == "local":
+            ray.init(address="local", include_dashboard=False, dashboard_host="127.0.0.1", **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        raise InputError(f"{named_by} {address}: {error.__cause__ or error}") from None
+
+
+def make_token() -> None:
+    """Turn Ray's token authentication on for a local Ray, unless the user chose, and let nobody else read the
+    token: Ray itself leaves that to the umask."""
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
+        return
+    if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        path = Path.home() / ".ray" / "auth_token"
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                os.write(file, secrets.token_hex(32).encode())
+                os.close(file)
+            path.chmod(0o600)
+        except OSError as error:
+            raise InputError(f"{path}: Ray's token cannot be kept there: {error.strerror}") from None
+    check_token()

@@ -1,0 +1,65 @@
+"""The Ray actor around one evaluator."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from spartan_ray.distributed.joining import WorkerInfo, versions
+from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale
+from spartan_ray.engine.process import set_up
+from spartan_ray.engine.strategies.requests import CaseSet, Members, Part, Scores
+from spartan_ray.noise.kernels import fingerprint
+
+
+def claim_device(threads: int | None) -> torch.device:
+    """Set this process up, at its start, for the device that Ray assigned to it."""
+    return set_up(threads, gpu=bool(ray.get_runtime_context().get_accelerator_ids().get("GPU")))
+
+
+class Worker:
+    """The actor around one evaluator."""
+
+    def __init__(self, spec: EvaluatorSpec) -> None:
+        self.device = claim_device(spec.threads)
+        self.evaluator = spec.make(self.device)
+        self.keys: tuple[int | None, int | None] = (None, None)
+
+    def join(self) -> WorkerInfo:
+        sample = fingerprint(self.evaluator.kernel)
+        name, node = self.evaluator.device_name, ray.get_runtime_context().get_node_id()
+        return WorkerInfo(socket.gethostname(), node, os.getpid(), name, torch.get_num_threads(), sample, versions())
+
+    def evaluate(
+        self,
+        keys: tuple[int, int],
+        parent: ParentState,
+        scale: Scale,
+        members: Members,
+        cases: CaseSet,
+        threshold: float,
+        part: Part,
+    ) -> tuple[Scores, dict[int, str], float, float]:
+        """The members' scores, what the fitness raised for some, and the seconds it took to load what is new of
+        parent and scale, and to score them.
+        The keys say which parent and which scale these are."""
+        start = time.perf_counter()
+        if keys[0] != self.keys[0]:
+            self.evaluator.load(parent)
+        if keys[1] != self.keys[1]:
+            self.evaluator.load_scale(scale)
+        self.keys = keys
+        loaded = time.perf_counter()
+        scores, failed = self.evaluator.evaluate(members, cases, threshold, part)
+        return scores, failed, loaded - start, time.perf_counter() - loaded
+
+    def accumulate(
+        self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
+    ) -> NDArray[np.float32]:
+        return self.evaluator.accumulate(seed_K, weight_K, start, stop)

@@ -1,0 +1,1 @@
+"""Evolution of any network by any fitness: no Ray, no images, no configuration files."""

@@ -1,0 +1,99 @@
+"""What evaluates members: a pool of workers, or this process. Both give the same bits. Shapes: D parameters,
+K members, U seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spartan_ray.engine.evaluator import Evaluator, EvaluatorSpec, ParentState, Scale, threads
+from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part, Scores
+from spartan_ray.errors import RunError
+
+
+class Executor(Protocol):
+    """Scores members and sums updates, from seeds."""
+
+    counts: dict[str, float]
+    """What happened so far, by name: retries, seconds of broadcasting and the like."""
+
+    @property
+    def workers(self) -> int:
+        """How many evaluators there are now."""
+
+    @property
+    def devices(self) -> set[str]:
+        """The names of the devices that score."""
+
+    def broadcast(self, parent: ParentState) -> None:
+        """Make this the parent of the members that are evaluated from here on."""
+
+    def broadcast_scale(self, scale: Scale) -> None:
+        """Make this the scale of what is added to the parent."""
+
+    def evaluate(
+        self, members: Members, cases: CaseSet = "fitness", threshold: float = -math.inf, part: Part = WHOLE
+    ) -> Scores:
+        """The scores of every member on a part of the cases, in their order; one that can no longer exceed the
+        threshold may be left."""
+
+    def weighted_sum(
+        self, seed_U: NDArray[np.uint64], weight_U: NDArray[np.float32], size_D: int
+    ) -> NDArray[np.float32]:
+        """sum_u weight_u * noise(seed_u), D in float32, added in the order of u."""
+
+    def close(self) -> None:
+        """End what was started."""
+
+
+def given_up(members: Members, k: int, tries: int, reason: str, stop: bool = False) -> str:
+    """What is said of a member that could not be scored, and is the worst. Raises RunError to stop, and for one without
+    noise, which is the parent or its update: there is no phase without its score."""
+    said = f"the member of seed {members.seed_K[k]} failed" + f" on {tries} workers" * (tries > 1)
+    if stop or not members.gain_K[k]:
+        raise RunError(f"{said}: {reason}")
+    return f"{said} and is scored worst: {reason}"
+
+
+class LocalExecutor:
+    """One evaluator in this process, in the order of the members."""
+
+    workers = 1
+
+    def __init__(self, spec: EvaluatorSpec, device: torch.device, note: Callable[[str], None]) -> None:
+        self.evaluator: Evaluator = spec.make(device)
+        self.threads, self.note = spec.threads, note
+        self.counts: dict[str, float] = {"retries": 0, "members_failed": 0}
+
+    @property
+    def devices(self) -> set[str]:
+        return {self.evaluator.device_name}
+
+    def broadcast(self, parent: ParentState) -> None:
+        self.evaluator.load(parent)
+
+    def broadcast_scale(self, scale: Scale) -> None:
+        self.evaluator.load_scale(scale)
+
+    def evaluate(
+        self, members: Members, cases: CaseSet = "fitness", threshold: float = -math.inf, part: Part = WHOLE
+    ) -> Scores:
+        with threads(self.threads):
+            scores, failed = self.evaluator.evaluate(members, cases, threshold, part)
+        for k, text in failed.items():
+            self.counts["members_failed"] += 1
+            self.note(given_up(members, k, 1, text))
+        return scores
+
+    def weighted_sum(
+        self, seed_U: NDArray[np.uint64], weight_U: NDArray[np.float32], size_D: int
+    ) -> NDArray[np.float32]:
+        return self.evaluator.accumulate(seed_U, weight_U, 0, size_D)
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,139 @@
+"""FlatModel: one vector of parameters under a network. Shapes: D parameters, T parameter tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from spartan_ray.errors import InputError
+
+# Their weights are stored channels-last (O, H, W, I), which is how they run fastest.
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class FlatModel:
+    """A network whose trainable parameters are views of one float32 vector, theta_D.
+
+    The parameters come in `named_parameters()` order, tied ones once and those that require no gradient not at all;
+    the weights of 2-D convolutions are stored channels-last, which is how the noise contract counts them. Writing
+    theta_D writes the network, but for parameters in half precision, which `write` casts. `buffers` are what goes
+    along: the network's buffers in `named_buffers()` order."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        """Raises InputError for a network without a parameter to move, or with parameters that are not real numbers."""
+        self.module = module.to(device)
+        named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        if not named:
+            raise InputError("the network has no parameter that requires a gradient: there is nothing to evolve")
+        for name, parameter in named:
+            if not parameter.is_floating_point() or parameter.itemsize > 4:
+                raise InputError(f"the network's {name} is {parameter.dtype}: expected float32, bfloat16 or float16")
+        self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        self.shapes = [parameter.shape for parameter in self.parameters]
+        weights = [layer.weight for layer in module.modules() if isinstance(layer, CONVOLUTIONS)]
+        self.channels_last = [any(parameter is weight for weight in weights) for parameter in self.parameters]
+        self.theta_D = torch.empty(sum(shape.numel() for shape in self.shapes), device=device)
+        self.half = [parameter.dtype != torch.float32 for parameter in self.parameters]
+        for parameter, view, half in zip(self.parameters, self.views(self.theta_D), self.half, strict=True):
+            view.copy_(parameter.detach())
+            if not half:
+                parameter.data = view
+
+    def _parts(self, vector_D: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts: tuple[torch.Tensor, ...] = vector_D.split([shape.numel() for shape in self.shapes])
+        return parts
+
+    def views(self, vector_D: torch.Tensor) -> list[torch.Tensor]:
+        """A vector of theta_D's layout as a tensor a parameter, which share its memory."""
+        views = []
+        for part, shape, channels_last in zip(self._parts(vector_D), self.shapes, self.channels_last, strict=True):
+            if channels_last:
+                out_channels, in_channels, height, width = shape
+                views.append(part.view(out_channels, height, width, in_channels).permute(0, 3, 1, 2))
+            else:
+                views.append(part.view(shape))
+        return views
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Make the network's parameters in half precision those of theta_D; the others are by themselves."""
+        if any(self.half):
+            for parameter, view, half in zip(self.parameters, self.views(self.theta_D), self.half, strict=True):
+                if half:
+                    parameter.copy_(view)
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Take over what others did to the network: parameters that were given other memory, as by `to` or
+        `load_state_dict(assign=True)`, and those in half precision that were trained."""
+        for parameter, view, half in zip(self.parameters, self.views(self.theta_D), self.half, strict=True):
+            if half:
+                changed = view.to(parameter.dtype) != parameter
+                view.copy_(torch.where(changed, parameter.float(), view))
+            elif parameter.data_ptr() != view.data_ptr():
+                view.copy_(parameter.detach())
+                parameter.data = view
+
+    def gradient(self) -> torch.Tensor:
+        """The parameters' gradients in theta_D's layout."""
+        gradient_D = torch.zeros_like(self.theta_D)
+        for view, parameter in zip(self.views(gradient_D), self.parameters, strict=True):
+            if parameter.grad is not None:
+                view.copy_(parameter.grad)
+        return gradient_D
+
+    def spread(self, value_T: torch.Tensor) -> torch.Tensor:
+        """A number a parameter tensor as a number an element of theta_D."""
+        value_D = torch.empty_like(self.theta_D)
+        for part, value in zip(self._parts(value_D), value_T, strict=True):
+            part.fill_(value)
+        return value_D
+
+    def multiply(self, vector_D: torch.Tensor, value_T: torch.Tensor) -> None:
+        """Multiply a vector of theta_D's layout, in place, by a number a parameter tensor."""
+        for part, value in zip(self._parts(vector_D), value_T, strict=True):
+            part.mul_(value)
+
+    def mutated(self, which: str) -> torch.Tensor:
+        """1 for the parameter tensors that evolution moves, 0 for the others.
+
+        `which` is all, no-batchnorm, or a pattern of parameter names as in a shell.
+        Raises InputError when it matches none."""
+        if which == "no-batchnorm":
+            layers = [name for name, module in self.module.named_modules() if isinstance(module, BATCHNORMS)]
+            chosen = [name.rpartition(".")[0] not in layers for name in self.names]
+        else:
+            chosen = [which == "all" or fnmatchcase(name, which) for name in self.names]
+        if not any(chosen):
+            example = f"{self.names[0]} or {self.names[-1]}"
+            raise InputError(f"evolution.mutate {which!r}: matches no parameter (such as {example})")
+        return torch.tensor(chosen, dtype=torch.float32, device=self.theta_D.device)
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        return list(self.module.buffers())
+
+    @torch.no_grad()
+    def load_buffers(self, buffers: Sequence[torch.Tensor]) -> None:
+        for own, given in zip(self.buffers, buffers, strict=True):
+            own.copy_(given)
+
+    def is_finite(self) -> bool:
+        """Whether all parameters and buffers are numbers."""
+        return all(bool(values.isfinite().all()) for values in (self.theta_D, *self.buffers))
+
+    def digest(self) -> str:
+        """SHA-256 of parameters and buffers."""
+        digest = hashlib.sha256(self.theta_D.cpu().numpy().data)
+        for buffer in self.buffers:
+            digest.update(buffer.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights as torchvision lays them out, on the CPU."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}

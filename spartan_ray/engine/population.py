@@ -1,0 +1,409 @@
+"""Population: a parent, what its descendants are scored by, and what evaluates them.
+
+Shapes: D parameters, T parameter tensors, K members, N cases, U seeds.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from spartan_ray.engine.draws import permutation
+from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale, batched, values
+from spartan_ray.engine.executor import Executor, LocalExecutor
+from spartan_ray.engine.fitness import Fitness, as_fitness
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.strategies.requests import (
+    CaseSet,
+    Members,
+    OptimizerKind,
+    Outcome,
+    Request,
+    Score,
+    Scores,
+    SetDirection,
+    SetScale,
+    Strategy,
+    Take,
+)
+from spartan_ray.errors import Diverged, InputError
+from spartan_ray.noise.contract import RMS, NoiseKind
+from spartan_ray.noise.kernels import kernel_for
+
+# Keys of `permutation` for the cases of a generation.
+CASES_OF_GENERATION = 1 << 33
+GRADIENT_CASES_OF_GENERATION = 1 << 35
+# Cases of the gradient, if there are so many.
+GRADIENT_CASES = 512
+
+Gradient = Callable[[nn.Module, int], None]
+LOG = logging.getLogger("spartan_ray")
+
+
+class Population:
+    """A parent network and its descendants. `step` runs one evolve phase and moves the network in place.
+
+    Descendants are functions of the seed, so that they are scored wherever there is room and cost nothing to send."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        fitness: Fitness | Callable[[nn.Module, torch.Tensor], torch.Tensor],
+        *,
+        cases: int | None = None,
+        seed: int = 0,
+        noise: NoiseKind = "uniform",
+        mutate: str = "all",
+        fitness_cases: int | None = None,
+        confirm_cases: int | None = None,
+        gradient: Gradient | None = None,
+        gradient_cases: int = GRADIENT_CASES,
+        factory: Callable[[], nn.Module] | None = None,
+        threads: int | None = None,
+        executor: Callable[[EvaluatorSpec], Executor] | None = None,
+        note: Callable[[str], None] = LOG.warning,
+    ) -> None:
+        """`fitness` is a Fitness, or a function of a network and case numbers (N) that returns one number a case (N)
+        or M statistics a case (N x M), with `cases` the number of cases.
+
+        mutate           what evolution moves: all, no-batchnorm, or a pattern of parameter names
+        fitness_cases    how many cases score a generation, and `confirm_cases` how many others choose a length or
+                         confirm; by default all cases, in equal shares
+        gradient         `gradient(network, generation)` calls backward on the loss that random gradients descend; by
+                         default that of the fitness on `gradient_cases` of the cases that score the generation
+        factory          makes the network anew, with any parameters, where a copy of it would be larger
+        threads          torch's while descendants are scored
+        executor         makes what evaluates descendants; by default it is this process
+        note             takes one-line messages; by default they are warnings of the logger `spartan_ray`
+
+        Raises InputError for what cannot be used."""
+        fitness = as_fitness(fitness, cases)
+        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+        self.model = FlatModel(getattr(network, "_orig_mod", network), device)
+        self.seed, self.noise = seed, noise
+        self.fitness_cases, self.confirm_cases = fitness_cases, confirm_cases
+        self.gradient, self.gradient_cases = gradient or self._loss_gradient, gradient_cases
+        self.kernel = kernel_for(noise, device)
+        self.mutated_T = self.model.mutated(mutate)
+        spec = EvaluatorSpec(factory or self.model.module, fitness, noise, threads)
+        # In this process the update is scored, which is not worth sending.
+        pool = executor(spec) if executor else None  # first, since workers take their time to start
+        here = LocalExecutor(spec, device, note)
+        self.executor: Executor = pool or here
+        self.here: LocalExecutor | None = here
+        self.fitness = here.evaluator.fitness
+        self.generation = 0
+        self.optimizer: tuple[OptimizerKind, torch.optim.Optimizer] | None = None
+
+    def step(self, strategy: Strategy, generation: int | None = None) -> Outcome:
+        """One evolve phase: the network moves as the strategy says. Returns the account of it.
+
+        Generations are numbered from 1; what a generation draws is a function of the seed and its number. Raises
+        Diverged when the parent's own fitness is not finite."""
+        number = self.generation + 1 if generation is None else generation
+        counts = dict(self.executor.counts)
+        self.begin(strategy.case_sets, number)
+        theta_D = self.model.theta_D.clone()
+        phase, answer = strategy.generation(self.seed, number), None
+        with keeping_modes(self.model.module):
+            while True:
+                try:
+                    request = phase.send(answer)
+                except StopIteration as end:
+                    outcome: Outcome = end.value
+                    break
+                answer = self.answer(request)
+
+        if not math.isfinite(outcome.before):
+            raise Diverged(f"the parent's own fitness in generation {number} is not finite")
+        self.generation = number
+        moved = norm(theta_D.sub_(self.model.theta_D))
+        outcome.step_ratio = moved / self.mutation_norm if self.mutation_norm else 0.0
+        outcome.cases, outcome.cases_scored = len(self.case_sets["fitness"]), self.cases_scored
+        outcome.seconds, outcome.workers = self.seconds, self.executor.workers
+        outcome.counts = {name: count - counts[name] for name, count in self.executor.counts.items()}
+        return outcome
+
+    def begin(self, sets: tuple[CaseSet, ...], generation: int) -> None:
+        """Be before a generation: draw what it is scored on."""
+        self.model.read()
+        self.generation_begun = generation
+        self.cases_scored, self.mutation_norm = 0, 0.0
+        self.seconds = dict.fromkeys(("scoring", "update", "gradient"), 0.0)
+        counts = share_cases(sets, self.fitness_cases, self.confirm_cases, self.fitness.cases)
+        self.case_sets = draw_cases(counts, self.fitness.cases, self.seed, generation)
+        self.scale = None if self.mutated_T.all() else self.mutated_T
+        self.scale_is_gradient = False
+        self.parent_changed = self.scale_changed = True
+
+    def answer(self, request: Request) -> Scores | float | None:
+        """Do what the strategy asks."""
+        match request:
+            case Score():
+                scores = self._score(request)
+                return scores if request.onto is None else self._pooled(request.onto, scores)
+            case SetScale(kind):
+                self.scale_is_gradient = kind == "gradient"
+                if not self.scale_is_gradient:
+                    self.scale = self._rms()
+                self.scale_changed = True
+            case SetDirection():
+                with self._timed("update"):
+                    self.scale, factor = self._direction(request)
+                self.scale_changed = True
+                return factor
+            case Take(member):
+                with self._timed("update"):
+                    self._take(member)
+                self.parent_changed = True
+                self.scale_changed = self.scale_changed or self.scale_is_gradient
+        return None
+
+    def score(self, cases: CaseSet = "fitness") -> Scores:
+        """The parent's scores on a set of cases of the last generation."""
+        from_parent = Members(np.zeros(1, np.uint64), np.zeros(1, np.float32), np.zeros(1, np.float32))
+        scores = self.answer(Score(from_parent, cases))
+        assert isinstance(scores, Scores)
+        return scores
+
+    def gradient_norms(self) -> torch.Tensor:
+        """The norm of each parameter tensor's gradient, T in float64, on the same cases every time."""
+        module, self.case_sets = self.model.module, {"fitness": np.arange(self.fitness.cases)}
+        with keeping_modes(module):
+            module.zero_grad(set_to_none=True)
+            self.gradient(module, 0)
+            gradient_D = self.model.gradient()
+            module.zero_grad(set_to_none=True)
+        return torch.stack([norm_tensor(view) for view in self.model.views(gradient_D)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next generations depend on beside the settings and the network, whose own `state_dict` is to be
+        kept too: the number of the last generation, the moments of the optimizer of the estimate, and the parameters
+        in float32 where the network's are in half precision."""
+        return {
+            "generation": self.generation,
+            "optimizer": self.optimizer and (self.optimizer[0], self.optimizer[1].state_dict()),
+            "theta_D": self.model.theta_D.clone() if any(self.model.half) else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken, with the network as it was there."""
+        self.generation, self.optimizer = state["generation"], None
+        if state["optimizer"]:
+            kind, moments = state["optimizer"]
+            self.optimizer_of(kind).load_state_dict(moments)
+        self.model.read()
+        if state["theta_D"] is not None:
+            self.model.theta_D.copy_(state["theta_D"])
+            self.model.write()
+
+    def close(self) -> None:
+        """End the workers. The network keeps its parameters."""
+        self.executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _score(self, request: Score) -> Scores:
+        members = request.members
+        without_noise = len(members) == 1 and not members.gain_K[0]
+        here = self.here if self.here is not self.executor else None
+        if here and without_noise and self.scale_changed and self.executor.devices == here.devices:
+            # An update's score keeps one worker busy, and all else that it would cost is to send the update.
+            try:
+                with self._timed("scoring"):
+                    here.broadcast(self._parent_state())
+                    here.broadcast_scale(self._scale())
+                    scores = here.evaluate(members, request.cases, request.threshold, request.part)
+                self.cases_scored += int(scores.cases_K.sum())
+                return scores
+            except torch.OutOfMemoryError:  # a driver has little of a GPU
+                self.here = None
+        self.broadcast()
+        self.mutation_norm = self.mutation_norm or self._mutation_norm(members)
+        with self._timed("scoring"):
+            scores = self.executor.evaluate(members, request.cases, request.threshold, request.part)
+        self.cases_scored += int(scores.cases_K.sum())
+        return scores
+
+    def _pooled(self, first: Scores, second: Scores) -> Scores:
+        """The scores of the same members on the cases of both."""
+        cases_K = first.cases_K + second.cases_K
+        sum_KM = first.mean_KM * first.cases_K[:, None] + second.mean_KM * second.cases_K[:, None]
+        mean_KM = sum_KM / cases_K[:, None]
+        return Scores(mean_KM, values(self.fitness, mean_KM), cases_K)
+
+    def broadcast(self) -> None:
+        """Give the executor what members are made and scored from now, as far as it changed."""
+        if self.scale_changed:
+            self.take_gradient()
+            self.executor.broadcast_scale(self._scale())
+        if self.parent_changed:
+            self.executor.broadcast(self._parent_state())
+        self.parent_changed = self.scale_changed = False
+
+    def take_gradient(self) -> None:
+        """Where the scale is the gradient: make it that of the parent as it is now."""
+        if not self.scale_is_gradient:
+            return
+        with self._timed("gradient"):
+            module = self.model.module
+            module.zero_grad(set_to_none=True)
+            self.gradient(module, self.generation_begun)
+            self.scale = self.model.gradient()
+            module.zero_grad(set_to_none=True)
+            if not self.mutated_T.all():
+                self.model.multiply(self.scale, self.mutated_T)
+
+    def _loss_gradient(self, network: nn.Module, generation: int) -> None:
+        """Of the fitness cases of a generation, since those that confirm must have chosen nothing."""
+        case_N = gradient_cases(self.case_sets["fitness"], self.gradient_cases, self.seed, generation)
+        network.eval()
+        for batch_N in batched(torch.from_numpy(case_N).to(self.model.theta_D.device), self.fitness.batch):
+            (self.fitness.loss(network, batch_N) * (len(batch_N) / len(case_N))).backward()
+
+    def _scale(self) -> Scale:
+        return None if self.scale is None else self.scale.cpu().numpy()
+
+    def _parent_state(self) -> ParentState:
+        return ParentState(
+            self.model.theta_D.cpu().numpy(), [buffer.cpu() for buffer in self.model.buffers], self.case_sets
+        )
+
+    def optimizer_of(self, kind: OptimizerKind) -> torch.optim.Optimizer:
+        """What turns the estimated gradient into the update. It moves a vector of zeros, so that the update
+        can be had alone; its moments are of all estimates, whether their update was taken or not."""
+        if self.optimizer is None or self.optimizer[0] != kind:
+            update_D = torch.zeros_like(self.model.theta_D)
+            if kind == "adam":
+                self.optimizer = kind, torch.optim.Adam([update_D])
+            else:
+                self.optimizer = kind, torch.optim.SGD([update_D], momentum=0.9 if kind == "momentum" else 0.0)
+        return self.optimizer[1]
+
+    def _direction(self, wanted: SetDirection) -> tuple[torch.Tensor, float]:
+        """The update, as long as the learning rate makes it or as the ratio that is wanted, and the factor of
+        the latter."""
+        theta_D = self.model.theta_D
+        sum_D = self.executor.weighted_sum(wanted.seed_U, wanted.weight_U, theta_D.numel())
+        estimate_D = torch.from_numpy(sum_D).to(theta_D.device)
+        if self.scale is not None:
+            self.model.multiply(estimate_D, self.scale)
+        if not estimate_D.isfinite().all():  # the optimizer's moments would never be finite again
+            return torch.full_like(estimate_D, math.nan), 1.0
+        if wanted.weight_decay:
+            decay_D = wanted.weight_decay * theta_D
+            self.model.multiply(decay_D, self.mutated_T)
+            estimate_D -= decay_D
+        optimizer = self.optimizer_of(wanted.optimizer)
+        (group,) = optimizer.param_groups
+        (update_D,) = group["params"]
+        group["lr"] = wanted.rate
+        update_D.zero_()
+        update_D.grad = estimate_D.neg_()
+        optimizer.step()
+        update_D.grad = None
+        if wanted.ratio is None:
+            return update_D, 1.0
+        length = norm(update_D)
+        factor = wanted.ratio * self.mutation_norm / length if length else 1.0
+        return update_D * factor, factor
+
+    def _take(self, member: Members) -> None:
+        theta_D = self.model.theta_D
+        scale = self.scale if self.scale is None or len(self.scale) == len(theta_D) else self.model.spread(self.scale)
+        self.kernel.descend(
+            theta_D, scale, int(member.seed_K[0]), float(member.offset_K[0]), float(member.gain_K[0]), theta_D
+        )
+        self.model.write()
+        self.fitness.moved(self.model.module)
+
+    def _rms(self) -> torch.Tensor:
+        """The root mean square of each parameter tensor, 0 for those that evolution leaves."""
+        views = self.model.views(self.model.theta_D)
+        return torch.stack([norm_tensor(view) / math.sqrt(view.numel()) for view in views]).float() * self.mutated_T
+
+    def _mutation_norm(self, members: Members) -> float:
+        """The norm to expect of scale * (offset + gain * noise) for members with noise."""
+        with_noise = np.flatnonzero(members.gain_K)
+        if not len(with_noise):
+            return 0.0
+        offset, gain = float(members.offset_K[with_noise[0]]), float(members.gain_K[with_noise[0]])
+        size = self.model.theta_D.numel()
+        if self.scale is None:
+            scale_norm = math.sqrt(size)
+        elif len(self.scale) == size:
+            scale_norm = norm(self.scale)
+        else:
+            size_T = [shape.numel() for shape in self.model.shapes]
+            scale_norm = math.sqrt(sum(n * scale**2 for n, scale in zip(size_T, self.scale.tolist(), strict=True)))
+        return math.hypot(offset, gain * RMS[self.noise]) * scale_norm
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - started
+
+
+@contextmanager
+def keeping_modes(module: nn.Module) -> Iterator[None]:
+    """Within it the network may be set to evaluation mode; afterwards each layer has the mode that it had."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    try:
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training
+
+
+def norm_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The Euclidean norm, summed in float64."""
+    root: torch.Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    return root
+
+
+def norm(tensor: torch.Tensor) -> float:
+    """The Euclidean norm, summed in float64."""
+    return float(norm_tensor(tensor))
+
+
+def share_cases(
+    sets: tuple[CaseSet, ...], fitness: int | None, confirm: int | None, available: int
+) -> dict[CaseSet, int]:
+    """How many cases each set of a generation has: `fitness` and `confirm` as they are given, else an equal share of
+    what the others leave. Raises InputError when they do not fit."""
+    wanted: dict[CaseSet, int | None] = {name: fitness if name == "fitness" else confirm for name in sets}
+    given = sum(count or 0 for count in wanted.values())
+    missing = sum(count is None for count in wanted.values())
+    share = (available - given) // max(missing, 1)
+    if given > available or (missing and share < 1):
+        counts = ", ".join(f"{name} {count or 'the rest'}" for name, count in wanted.items())
+        raise InputError(f"the cases of a generation ({counts}) do not fit the {available} that there are")
+    return {name: count or share for name, count in wanted.items()}
+
+
+def draw_cases(
+    counts: dict[CaseSet, int], available: int, seed: int, generation: int
+) -> dict[CaseSet, NDArray[np.int64]]:
+    """Disjoint sets of cases, drawn anew for each generation."""
+    drawn_N = permutation(available, seed, CASES_OF_GENERATION + generation)
+    parts = np.split(drawn_N, np.cumsum(list(counts.values())))
+    return {name: np.sort(part) for name, part in zip(counts, parts, strict=False)}
+
+
+def gradient_cases(case_N: NDArray[np.int64], count: int, seed: int, generation: int) -> NDArray[np.int64]:
+    """Some of the cases, drawn anew for the gradient of each generation."""
+    return case_N[permutation(len(case_N), seed, GRADIENT_CASES_OF_GENERATION + generation)[:count]]

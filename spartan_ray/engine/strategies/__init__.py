@@ -1,0 +1,1 @@
+"""Strategies turn fitnesses into the next parent: pure maths, no Ray, no torch and no network."""

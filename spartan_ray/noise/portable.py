@@ -1,0 +1,95 @@
+"""The noise kernels as integer tensor operations: the same numbers on any device torch runs on,
+for those without a kernel of their own.
+
+Slower than a fused kernel, since every operation of the generator is a pass over memory, but exact
+(gaussian to 1e-6). Shapes: S elements of a slice, K members, N blocks of four elements.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spartan_ray.noise.contract import KEY_STEPS, MULTIPLIERS, ROUNDS, NoiseKind, split_key
+
+# Elements generated at once: bounds the temporaries to a few hundred megabytes.
+TILE = 1 << 22
+LOW_32 = 0xFFFFFFFF
+
+
+def _words(seed: int, first_block: int, end_block: int, device: torch.device) -> torch.Tensor:
+    """Philox4x32-10 of consecutive blocks as int64, N x 4. A product of two words may wrap to a
+    negative int64; its halves are masked out, which is exact in two's complement."""
+    block_N = torch.arange(first_block, end_block, dtype=torch.int64, device=device)
+    c0, c1 = block_N & LOW_32, block_N >> 32
+    c2 = c3 = torch.zeros_like(block_N)
+    k0, k1 = split_key(seed)
+    for _ in range(ROUNDS):
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & LOW_32) ^ c1 ^ k0,
+            product1 & LOW_32,
+            ((product0 >> 32) & LOW_32) ^ c3 ^ k1,
+            product0 & LOW_32,
+        )
+        k0, k1 = (k0 + KEY_STEPS[0]) & LOW_32, (k1 + KEY_STEPS[1]) & LOW_32
+    return torch.stack([c0, c1, c2, c3], dim=1)
+
+
+class PortableKernel:
+    """`noise.Kernel` on tensors of any device."""
+
+    def __init__(self, kind: NoiseKind, device: torch.device) -> None:
+        self.kind = kind
+        self.device = device
+
+    def _noise(self, seed: int, start: int, stop: int) -> torch.Tensor:
+        first_block, end_block = start // 4, -(-stop // 4)
+        word_N4 = _words(int(seed), first_block, end_block, self.device)
+        fraction_N4 = (word_N4 & 0xFFFFFF).to(torch.float32) * 2.0**-24
+        if self.kind == "uniform":
+            noise_N4 = 2 * fraction_N4 - 1
+        elif self.kind == "rademacher":
+            noise_N4 = 1 - 2 * (word_N4 >> 31).to(torch.float32)
+        else:
+            fraction_N4 = fraction_N4.double()
+            radius_N2 = torch.sqrt(-2 * torch.log(fraction_N4[:, 0::2] + 2.0**-24))
+            angle_N2 = 2 * math.pi * fraction_N4[:, 1::2]
+            pairs_N22 = torch.stack([radius_N2 * torch.cos(angle_N2), radius_N2 * torch.sin(angle_N2)], dim=2)
+            noise_N4 = pairs_N22.reshape(-1, 4).float()
+        offset = start - 4 * first_block
+        return noise_N4.reshape(-1)[offset : offset + stop - start]
+
+    def descend(
+        self,
+        theta_S: torch.Tensor,
+        scale_S: torch.Tensor | None,
+        seed: int,
+        offset: float,
+        gain: float,
+        out_S: torch.Tensor,
+        start: int = 0,
+        needed_R2: NDArray[np.int64] | None = None,
+    ) -> None:
+        # The factors rounded to float32 as every kernel has them, and one operation at a time: a fused
+        # multiply-add would round once less.
+        offset, gain = float(np.float32(offset)), float(np.float32(gain))
+        for done in range(0, theta_S.numel(), TILE):
+            part = slice(done, min(done + TILE, theta_S.numel()))
+            perturbation = self._noise(seed, start + part.start, start + part.stop).mul_(gain).add_(offset)
+            if scale_S is not None:
+                perturbation.mul_(scale_S[part])
+            torch.add(theta_S[part], perturbation, out=out_S[part])
+
+    def accumulate(
+        self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
+    ) -> torch.Tensor:
+        out_S = torch.zeros(stop - start, dtype=torch.float32, device=self.device)
+        for done in range(0, stop - start, TILE):
+            part = slice(done, min(done + TILE, stop - start))
+            for seed, weight in zip(seed_K, weight_K, strict=True):
+                out_S[part] += self._noise(int(seed), start + part.start, start + part.stop).mul_(float(weight))
+        return out_S

@@ -1,0 +1,151 @@
+"""Run folders as they are read: nothing in them is trusted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spartan_ray.errors import InputError
+from spartan_ray.run.config import Config
+from spartan_ray.run.loading import load_run_config, refuse_links
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+# A number that was not finite is null in JSON.
+Number = Real | None
+
+
+class Epoch(BaseModel):
+    """A line of metrics.jsonl. `train_loss` is on a fixed sample of the SGD split, in evaluation mode; there
+    are also {evolution,validation,test}_{loss,accuracy}."""
+
+    model_config = ConfigDict(strict=True)
+
+    epoch: Annotated[int, Field(ge=1, le=2**53)]
+    time: str | None = None
+    """When it ended, in UTC."""
+    run_seconds: Real | None = None
+    """That the processes which wrote the record have taken for it up to then, from the folder or the checkpoint on."""
+    lr: Real | None = None
+    """Of the parent's optimizer."""
+    kind: Literal["sgd", "evolve"]
+    train_loss: Number
+    validation_accuracy: Real
+    test_accuracy: Real
+    test_loss: Number
+    seconds: Real
+    evaluation_seconds: Real
+    images_per_second: Real
+
+
+class EvolvePhase(Epoch):
+    """A line of an evolve phase. Statistics are over the members; one that was rejected early counts with the
+    images that it was scored on. There are also fitness_{min,std}, broadcast_seconds, workers."""
+
+    population: Count
+    fitness_images: Count
+    fitness_mean: Number
+    fitness_max: Number
+    fitness_nonfinite: Count = 0
+    """Members that were not finite: the worst of all, and in none of these statistics."""
+    parent_fitness_before: Number
+    parent_fitness_after: Number
+    """Both on the same images."""
+    accepted: bool
+    """Whether the parent moved, to a better one or not."""
+    accepted_members: Count = 1
+    """More than one in a chain."""
+    chosen_member: Count | None = None
+    """The last that became the parent."""
+    note: str | None
+    """Why the parent stayed."""
+    confirm_fitness_before: Number = None
+    confirm_fitness_after: Number = None
+    """On images that did not choose."""
+    search_ratios: list[Number] | None = None
+    search_fitness: list[Number] | None = None
+    """Lengths of the update, as step ratios, and the fitness of each."""
+    step_ratio: Number
+    """Norm of the phase's move over the norm of one mutation."""
+    images_scored: Count = 0
+    images_saved: Count = 0
+    """By early rejection, or by racing."""
+    images_discarded: Count = 0
+    """Scored for members of a wave that were drawn again; depends on the wave."""
+    scoring_seconds: Real
+    gradient_seconds: Real = 0.0
+    update_seconds: Real
+    retries: Count
+    """Tasks done again because their worker was lost."""
+    late_results: Count = 0
+    """Answers to what another worker had answered before."""
+    members_failed: Count = 0
+    """Scored worst because they failed on several workers."""
+
+
+class Environment(BaseModel):
+    """What a report uses of environment.json."""
+
+    versions: dict[str, str] = {}
+    processor: str | None = None
+    resumed: list[Any] = []
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder, read."""
+
+    name: str
+    config: Config
+    metrics: pd.DataFrame
+    environment: Environment
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder. Raises InputError naming the file that is missing or unreadable."""
+    refuse_links(folder)
+    path, rows = folder / "metrics.jsonl", []
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # cut off while it was written
+        for number, line in enumerate(lines, 1):
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise InputError(f"{path}: line {number} is no record of an epoch")
+            (EvolvePhase if row.get("kind") == "evolve" else Epoch).model_validate(row)
+            rows.append(row)
+        path = folder / "environment.json"
+        environment = Environment.model_validate_json(path.read_text())
+    except OSError as error:
+        raise InputError(f"{error.filename}: not readable as a run folder: {error.strerror}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        line_number = f" line {len(rows) + 1}:" if path.suffix == ".jsonl" else ""
+        raise InputError(f"{path}:{line_number} {where}: {problem['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        where = f"line {len(rows) + 1} is" if path.suffix == ".jsonl" else "is"
+        raise InputError(f"{path}: {where} not JSON: {error}") from None
+    if not rows:
+        raise InputError(f"{folder / 'metrics.jsonl'}: no epoch has ended")
+    config, frame = load_run_config(folder), pd.DataFrame(rows)
+    frame.attrs["epochs"] = config.run.epochs
+    return RunRecord(folder.resolve().name, config, frame, environment)
+
+
+def unique_frames(runs: list[RunRecord]) -> dict[str, pd.DataFrame]:
+    """The metrics by run name, a number added to a name that comes twice."""
+    frames: dict[str, pd.DataFrame] = {}
+    for run in runs:
+        name, number = run.name, 1
+        while name in frames:
+            number += 1
+            name = f"{run.name} ({number})"
+        frames[name] = run.metrics
+    return frames

@@ -1,0 +1,132 @@
+"""Tables of runs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number of the record, whose null is a value that was not finite."""
+    return "not finite" if value is None or pd.isna(value) else f"{value:.{digits}f}"
+
+
+def final_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row a run: where it ended, and the test accuracy at the epoch that validation would choose."""
+    rows = []
+    for name, frame in frames.items():
+        last, best = frame.iloc[-1], frame.iloc[int(frame["validation_accuracy"].argmax())]
+        evolve = frame[frame["kind"] == "evolve"]
+        rows.append(
+            {
+                "run": name,
+                "epochs": _epochs(frame),
+                "evolve phases": _phases(evolve),
+                "train loss": number(last["train_loss"]),
+                "validation accuracy": number(last["validation_accuracy"]),
+                "test accuracy": number(last["test_accuracy"]),
+                "test loss": number(last["test_loss"]),
+                "best validation": f"{number(best['validation_accuracy'])} (epoch {int(best['epoch'])})",
+                "test accuracy there": number(best["test_accuracy"]),
+                "seconds": f"{frame['seconds'].sum() + frame['evaluation_seconds'].sum():.0f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def effect(phase: Mapping[Any, Any]) -> str:
+    """What an evolve phase made of the parent on the images that scored it: better, worse, equal, or unmoved."""
+    names = ("parent_fitness_before", "parent_fitness_after")
+    before, after = (-math.inf if pd.isna(phase[name]) else phase[name] for name in names)
+    if not phase["accepted"]:
+        return "unmoved"
+    return "better" if after > before else "worse" if after < before else "equal"
+
+
+def _phases(evolve: pd.DataFrame) -> str:
+    """How many evolve phases moved the parent, and to what."""
+    if not len(evolve):
+        return "-"
+    count = Counter(effect(phase) for phase in evolve.to_dict("records"))
+    moved = len(evolve) - count.pop("unmoved", 0)
+    text = f"{moved} moved" if moved == len(evolve) else f"{moved} of {len(evolve)} moved"
+    effects = ", ".join(f"{count[name]} {name}" for name in ("better", "worse", "equal") if count[name])
+    return f"{text}: {effects}" if moved else text
+
+
+def _epochs(frame: pd.DataFrame) -> str:
+    """How many epochs a run has, and of how many if it is not at its end."""
+    done, wanted = len(frame), frame.attrs.get("epochs", len(frame))
+    return str(done) if done == wanted else f"{done} of {wanted}"
+
+
+# What fits a terminal; the rest is in the report.
+SHORT = ["run", "epochs", "evolve phases", "train loss", "validation accuracy", "test accuracy", "test loss"]
+
+
+def evolve_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row an evolve phase; columns that say nothing of any phase are left out."""
+    rows = []
+    for name, frame in frames.items():
+        for phase in frame[frame["kind"] == "evolve"].to_dict("records"):
+            confirm = (phase.get("confirm_fitness_before"), phase.get("confirm_fitness_after"))
+            rows.append(
+                {
+                    "run": name,
+                    "epoch": int(phase["epoch"]),
+                    "members": int(phase["population"]),
+                    "images": int(phase["fitness_images"]),
+                    "members' mean": number(phase["fitness_mean"]),
+                    "best member": number(phase["fitness_max"]),
+                    "not finite": _count(phase.get("fitness_nonfinite")),
+                    "parent before": number(phase["parent_fitness_before"]),
+                    "parent after": number(phase["parent_fitness_after"]),
+                    "confirm before": "" if pd.isna(confirm[0]) else number(confirm[0]),
+                    "confirm after": "" if pd.isna(confirm[1]) else number(confirm[1]),
+                    "moved": _moved(phase),
+                    "step ratio": number(phase["step_ratio"], 2),
+                    "images saved": _share(phase, "images_saved"),
+                    "images discarded": _share(phase, "images_discarded"),
+                    "scoring s": number(phase["scoring_seconds"], 1),
+                    "gradient s": number(phase["gradient_seconds"], 1) if phase.get("gradient_seconds") else "",
+                    "update s": number(phase["update_seconds"], 2),
+                    "images/s": number(phase["images_per_second"], 0),
+                    "retries": int(phase["retries"]),
+                }
+            )
+    table = pd.DataFrame(rows)
+    return table[[column for column in table if (table[column] != "").any()]]
+
+
+def _moved(phase: dict[Any, Any]) -> str:
+    """What became of the parent, with the members that replaced it, or why it stayed."""
+    found = effect(phase)
+    if found == "unmoved":
+        return f"no: {phase['note']}"
+    if pd.isna(phase.get("chosen_member")):
+        return found
+    member, count = int(phase["chosen_member"]), int(phase["accepted_members"])
+    return f"{found}: member {member}" if count == 1 else f"{found}: {count} members, last: member {member}"
+
+
+def _count(value: Any) -> str:
+    """Nothing for none."""
+    return "" if not value or pd.isna(value) else str(int(value))
+
+
+def _share(phase: dict[Any, Any], name: str) -> str:
+    """Images as a share of those that were scored and saved, if any."""
+    images = phase.get(name)
+    if not images or pd.isna(images):
+        return ""
+    return f"{images / (phase['images_scored'] + phase['images_saved'] + phase['images_discarded']):.0%}"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown."""
+    lines = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

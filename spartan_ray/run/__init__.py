@@ -1,0 +1,1 @@
+"""Runs: configuration, the loop, what it leaves in a folder."""

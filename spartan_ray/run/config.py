@@ -1,0 +1,218 @@
+"""The typed configuration of a run: the sections of its parts, and what must hold between them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
+
+from spartan_ray.distributed.config import Cluster
+from spartan_ray.engine.strategies.requests import CaseSet
+from spartan_ray.noise.contract import NoiseKind
+from spartan_ray.section import Decay, Finite, NonNegativeFloat, PositiveFloat, Section, no_url
+from spartan_ray.vision.config import Data, Parent
+
+Temperature = Literal["none", "error", "loss"]
+FitnessKind = Literal["loss", "accuracy"]
+BatchNormKind = Literal["running", "batch", "recalibrate"]
+
+
+class Run(Section):
+    """Where the run is written, and how long it is."""
+
+    prefix = "run"
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run folder; a number is added when it is taken."""
+    out: Annotated[str, AfterValidator(partial(no_url, "run.out"))] = "runs"
+    """Folder that holds the run folders."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of splits, initial weights, data order and noise."""
+    epochs: PositiveInt = 50
+    """Epochs, evolve phases included: one phase counts as an epoch."""
+    keep: PositiveInt = 3
+    """Checkpoints kept, one an epoch; those that replay needs come on top."""
+    keep_parents: bool = True
+    """Keep the parent before each evolve phase too (ResNet18: 45 MB each): `spartan replay` needs it."""
+
+
+# A field that only one setting of another field uses: refused elsewhere, unless it has its default.
+ONLY_WITH: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("sigma", "sigma_scale", "sigma_decay", "shaping", "mirrored", "noise"), ("strategy", "es")),
+    **dict.fromkeys(("step", "optimizer", "weight_decay"), ("strategy", "es")),
+    "step_ratio": ("step", "ratio"),
+    "lr_decay": ("step", "lr"),
+    **dict.fromkeys(("low", "high", "temperature", "gradient_images"), ("strategy", "random-gradients")),
+    **dict.fromkeys(("gradient_split", "early_rejection"), ("strategy", "random-gradients")),
+    "wave": ("accept", "chain"),
+    "racing": ("accept", "best"),
+}
+ACCEPT = {"es": ("always", "if-better"), "random-gradients": ("best", "chain")}
+LR = {"es": 0.0005, "random-gradients": 0.01}
+
+
+class Evolution(Section):
+    """The evolve phases."""
+
+    prefix = "evolution"
+
+    strategy: Literal["es", "random-gradients", "none"] = "es"
+    """es: the article's evolution strategies; random-gradients: its other method; none: every epoch is SGD."""
+    every: PositiveInt = 5
+    """Each so-many-th epoch is an evolve phase."""
+    population: Annotated[int, Field(ge=2)] = 50
+    """Descendants a generation, K."""
+    fitness: FitnessKind = "loss"
+    """Fitness of a descendant: minus its mean cross-entropy, or its accuracy."""
+    fitness_images: Annotated[int, Field(ge=2)] | None = None
+    """Evolution images of a generation's scores, drawn anew (default: all, or a share beside confirm and search)."""
+    accept: Literal["always", "if-better", "best", "chain"] | None = None
+    """es: always (default) or if-better; random-gradients: best (default), or chain, each better one at once."""
+    confirm: bool = False
+    """Take what was chosen only if it is also better on evolution images that did not choose it."""
+    confirm_images: Annotated[int, Field(ge=2)] | None = None
+    """Images of `confirm`, and as many others of `step` search (default: equal shares of what is left)."""
+    batchnorm: BatchNormKind = "running"
+    """Statistics of a descendant: the parent's, the scored batch's, or its own on 512 fixed SGD images."""
+    mutate: Annotated[str, Field(min_length=1)] = "all"
+    """What evolution moves: all, no-batchnorm (not its affine parameters), or a pattern of names: layer4.*"""
+    noise: NoiseKind = "uniform"
+    """es: distribution of the noise."""
+    sigma: PositiveFloat = 0.01
+    """es: scale of the noise, perturbation = sigma * noise."""
+    sigma_scale: Literal["absolute", "relative"] = "absolute"
+    """es: relative multiplies sigma by the RMS of each tensor, so that a tensor of zeros stays."""
+    sigma_decay: Decay = 1.0
+    """es: factor of sigma after each evolve phase."""
+    lr: PositiveFloat | None = None
+    """es: lr / (K sigma) * sum of weight * noise (default: 0.0005); random-gradients: lr * gradient * u (0.01)."""
+    lr_decay: Decay = 1.0
+    """Factor of evolution.lr after each evolve phase."""
+    shaping: Literal["zscore", "centered-rank"] = "zscore"
+    """es: fitness to weight."""
+    mirrored: bool = False
+    """es: members 2j and 2j+1 share a seed, with signs +1 and -1."""
+    step: Literal["lr", "ratio", "search"] = "lr"
+    """es: length of the update: by lr; else lr has no effect: by step_ratio, or search, the best of about ten."""
+    step_ratio: PositiveFloat = 0.5
+    """es with `step` ratio: norm of the update over that of one mutation."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the scoring; bf16 is faster where the processor or GPU has units for it. Noise is fp32."""
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """es: makes the update of the estimated gradient (momentum and beta1 0.9, beta2 0.999)."""
+    weight_decay: NonNegativeFloat = 0.0
+    """es: L2 decay, added to the estimated gradient."""
+    low: Finite = 0.0
+    """random-gradients: u is uniform from this ..."""
+    high: Finite = 1.0
+    """random-gradients: ... to this."""
+    temperature: Temperature = "none"
+    """random-gradients: factor of the step: 1, the parent's error, or its loss over a uniform guess's."""
+    gradient_images: Annotated[int, Field(ge=2)] | None = None
+    """random-gradients: images of the gradient, drawn anew for each generation (default: 512 at most)."""
+    gradient_split: Literal["sgd", "evolution"] = "sgd"
+    """random-gradients: split of those images; of the evolution split they are fitness images."""
+    wave: PositiveInt | None = None
+    """random-gradients with `accept` chain: members scored at once (default: one a worker); changes no result."""
+    racing: Annotated[int, Field(ge=0, le=8)] = 0
+    """random-gradients with `accept` best: n halvings (8 at most), from all members on 1 / 2^n of the images."""
+    early_rejection: bool = True
+    """random-gradients: ask after each 256 images (GPU: 2,048) if a member can still win; changes no result."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Evolution:
+        if self.strategy == "none":
+            return self
+        chosen = self.resolved()
+        for name, (switch, wanted) in ONLY_WITH.items():
+            if switch == "accept" and wanted not in ACCEPT[self.strategy]:
+                switch, wanted = "strategy", "random-gradients"
+            value, setting = getattr(self, name), getattr(chosen, switch)
+            if value != type(self).model_fields[name].default and setting != wanted:
+                raise ValueError(
+                    f"evolution.{name} ({value}) has no effect with evolution.{switch} {setting}: it needs {wanted}"
+                )
+        if chosen.accept not in ACCEPT[self.strategy]:
+            wanted = " or ".join(ACCEPT[self.strategy])
+            raise ValueError(
+                f"evolution.accept ({self.accept}) does not go with evolution.strategy {self.strategy}: {wanted}"
+            )
+        if self.confirm_images and not self.confirm and self.step != "search":
+            raise ValueError(
+                f"evolution.confirm_images ({self.confirm_images}) has no effect without evolution.confirm "
+                "or evolution.step search"
+            )
+        if self.mirrored and self.population % 2:
+            raise ValueError(f"evolution.population ({self.population}) must be even when mirrored")
+        if self.fitness_images:
+            self.image_counts(2**53)
+        if self.low >= self.high:
+            raise ValueError(f"evolution.low ({self.low:g}) must be below evolution.high ({self.high:g})")
+        return self
+
+    def resolved(self, workers: int = 1) -> Evolution:
+        """With the defaults that depend on the strategy and on the workers that there are."""
+        if self.strategy == "none":
+            return self
+        accept, lr = self.accept or ACCEPT[self.strategy][0], self.lr or LR[self.strategy]
+        wave = self.wave or (workers if accept == "chain" else None)
+        return self.model_copy(update={"accept": accept, "lr": lr, "wave": wave})
+
+    def image_counts(self, available: int) -> dict[CaseSet, int]:
+        """How many of the evolution images score a generation, search for its step, and confirm; disjoint.
+
+        What is not given shares equally what the others leave. Raises ValueError when they do not fit."""
+        counts: dict[CaseSet, int | None] = {"fitness": self.fitness_images}
+        if self.step == "search":
+            counts["search"] = self.confirm_images
+        if self.confirm:
+            counts["confirm"] = self.confirm_images
+        given = sum(count or 0 for count in counts.values())
+        missing = sum(count is None for count in counts.values())
+        share = (available - given) // max(missing, 1)
+        if given > available or (missing and share < 2):
+            wanted = f"evolution.fitness_images ({self.fitness_images or 'the rest'})"
+            if len(counts) > 1:
+                purposes = " and ".join(name for name in counts if name != "fitness")
+                wanted += f" and evolution.confirm_images ({self.confirm_images or 'the rest'}) to {purposes}"
+            raise ValueError(f"{wanted} do not fit data.evolution_images ({available})")
+        shares = {name: count or share for name, count in counts.items()}
+        if shares["fitness"] >> self.racing < 2:
+            raise ValueError(
+                f"evolution.racing ({self.racing}) leaves {shares['fitness'] >> self.racing} of "
+                f"evolution.fitness_images ({shares['fitness']}) to the first round: 2 are the least"
+            )
+        return shares
+
+
+class Config(Section):
+    """A run. A preset or a file is the base, flags override it."""
+
+    prefix = ""
+
+    run: Run = Run()
+    data: Data = Data()
+    parent: Parent = Parent()
+    evolution: Evolution = Evolution()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _splits(self) -> Config:
+        evolution, data = self.evolution, self.data
+        if evolution.strategy != "none":
+            if data.evolution_images:
+                evolution.image_counts(data.evolution_images)
+            if data.sgd_on_evolution and (evolution.confirm or evolution.step == "search"):
+                needs = "evolution.confirm" if evolution.confirm else "evolution.step search"
+                raise ValueError(f"{needs} needs images that SGD does not see, and data.sgd_on_evolution shows it all")
+        if evolution.strategy == "random-gradients":
+            name = "data.sgd_images" if evolution.gradient_split == "sgd" else "evolution.fitness_images"
+            given = data.sgd_images if evolution.gradient_split == "sgd" else evolution.fitness_images
+            if given and evolution.gradient_images and evolution.gradient_images > given:
+                raise ValueError(
+                    f"evolution.gradient_images ({evolution.gradient_images}) is larger than {name} ({given})"
+                )
+        if self.data.name == "folder" and self.data.root is None:
+            raise ValueError("data.root: the folder data set needs the path of its folder")
+        return self

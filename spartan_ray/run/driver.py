@@ -1,0 +1,356 @@
+"""The loop of a run: the Ray actor that owns the parent, trains it and evolves it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from spartan_ray.distributed.pool import Pool
+from spartan_ray.distributed.transport import RayTransport, pool_size
+from spartan_ray.distributed.worker import claim_device
+from spartan_ray.engine.evaluator import EvaluatorSpec
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.population import Population
+from spartan_ray.engine.strategies.requests import Strategy
+from spartan_ray.errors import Diverged, InputError, one_line
+from spartan_ray.run.checkpoint import (
+    Checkpoint,
+    Loop,
+    TensorDict,
+    latest_checkpoint,
+    load_network,
+    load_optimizer,
+    optimizer_tensors,
+    prune,
+    save_checkpoint,
+    save_weights,
+)
+from spartan_ray.run.config import Config
+from spartan_ray.run.journal import write_journal
+from spartan_ray.run.record import Row, RunFolder, lock_folder, phase_row
+from spartan_ray.run.setup import make_population, make_strategy
+from spartan_ray.vision.classification import Normaliser, score
+from spartan_ray.vision.data import load_splits
+from spartan_ray.vision.models import describe, initial_model
+from spartan_ray.vision.training import Trainer
+
+# The train loss is taken on so many SGD images at most: the same ones every epoch.
+TRAIN_LOSS_IMAGES = 5000
+# Above this ratio of update to mutation every measured update made the parent worse.
+STEP_RATIO_LIMIT = 1.4
+
+
+class Stopped(Exception):
+    """The user asked the run to end."""
+
+
+@dataclass
+class Progress:
+    """What a run is at. `rows` and `said` grow, so that a reader can ask for the new ones."""
+
+    folder: str | None = None
+    phase: str = "starting"
+    epoch: int = 0
+    epochs: int = 0
+    unit: str = ""
+    done: int = 0
+    total: int = 0
+    images: int = 0
+    started: float = 0.0
+    rows: list[Row] = field(default_factory=list)  # of the whole run
+    said: list[Row | str] = field(default_factory=list)  # rows of this driver and notes, as they came
+    driver_pid: int = field(default_factory=os.getpid)
+    worker_pids: list[int] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """One-line messages for the user."""
+        return [said for said in self.said if isinstance(said, str)]
+
+
+class Driver:
+    """Owns the parent and runs the loop. `run` takes the run's time; the other methods answer meanwhile.
+
+    With a folder the run goes on from its last checkpoint; `patience` is how long, in seconds, another
+    process may take to let go of it, and `reason` is why, for the run's log."""
+
+    def __init__(
+        self, config: Config, folder: Path | None = None, patience: float = 0.0, reason: str | None = None
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.patience = patience
+        self.progress = Progress(epochs=config.run.epochs)
+        self.stopping = threading.Event()
+        self.said_too_long = False
+        self.pool: Pool | None = None
+        self.population: Population | None = None
+        self.strategy: Strategy | None = None
+        self.at_end = contextlib.ExitStack()
+        self.unlogged = [reason] if reason else []  # what is said before there is a folder
+        self.log: Callable[[str], None] = self.unlogged.append
+
+    def run(self) -> bool:
+        """The whole run, or what is left of it. False when `stop` ended it early."""
+        try:
+            first = self._set_up()
+            evolve_every = self.config.evolution.every if self.population else math.inf
+            for epoch in range(first, self.config.run.epochs + 1):
+                self.progress.epoch = epoch
+                row = self._evolve(epoch) if epoch % evolve_every == 0 else self._train(epoch)
+                lr = self.trainer.optimizer.param_groups[0]["lr"]
+                row = self.record.append({"epoch": epoch, "lr": lr} | row | self._score_splits())
+                self._refuse_divergence(row)
+                self._save(epoch)
+                self.progress.rows.append(row)
+                self.progress.said.append(row)
+            self._finish()
+        except Stopped:
+            self.log("stopped by the user")
+            return False
+        except Exception as error:
+            self.log(one_line(f"{type(error).__name__}: {error}"))
+            raise
+        finally:
+            self.at_end.close()
+        return True
+
+    def _train(self, epoch: int) -> Row:
+        """An epoch of gradient descent on the SGD split."""
+        self._begin("sgd", "images", len(self.splits.sgd))
+        started = time.perf_counter()
+        images = self.trainer.train_epoch(epoch, lambda count: self._advance(count, count))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        return {"kind": "sgd", "seconds": seconds, "images_per_second": images / seconds}
+
+    def _evolve(self, generation: int) -> Row:
+        """An evolve phase; it counts as an epoch."""
+        assert self.population
+        assert self.strategy
+        moments = self.config.parent.moments_after_evolution
+        self._begin("evolve", "members", self.config.evolution.population + 1)
+        started = time.perf_counter()
+        norms_T = self.trainer.gradient_norms() if moments == "rescale" else None
+        before = self.model.digest()
+        outcome = self.population.step(self.strategy, generation)
+        row = phase_row(outcome)
+        write_journal(self.record.path / "journal", generation, outcome, before, self.model.digest())
+        if row["accepted"] and norms_T is not None:
+            self.trainer.rescale_moments(norms_T)
+        elif row["accepted"] and moments == "reset":
+            self.trainer.reset_moments()
+        self._advance(self.progress.total - self.progress.done)
+        if outcome.note:
+            self._note(f"epoch {generation}: {outcome.note}")
+        if dead := row["fitness_nonfinite"]:
+            self._note(f"epoch {generation}: {dead} of {len(outcome.members)} members are not finite: worst of all")
+        evolution = self.config.evolution
+        too_long = row["step_ratio"] > STEP_RATIO_LIMIT and evolution.strategy == "es" and evolution.step != "search"
+        if too_long and not self.said_too_long:
+            self.said_too_long = True
+            smaller = "evolution.lr" if evolution.step == "lr" else "evolution.step_ratio"
+            self._note(
+                f"epoch {generation}: the step ratio {row['step_ratio']:.2f} is above {STEP_RATIO_LIMIT}: "
+                f"a smaller {smaller}, or evolution.step search, is likely to do better"
+            )
+        return {"kind": "evolve", "seconds": time.perf_counter() - started} | row
+
+    def _score_splits(self) -> Row:
+        """Loss and accuracy of the parent on every split, and its loss on a sample of the SGD split."""
+        self._begin("score", "splits", 4)
+        started = time.perf_counter()
+        sample = self.splits.sgd[slice(0, TRAIN_LOSS_IMAGES)]
+        row: Row = {"train_loss": score(self.model.module, sample, self.normalise).loss}
+        self._advance(1)
+        for name in ("evolution", "validation", "test"):
+            result = score(self.model.module, getattr(self.splits, name), self.normalise)
+            row[f"{name}_loss"], row[f"{name}_accuracy"] = result.loss, result.accuracy
+            self._advance(1)
+        return row | {"evaluation_seconds": time.perf_counter() - started}
+
+    def _refuse_divergence(self, row: Row) -> None:
+        """Raises Diverged after an epoch whose network is not finite: all that would follow is NaN. There is no
+        checkpoint of it. Test and validation choose nothing, not even this."""
+        if self.model.is_finite() and row["train_loss"] is not None and row["evolution_loss"] is not None:
+            return
+        last = self.record.path / "checkpoints" / f"epoch-{row['epoch'] - 1:06d}.safetensors"
+        raise Diverged(
+            f"{self.record.path}: the network diverged in epoch {row['epoch']} ({row['kind']}): its loss or its "
+            "parameters are not finite; start a new run with a smaller parent.lr "
+            f"({self.config.parent.lr:g}). {last} is before it"
+        )
+
+    def _set_up(self) -> int:
+        """Load the data, make the parent and the run folder or take them from a checkpoint, start the
+        workers. Returns the first epoch to run."""
+        checkpoint = lock = None
+        if self.folder:
+            lock = lock_folder(self.folder, self.patience)
+            self.at_end.callback(lock.close)
+            checkpoint, metrics = latest_checkpoint(self.folder, self._note)
+        config, workers = self.config, pool_size(self.config.cluster)
+        if checkpoint:
+            run = checkpoint.loop.config
+            run_keep = run.run.model_copy(update={"keep": config.run.keep})
+            config = run.model_copy(update={"run": run_keep, "cluster": config.cluster})
+        threads = config.parent.threads or config.cluster.driver_cpus or len(os.sched_getaffinity(0))
+        self.config = config = config.model_copy(
+            update={
+                "parent": config.parent.model_copy(update={"threads": threads}),
+                "evolution": config.evolution.resolved(workers),
+            }
+        )
+        self.device = claim_device(threads)
+        splits = load_splits(config.data, config.run.seed, self._note)
+        self.splits = splits.to(self.device)
+        self.data_digest = splits.digest()
+        # The weights of a run that goes on are those of the checkpoint; their file may be gone.
+        origin = config.parent.model_copy(update={"weights": "none"}) if checkpoint else config.parent
+        module, notes = initial_model(origin, len(splits.classes), config.run.seed)
+        for name, value in module.state_dict().items():
+            if not value.isfinite().all():
+                raise InputError(f"parent.weights {config.parent.weights}: {name} is not finite everywhere")
+        self.normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
+        self.description = describe(config.parent, splits)
+        self.strategy = make_strategy(config.evolution, len(splits.classes))
+        if self.strategy:
+            module = module.to(self.device)
+            self.population = make_population(config, splits, module, self._note, self._start_workers)
+            self.at_end.callback(self.population.close)
+        self.model = self.population.model if self.population else FlatModel(module, self.device)
+        # While the workers start: torch's first optimizer takes a second to import what it needs.
+        self.trainer = Trainer(
+            config.parent, self.model, self.splits.sgd, self.normalise, config.run.seed, config.data.augment
+        )
+        if self.pool:
+            self.pool.wait_until_joined()
+        devices = {
+            "driver": {"host": platform.node(), "pid": os.getpid(), "device": str(self.device)},
+            "workers": [info.record() for info in (self.pool.infos if self.pool else [])],
+        }
+        if self.folder and lock and checkpoint:
+            self._restore(checkpoint)
+            self.record = RunFolder.reopen(self.folder, lock, config, devices, checkpoint.epoch, metrics)
+        else:
+            self.record = RunFolder.create(config, devices)
+        self.at_end.callback(self.record.close)
+        self.log = self.record.log
+        for text in self.unlogged:
+            self.log(text)
+        if not checkpoint:
+            self._save(0)
+        # From here on there is something to go on from.
+        self.progress.folder = str(self.record.path)
+        self.progress.rows = list(self.record.rows)
+        parts = ("sgd", "evolution", "validation", "test")
+        sizes = ", ".join(f"{len(getattr(self.splits, part))} {part}" for part in parts)
+        team = f"{workers} worker{'s' * (workers > 1)}" if self.pool else "no workers"
+        self._note(f"{sizes} images of {len(splits.classes)} classes; {team}; {self.record.path}")
+        for note in notes:
+            self._note(note)
+        if self.population and config.evolution.every > config.run.epochs:
+            self._note(
+                f"no evolve phase: evolution.every ({config.evolution.every}) > run.epochs ({config.run.epochs})"
+            )
+        if not checkpoint:
+            return 1
+        self._note(f"going on after epoch {checkpoint.epoch}")
+        return checkpoint.epoch + 1
+
+    def _start_workers(self, spec: EvaluatorSpec) -> Pool:
+        cluster = self.config.cluster
+        self.pool = Pool(RayTransport(spec, cluster), cluster, spec.noise, self._note, self._advance)
+        return self.pool
+
+    def _save(self, epoch: int) -> None:
+        """Write the checkpoint of an epoch, and delete those that are no longer needed."""
+        every = self.config.evolution.every
+        tensors = {
+            "network": self.model.state_dict(),
+            "optimizer": optimizer_tensors(self.trainer.optimizer),
+            "evolution": optimizer_tensors(self.population.optimizer[1])
+            if self.population and self.population.optimizer
+            else {},
+        }
+        loop = Loop(
+            epoch=epoch,
+            generation=epoch // every * every if self.population else 0,
+            steps=self.trainer.steps,
+            device=self.device.type,
+            data=self.data_digest,
+            metrics=self.record.metrics_state(),
+            config=self.config,
+        )
+        folder, run = self.record.path / "checkpoints", self.config.run
+        save_checkpoint(folder, Checkpoint(tensors, loop))
+        prune(
+            folder,
+            epoch,
+            run.keep,
+            lambda epoch: bool(run.keep_parents and self.population and (epoch + 1) % every == 0),
+        )
+
+    def _evolution_state(self) -> TensorDict:
+        """What the update of the next generation depends on beside the parent; only es has it."""
+        optimizer = self.population.optimizer if self.population else None
+        return optimizer_tensors(optimizer[1]) if optimizer else {}
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Be what the run was at a checkpoint. Raises InputError when its images or devices are others now."""
+        loop = checkpoint.loop
+        if loop.data != self.data_digest:
+            raise InputError(f"{self.folder}: data.root: the images are not those that the run began with")
+        if loop.device != self.device.type:
+            raise InputError(f"{self.folder}: the run began on {loop.device}, here the driver has {self.device.type}")
+        load_network(self.model.module, checkpoint)
+        load_optimizer(self.trainer.optimizer, checkpoint.tensors["optimizer"])
+        self.trainer.steps = loop.steps
+        if self.population and self.config.evolution.strategy == "es":
+            load_optimizer(
+                self.population.optimizer_of(self.config.evolution.optimizer), checkpoint.tensors["evolution"]
+            )
+
+    def _finish(self) -> None:
+        save_weights(self.record.path / "final.safetensors", self.model.state_dict(), self.description)
+        self.log("finished")
+        self._begin("done", "", 0)
+
+    def _begin(self, phase: str, unit: str, total: int) -> None:
+        progress = self.progress
+        progress.phase, progress.unit, progress.total = phase, unit, total
+        progress.done = progress.images = 0
+        progress.started = time.time()
+
+    def _advance(self, done: int, images: int = 0) -> None:
+        if self.stopping.is_set():
+            raise Stopped
+        self.progress.done += done
+        self.progress.total = max(self.progress.total, self.progress.done)
+        self.progress.images += images
+
+    def _note(self, text: str) -> None:
+        text = one_line(text)  # it may quote the name of a file
+        self.progress.said.append(text)
+        self.log(text)
+
+    def look(self, rows: int | None, said: int) -> Progress:
+        """Where the run is, with what was said after the first `said`, and the rows after the first `rows`."""
+        values = vars(self.progress)
+        infos = self.pool.infos if self.pool else []
+        new = {"rows": [] if rows is None else values["rows"][rows:], "said": values["said"][said:]}
+        return Progress(**values | new | {"worker_pids": [info.pid for info in infos]})
+
+    def stop(self) -> None:
+        """Let `run` end at the next batch or result."""
+        self.stopping.set()

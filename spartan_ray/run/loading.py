@@ -1,0 +1,105 @@
+"""Configurations from presets, YAML files and run folders, and back."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spartan_ray.errors import InputError
+from spartan_ray.run.config import Config
+from spartan_ray.section import perhaps
+
+PRESETS = resources.files("spartan_ray.run") / "presets"
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(name_or_file: str) -> Config:
+    """The configuration of a preset, of a YAML file, or of a run folder."""
+    if name_or_file in preset_names():
+        text = (PRESETS / f"{name_or_file}.yaml").read_text()
+    elif Path(name_or_file).is_dir():
+        return load_run_config(Path(name_or_file))
+    else:
+        try:
+            text = Path(name_or_file).read_text()
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            presets = ", ".join(preset_names())
+            raise InputError(f"--config {name_or_file}: no such preset ({presets}) or readable file: {error}") from None
+    return _parse(text, name_or_file)
+
+
+def load_run_config(folder: Path) -> Config:
+    """The configuration of a run folder, but for `cluster.address`: a folder that came from elsewhere must not
+    say which Ray is given the token and trusted with what it answers."""
+    try:
+        text = (folder / "config.yaml").read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder}: not a run folder: {error}") from None
+    config = _parse(text, str(folder / "config.yaml"))
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": None})})
+
+
+def _parse(text: str, source: str) -> Config:
+    """The configuration of YAML. Raises InputError that begins with the name of its source."""
+    try:
+        sections = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date that there is not
+        raise InputError(f"{source}: not YAML: {error}") from None
+    try:
+        return _configuration(sections)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def _configuration(sections: Any) -> Config:
+    if not isinstance(sections, dict):
+        raise InputError(f"expected sections, got {type(sections).__name__}")
+    values: dict[str, Any] = {}
+    defaults = Config()
+    for section, fields in sections.items():
+        if section not in Config.model_fields:
+            name = str(section)[:80]
+            near = perhaps(name, Config.model_fields) or f" (one of {', '.join(Config.model_fields)})"
+            raise InputError(f"{name}: unknown section{near}")
+        if not isinstance(fields, dict) or not all(isinstance(field, str) for field in fields):
+            raise InputError(f"{section}: expected field: value lines, got {reprlib.repr(fields)}")
+        values[section] = type(getattr(defaults, section))(**fields)
+    return Config(**values)
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to the same configuration."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises InputError for what does not belong in a run folder: a link that leads out of it, as what is
+    written there would be elsewhere, and pipes and devices, which may never end."""
+    for entry in folder.rglob("*"):
+        target = Path(os.path.realpath(entry))
+        if entry.is_symlink() and not target.is_relative_to(os.path.realpath(folder)):
+            raise InputError(f"{entry}: a link out of the run folder")
+        if not target.is_file() and not target.is_dir():
+            raise InputError(f"{entry}: neither a file nor a folder")
+
+
+def differences(before: Config, now: Config) -> list[str]:
+    """The fields that change what a run computes and differ: all but `cluster` and `run.keep`."""
+    found = []
+    for section in ("run", "data", "parent", "evolution"):
+        values, others = (getattr(config, section).model_dump(exclude={"keep"}) for config in (before, now))
+        found += [
+            f"{section}.{name} was {value} and is {others[name]}"
+            for name, value in values.items()
+            if value != others[name]
+        ]
+    return found

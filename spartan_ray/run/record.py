@@ -1,0 +1,227 @@
+"""The run folder as it is written: configuration, environment, a line an epoch, TensorBoard's events."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from spartan_ray import __version__, origin
+from spartan_ray.engine.strategies.requests import Outcome
+from spartan_ray.errors import InputError, RunError
+from spartan_ray.run.checkpoint import MetricsState, write_whole
+from spartan_ray.run.config import Config
+from spartan_ray.run.loading import dump_config, refuse_links
+
+PACKAGES = ("ray", "torch", "torchvision", "numpy", "numba", "pandas")
+
+Row = dict[str, Any]
+
+
+class RunFolder:
+    """A run folder that this process writes, made by `create` or `reopen`."""
+
+    def __init__(self, path: Path, lock: IO[str], first_epoch: int = 1) -> None:
+        self.path = path
+        self.lock = lock
+        self.tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=first_epoch)
+        self.rows: list[Row] = []
+        self.began, self.seconds_before = time.monotonic(), 0.0  # of the run, before this process
+        self.metrics_bytes = 0
+        self.metrics_hash = hashlib.sha256()
+
+    @classmethod
+    def create(cls, config: Config, devices: dict[str, Any]) -> RunFolder:
+        """A new run folder. `devices` is what environment.json says of driver and workers."""
+        path = make_run_folder(Path(config.run.out), config.run.name)
+        folder = cls(path, lock_folder(path))
+        folder._describe(config, environment() | devices)
+        return folder
+
+    @classmethod
+    def reopen(
+        cls, path: Path, lock: IO[str], config: Config, devices: dict[str, Any], epoch: int, metrics: bytes
+    ) -> RunFolder:
+        """The folder of a run that goes on after an epoch, with what metrics.jsonl was then."""
+        folder = cls(path, lock, epoch + 1)
+        folder.metrics_hash.update(metrics)
+        folder.metrics_bytes = len(metrics)
+        folder.rows = [json.loads(line) for line in metrics.splitlines()]
+        folder.seconds_before = folder.rows[-1].get("run_seconds", 0.0) if folder.rows else 0.0
+        write_whole(path / "metrics.jsonl", metrics)
+        try:
+            before = dict(json.loads((path / "environment.json").read_text()))
+            earlier = list(before.pop("resumed", []))
+        except (OSError, ValueError, TypeError, RecursionError):  # it only informs
+            before, earlier = {}, []
+        resumed = [*earlier, {"epoch": epoch} | environment() | devices]
+        folder._describe(config, before | {"resumed": resumed})
+        return folder
+
+    def _describe(self, config: Config, environment: dict[str, Any]) -> None:
+        write_whole(self.path / "config.yaml", dump_config(config).encode())
+        write_whole(self.path / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
+
+    def append(self, row: Row) -> Row:
+        """Append a line to metrics.jsonl, with the time and the seconds that the run has taken; returns it as
+        written: what is not finite becomes null, as JSON has no word for it. Raises RunError when it cannot be
+        written."""
+        row = {key: _finite(value) for key, value in row.items()}
+        row |= {"time": now(), "run_seconds": self.seconds_before + time.monotonic() - self.began}
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        try:
+            with open(self.path / "metrics.jsonl", "ab") as lines:
+                lines.write(line)
+                lines.flush()
+                os.fsync(lines.fileno())
+            for key, value in row.items():
+                if isinstance(value, (int, float)) and key != "epoch":
+                    self.tensorboard.add_scalar(key, value, row["epoch"])
+        except OSError as error:
+            raise RunError(f"{self.path}: the record cannot be written: {error.strerror}") from None
+        self.metrics_hash.update(line)
+        self.metrics_bytes += len(line)
+        self.rows.append(row)
+        return row
+
+    def log(self, text: str) -> None:
+        """Append a line to log.txt: what was said of the run, and when. A full disk is said by what must be written."""
+        with contextlib.suppress(OSError), open(self.path / "log.txt", "a") as lines:
+            lines.write(f"{now()} {text}\n")
+
+    def metrics_state(self) -> MetricsState:
+        """What a checkpoint holds of metrics.jsonl."""
+        return MetricsState(bytes=self.metrics_bytes, sha256=self.metrics_hash.hexdigest())
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk was said by what failed before
+            self.tensorboard.close()
+        self.lock.close()
+
+
+def phase_row(outcome: Outcome) -> Row:
+    """What the record says of an evolve phase."""
+    scored, cases_K = outcome.cases_scored, outcome.cases_K
+    finite_K = outcome.fitness_K[np.isfinite(outcome.fitness_K)]
+    # The best of those that were scored on the most: of one that was left behind in a race little is known.
+    furthest_K = outcome.fitness_K[np.isfinite(outcome.fitness_K) & (cases_K == cases_K.max())]
+    return {
+        "images_per_second": scored / outcome.seconds["scoring"],
+        "population": len(outcome.members),
+        "fitness_images": outcome.cases,
+        **{
+            f"fitness_{name}": float(getattr(finite_K, name)()) if len(finite_K) else math.nan
+            for name in ("min", "mean", "std")
+        },
+        "fitness_max": float(furthest_K.max()) if len(furthest_K) else math.nan,
+        "fitness_nonfinite": len(outcome.fitness_K) - len(finite_K),
+        "parent_fitness_before": outcome.before,
+        "parent_fitness_after": outcome.after,
+        "accepted": outcome.accepted > 0,
+        "accepted_members": outcome.accepted,
+        "chosen_member": outcome.chosen,
+        "note": outcome.note,
+        "confirm_fitness_before": outcome.confirm[0] if outcome.confirm else None,
+        "confirm_fitness_after": outcome.confirm[1] if outcome.confirm else None,
+        "search_ratios": outcome.search[0] if outcome.search else None,
+        "search_fitness": outcome.search[1] if outcome.search else None,
+        "step_ratio": outcome.step_ratio,
+        "images_scored": scored - outcome.discarded_cases,
+        "images_saved": int((outcome.cases - cases_K[cases_K > 0]).sum()),
+        "images_discarded": outcome.discarded_cases,
+        **{f"{name}_seconds": seconds for name, seconds in outcome.seconds.items()},
+        **outcome.counts,
+        "workers": outcome.workers,
+    }
+
+
+def lock_folder(path: Path, patience: float = 0.0) -> IO[str]:
+    """Lock a run folder for this process until the file is closed, or the process ends in whatever way.
+
+    Waits so many seconds for a process that is ending. Raises InputError when another one holds it, and for
+    a folder that a link would let us write out of."""
+    refuse_links(path)
+    try:
+        file = os.fdopen(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be locked: {error.strerror}") from None
+    if os.fstat(file.fileno()).st_nlink > 1:
+        file.close()
+        raise InputError(f"{path / 'lock'}: is another file too")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                with file:
+                    holder = file.read().strip()
+                raise InputError(f"{path}: another process writes this run: {holder or 'unknown'}") from None
+            time.sleep(0.1)
+        except OSError as error:  # a file system without locks
+            file.close()
+            raise InputError(f"{path}: cannot be locked: {error.strerror}") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def environment() -> dict[str, Any]:
+    """What the bits of a run may depend on beside its configuration."""
+    return {
+        "python": platform.python_version(),
+        "versions": {"spartan-ray": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": origin.commit(),
+        "sources": origin.sources(),
+        "processor": _processor(),
+    }
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def make_run_folder(out: Path, name: str) -> Path:
+    """A new folder out/name, or out/name-2, ... when it is taken."""
+    number = 1
+    while True:
+        folder = out / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError as error:
+            if not folder.exists():  # it is `out` that is there, as a file
+                raise InputError(f"run.out {out}: cannot make a run folder: {error}") from None
+            number += 1
+        except OSError as error:
+            raise InputError(f"run.out {out}: cannot make a run folder: {error}") from None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,167 @@
+"""Rebuild what a run scored from its journal and the checkpoints before its evolve phases."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from spartan_ray.engine.evaluator import threads
+from spartan_ray.engine.executor import LocalExecutor
+from spartan_ray.engine.strategies.es import EvolutionStrategies
+from spartan_ray.engine.strategies.requests import Members, Score, Scores, SetScale, Take, line, merge_seeds, parts
+from spartan_ray.errors import InputError
+from spartan_ray.run.checkpoint import (
+    REPLAY_PARTS,
+    CheckpointError,
+    epochs_kept,
+    load_checkpoint,
+    load_network,
+    load_optimizer,
+    save_weights,
+)
+from spartan_ray.run.journal import Journal, read_journal
+from spartan_ray.run.loading import load_run_config, refuse_links
+from spartan_ray.run.setup import make_population, make_strategy
+from spartan_ray.vision.data import load_splits
+from spartan_ray.vision.models import build_model, describe
+
+CPU = torch.device("cpu")
+
+
+def ran_on_gpu(run: Path) -> bool:
+    """Whether a run used a GPU, by its environment.json, which only informs."""
+    try:
+        return "cuda" in str(json.loads((run / "environment.json").read_text())["driver"]["device"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+class Replay:
+    """The evolve phases of a run folder, in this process and on a device of the kind that the run used.
+
+    `note` takes one-line messages. Raises InputError for a folder that is not of a run with evolve phases."""
+
+    def __init__(self, run: Path, note: Callable[[str], None], device: torch.device = CPU) -> None:
+        self.run = run
+        self.note = note
+        refuse_links(run)
+        self.config = load_run_config(run)
+        strategy_name = self.config.evolution.strategy
+        # Those that the run has had, whether their journals are still there or not.
+        last = max(epochs_kept(run / "checkpoints"), default=0)
+        every = self.config.evolution.every
+        self.generations = list(range(every, last + 1, every)) if strategy_name != "none" else []
+        if not self.generations:
+            raise InputError(f"{run}: has had no evolve phase (evolution.strategy {strategy_name})")
+        splits = load_splits(self.config.data, self.config.run.seed, note)
+        self.data_digest = splits.digest()
+        self.description = describe(self.config.parent, splits)
+        network = build_model(self.config.parent, len(splits.classes)).to(device)
+        self.population = make_population(self.config, splits, network, note)
+        assert self.population.here
+        self.executor: LocalExecutor = self.population.here
+        self.model = self.population.model
+        strategy = make_strategy(self.config.evolution, len(splits.classes))
+        assert strategy, "or there were no generations"
+        self.strategy = strategy
+
+    def descendant(self, generation: int, member: int, file: Path) -> tuple[float, float]:
+        """Write the weights of a member to a file; its fitness on record, and as it is scored now."""
+        journal = self._begin(generation)
+        if not 0 <= member < len(journal["member"]):
+            raise InputError(
+                f"--member {member}: generation {generation} has the members 0 to {len(journal['member']) - 1}"
+            )
+        evolution = self.config.evolution
+        fitness_K = journal["fitness"]
+        threshold = float(journal["before"])
+        if evolution.accept == "chain":
+            for earlier in np.flatnonzero(journal["weight"][:member]):
+                self._take(journal, int(earlier))
+                threshold = float(fitness_K[earlier])
+        if evolution.strategy == "es" or evolution.racing or not evolution.early_rejection:
+            threshold = -math.inf
+        members = _members(journal)[member : member + 1]
+        with threads(self.config.parent.threads):
+            self.population.broadcast()
+        cases = len(self.population.case_sets["fitness"])
+        scores: Scores | None = None
+        for part in parts(evolution.racing):
+            if part[0] * cases < max(1, journal["images"][member]):
+                answer = self.population.answer(Score(members, threshold=threshold, part=part, onto=scores))
+                assert isinstance(answer, Scores)
+                scores = answer
+        assert scores, "there is a first part"
+        # The whole of it; what was scored has no dead taps.
+        self.executor.evaluator.descend(int(members.seed_K[0]), members.offset_K[0], members.gain_K[0])
+        save_weights(file, self.executor.evaluator.model.state_dict(), self.description)
+        return float(fitness_K[member]), float(scores.fitness_K[0])
+
+    def verify(self, generation: int) -> bool:
+        """Make the next parent of a generation again from its journal; whether its bits are the recorded ones."""
+        journal = self._begin(generation)
+        moved = np.flatnonzero(journal["weight"])
+        if len(moved) and self.config.evolution.strategy == "es":
+            seed_U, weight_U = merge_seeds(_members(journal), journal["weight"])
+            with threads(self.config.parent.threads):
+                assert isinstance(self.strategy, EvolutionStrategies)
+                wanted = self.strategy.direction(seed_U, weight_U, float(journal["rate"]))
+                self.population.answer(replace(wanted, ratio=None))
+                assert self.population.scale is not None, "the update"
+                self.population.scale = self.population.scale * float(journal["factor"])
+                self.population.answer(Take(line(float(journal["length"]))))
+        else:
+            for member in moved:
+                self._take(journal, int(member))
+        agrees = self.model.digest() == str(journal["next_parent"])
+        moves = f"{len(moved)} of {len(journal['member'])} members have weight"
+        self.note(f"generation {generation}: {moves}; {'agrees' if agrees else 'DIFFERS from the recorded parent'}")
+        return agrees
+
+    def _begin(self, generation: int) -> Journal:
+        """Be at the parent before a generation; its journal."""
+        if generation not in self.generations:
+            raise InputError(f"--generation {generation}: {self.run} has {', '.join(map(str, self.generations))}")
+        path, checkpoints = self.run / "journal" / f"{generation:06d}.npz", self.run / "checkpoints"
+        journal = read_journal(path)
+        try:
+            checkpoint = load_checkpoint(checkpoints, generation - 1, REPLAY_PARTS)
+        except CheckpointError as error:
+            if self.config.run.keep_parents:
+                raise InputError(f"the parent before generation {generation} is missing: {error}") from None
+            kept = ", ".join(map(str, epochs_kept(checkpoints)))
+            raise InputError(
+                f"{self.run}: the parent before generation {generation} was not kept (run.keep_parents is false; "
+                f"there are checkpoints of the epochs {kept})"
+            ) from None
+        if checkpoint.loop.data != self.data_digest:
+            raise InputError(f"{self.run}: data.root: the images are not those that the run had")
+        load_network(self.model.module, checkpoint)
+        if self.model.digest() != str(journal["parent"]):
+            raise InputError(f"{path}: the journal of another parent than the checkpoint's")
+        evolution = self.config.evolution
+        self.population.optimizer = None
+        if evolution.strategy == "es":
+            load_optimizer(self.population.optimizer_of(evolution.optimizer), checkpoint.tensors["evolution"])
+        self.population.begin(self.strategy.case_sets, generation)
+        if evolution.strategy == "random-gradients":
+            self.population.answer(SetScale("gradient"))
+        elif evolution.sigma_scale == "relative":
+            self.population.answer(SetScale("rms"))
+        return journal
+
+    def _take(self, journal: Journal, member: int) -> None:
+        """Make a member the parent, as the run did."""
+        with threads(self.config.parent.threads):
+            self.population.take_gradient()  # of the parent as it is now
+            self.population.answer(Take(_members(journal)[member : member + 1]))
+
+
+def _members(journal: Journal) -> Members:
+    return Members(journal["seed"], journal["offset"], journal["gain"])

@@ -1,0 +1,107 @@
+"""The parts of a run from its configuration: the same for the driver and for what makes a run again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from spartan_ray.engine.evaluator import EvaluatorSpec
+from spartan_ray.engine.executor import Executor
+from spartan_ray.engine.population import GRADIENT_CASES, Population, gradient_cases
+from spartan_ray.engine.strategies.es import EvolutionStrategies
+from spartan_ray.engine.strategies.random_gradients import RandomGradients
+from spartan_ray.engine.strategies.requests import CaseSet, Strategy
+from spartan_ray.errors import InputError
+from spartan_ray.run.config import Config, Evolution
+from spartan_ray.vision.classification import (
+    BatchNormKind,
+    Classification,
+    Normaliser,
+    RelativeLoss,
+    error,
+    mean_gradient,
+)
+from spartan_ray.vision.data import Splits
+from spartan_ray.vision.models import build_model
+
+# SGD images that recalibrate BatchNorm: the same ones in the whole run.
+REFERENCE_IMAGES = 512
+
+
+def make_strategy(config: Evolution, classes: int) -> Strategy | None:
+    """The strategy that the configuration names; None where every epoch is SGD."""
+    config = config.resolved()
+    if config.strategy == "none":
+        return None
+    strategy = EvolutionStrategies if config.strategy == "es" else RandomGradients
+    # A strategy's settings have the names of the fields.
+    given = {name: getattr(config, name) for name in inspect.signature(strategy).parameters if hasattr(config, name)}
+    if strategy is RandomGradients:
+        given["temperature"] = {"none": None, "error": error, "loss": RelativeLoss(classes)}[config.temperature]
+        given["wave"] = config.wave or 1
+    return strategy(**given)
+
+
+def make_fitness(config: Evolution, splits: Splits) -> Classification:
+    """What the descendants of a run are scored by: the images of its evolution split."""
+    reference = splits.sgd[slice(0, REFERENCE_IMAGES)]
+    by, statistics, precision = config.fitness, config.batchnorm, config.precision
+    return Classification(splits.evolution, reference, splits.mean_C, splits.std_C, by, statistics, precision)
+
+
+def make_population(
+    config: Config,
+    splits: Splits,
+    network: nn.Module,
+    note: Callable[[str], None],
+    executor: Callable[[EvaluatorSpec], Executor] | None = None,
+) -> Population:
+    """The population of a run around its network. Raises InputError when there are too few images."""
+    evolution, seed = config.evolution, config.run.seed
+    counts = image_counts(evolution, len(splits.evolution), len(splits.sgd))
+    fitness = make_fitness(evolution, splits)
+    device = next(network.parameters()).device
+    sgd, normalise = splits.sgd.to(device), Normaliser(splits.mean_C, splits.std_C, device)
+    kind: BatchNormKind = "running" if evolution.batchnorm == "running" else "batch"
+
+    def gradient(network: nn.Module, generation: int) -> None:
+        """Of SGD images that are drawn anew for each generation."""
+        count = evolution.gradient_images or GRADIENT_CASES
+        index_N = torch.from_numpy(gradient_cases(np.arange(len(sgd)), count, seed, generation))
+        mean_gradient(network, sgd[index_N], normalise, kind)
+
+    return Population(
+        network,
+        fitness,
+        seed=seed,
+        noise=evolution.noise,
+        mutate=evolution.mutate,
+        fitness_cases=counts["fitness"],
+        confirm_cases=counts.get("search", counts.get("confirm")),
+        gradient=gradient if evolution.gradient_split == "sgd" else None,
+        gradient_cases=evolution.gradient_images or GRADIENT_CASES,
+        factory=functools.partial(build_model, config.parent, len(splits.classes)),
+        threads=config.cluster.cpus_per_worker,
+        executor=executor,
+        note=note,
+    )
+
+
+def image_counts(config: Evolution, evolution_images: int, sgd_images: int) -> dict[CaseSet, int]:
+    """How many images each set of a generation has. Raises InputError when they are not there."""
+    try:
+        counts = config.image_counts(evolution_images)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    in_fitness = config.gradient_split == "evolution"
+    name, available = ("fitness images", counts["fitness"]) if in_fitness else ("SGD split", sgd_images)
+    if config.gradient_images and config.gradient_images > available:
+        raise InputError(
+            f"evolution.gradient_images ({config.gradient_images}) is larger than the {name} ({available})"
+        )
+    return counts

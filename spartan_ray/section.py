@@ -1,0 +1,60 @@
+"""A section of typed configuration. Frozen; an unknown name or a value out of bounds is an InputError that names the
+field as the flags do, `section.field`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spartan_ray.errors import InputError
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Decay = Annotated[float, Field(gt=0, le=1)]
+
+
+def no_url(name: str, path: str) -> str:
+    """The path that was given as `name`. Raises InputError for a URL: as a path it is a folder `s3:`."""
+    if re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
+        raise InputError(f"{name} ({path}) is a URL: give the path where it is mounted")
+    return path
+
+
+def perhaps(name: str, known: Iterable[str]) -> str:
+    """The known name nearest to one that is not known."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f" (perhaps {near[0]}?)" if near else ""
+
+
+def _one_line(section: type[Section], error: ValidationError) -> str:
+    problem = error.errors()[0]
+    name = "".join(str(part) for part in problem["loc"][:1])[:80]
+    path = f"{section.prefix}.{name}".strip(".")
+    if problem["type"] == "extra_forbidden":
+        return f"{path}: unknown field{perhaps(name, section.model_fields)}"
+    if problem["type"] == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    # Shortened: a few lines of YAML can stand for gigabytes.
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{path}: letters, digits, '.', '_' and '-' only (got {reprlib.repr(problem['input'])})"
+    return f"{path}: {problem['msg'].removeprefix('Input ')} (got {reprlib.repr(problem['input'])})"
+
+
+class Section(BaseModel):
+    """One section of the configuration; `prefix` is its name in messages."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    prefix: ClassVar[str]
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(_one_line(type(self), error)) from None

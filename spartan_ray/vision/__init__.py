@@ -1,0 +1,1 @@
+"""Image classification: a guest of the engine."""

@@ -1,0 +1,209 @@
+"""Image classification: cross-entropy and accuracy of a network, as a fitness of the engine and on a split.
+
+Shapes: N images, C colours, M = 2 statistics: minus the cross-entropy, and whether the class is right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from spartan_ray.engine.evaluator import batched
+from spartan_ray.engine.fitness import Fitness
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.vision.data import Images
+from spartan_ray.vision.folding import Folding
+from spartan_ray.vision.leaves import Leaves
+
+BatchNormKind = Literal["running", "batch", "recalibrate"]
+
+
+class Result(NamedTuple):
+    """How a network does on images."""
+
+    loss: float  # mean cross-entropy, nats
+    accuracy: float  # share of images classified correctly
+    images: int  # that it was scored on
+
+
+class Normaliser:
+    """uint8 pixels to the floats that the network sees: (pixel / 255 - mean) / std by colour."""
+
+    def __init__(self, mean_C: tuple[float, ...], std_C: tuple[float, ...], device: torch.device) -> None:
+        self.scale_C = (1 / (255 * torch.tensor(std_C, dtype=torch.float64))).float().to(device)
+        shift_C = torch.tensor(mean_C, dtype=torch.float64) / torch.tensor(std_C, dtype=torch.float64)
+        self.shift_C = shift_C.float().to(device)
+
+    def __call__(self, pixels_NHWC: torch.Tensor) -> torch.Tensor:
+        """Float images, N x C x H x W in channels-last memory."""
+        return (pixels_NHWC * self.scale_C).sub_(self.shift_C).permute(0, 3, 1, 2)
+
+
+@contextlib.contextmanager
+def statistics_of(module: nn.Module, kind: BatchNormKind) -> Iterator[None]:
+    """The module in evaluation mode; within it, with kind batch, BatchNorm normalises by the statistics of
+    the batch and keeps nothing of them, else by its own."""
+    module.eval()
+    layers = _batchnorms(module) if kind == "batch" else []
+    for layer in layers:
+        layer.training, layer.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training, layer.track_running_stats = False, True
+
+
+def _batchnorms(module: nn.Module) -> list[nn.BatchNorm2d]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+@torch.inference_mode()
+def recalibrate(module: nn.Module, images_NCHW: torch.Tensor) -> None:
+    """Make BatchNorm's running statistics those of the images, whatever they were."""
+    module.eval()
+    layers = _batchnorms(module)
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum, layer.training = 1.0, True
+    try:
+        module(images_NCHW)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum, layer.training = momentum, False
+
+
+def largest_batch(device: torch.device) -> int:
+    """Images of a pass. The bits of a score depend on it, so it is a constant of the device type; 256 is the fastest
+    on the CPU cores that were measured."""
+    return 256 if device.type == "cpu" else 2048
+
+
+def batches(images: Images, normalise: Normaliser) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The images as the network sees them and their labels, in passes of equal size (to one)."""
+    device = images.labels_N.device
+    for index_N in batched(torch.arange(len(images), device=device), largest_batch(device)):
+        part = images[slice(int(index_N[0]), int(index_N[-1]) + 1)]
+        yield normalise(part.pixels_NHWC), part.labels_N
+
+
+def statistics(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Minus the cross-entropy of each image and 1 where its class is right, N x M. Outputs that are not numbers are
+    classified too, as class 0: their cross-entropy says that they are not finite."""
+    logits_NC = logits_NC.float()
+    hit_N = (logits_NC.argmax(1) == labels_N).float()
+    return torch.stack([-F.cross_entropy(logits_NC, labels_N, reduction="none"), hit_N], dim=1)
+
+
+@torch.inference_mode()
+def score(module: nn.Module, images: Images, normalise: Normaliser) -> Result:
+    """Score the module in evaluation mode, as it is."""
+    module.eval()
+    sum_M = torch.zeros(2, dtype=torch.float64, device=images.labels_N.device)
+    for images_NCHW, labels_N in batches(images, normalise):
+        sum_M += statistics(module(images_NCHW), labels_N).double().sum(0)
+    minus_loss, accuracy = (sum_M / len(images)).tolist()
+    return Result(-minus_loss, accuracy, len(images))
+
+
+def mean_gradient(module: nn.Module, images: Images, normalise: Normaliser, batchnorm: BatchNormKind) -> None:
+    """Add the gradient of the mean cross-entropy of the images to the parameters'. BatchNorm's own statistics stay as
+    they are and are what it uses, but for `batchnorm` batch."""
+    with statistics_of(module, batchnorm):
+        for images_NCHW, labels_N in batches(images, normalise):
+            loss = F.cross_entropy(module(images_NCHW), labels_N, reduction="sum")
+            (loss / len(images)).backward()
+
+
+class Classification(Fitness):
+    """Minus the mean cross-entropy, or the accuracy, of a network on images.
+
+    `batchnorm` says by what a descendant's BatchNorm normalises: running, the parent's statistics, which are folded
+    into the convolutions; batch, those of the scored batch; recalibrate, its own on the `reference` images."""
+
+    def __init__(
+        self,
+        images: Images,
+        reference: Images,
+        mean_C: tuple[float, ...],
+        std_C: tuple[float, ...],
+        by: Literal["loss", "accuracy"] = "loss",
+        batchnorm: BatchNormKind = "running",
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        self.images, self.reference = images, reference
+        self.mean_C, self.std_C = mean_C, std_C
+        self.statistic = 0 if by == "loss" else 1
+        self.batchnorm = batchnorm
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.cases = len(images)
+        # No image has a negative loss, and none counts twice.
+        self.best = np.array([0.0, 1.0])
+
+    def to(self, device: torch.device) -> None:
+        self.images = self.images.to(device)
+        self.batch = largest_batch(device)
+        self.normalise = Normaliser(self.mean_C, self.std_C, device)
+        self.reference_NCHW = self.normalise(self.reference.pixels_NHWC.to(device))
+        self.folding: Folding | None = None
+
+    def needed(self, model: FlatModel) -> NDArray[np.int64]:
+        return Leaves(model, self.reference_NCHW[:1]).ranges()
+
+    def prepare(self, case_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images = self.images[case_N]
+        return self.normalise(images.pixels_NHWC).to(self.dtype), images.labels_N
+
+    @contextlib.contextmanager
+    def ready(self, network: nn.Module) -> Iterator[None]:
+        if self.batchnorm == "recalibrate":
+            recalibrate(network, self.reference_NCHW)
+        if self.folding is None:
+            self.folding = Folding(network, self.reference_NCHW[:1])
+        device = self.reference_NCHW.device.type
+        folded = contextlib.nullcontext() if self.batchnorm == "batch" else self.folding(self.dtype)
+        half = torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
+        with folded, statistics_of(network, self.batchnorm), half:
+            yield
+
+    def __call__(self, network: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        images_NCHW, labels_N = batch
+        return statistics(network(images_NCHW), labels_N)
+
+    def value(self, mean_M: NDArray[np.float64]) -> float:
+        return float(mean_M[self.statistic])
+
+    def loss(self, network: nn.Module, case_N: torch.Tensor) -> torch.Tensor:
+        """The mean cross-entropy. Where members have statistics of their own, through those of the batch: with fixed
+        ones it would be another function's."""
+        images = self.images[case_N]
+        with statistics_of(network, "running" if self.batchnorm == "running" else "batch"):
+            return F.cross_entropy(network(self.normalise(images.pixels_NHWC)), images.labels_N)
+
+    def moved(self, network: nn.Module) -> None:
+        if self.batchnorm != "running":
+            recalibrate(network, self.reference_NCHW)
+
+
+def error(mean_M: NDArray[np.float64]) -> float:
+    """A temperature of random gradients: the share of images that the parent does not classify correctly."""
+    return float(1 - mean_M[1])
+
+
+class RelativeLoss:
+    """A temperature of random gradients: the parent's cross-entropy over ln(classes), that of a uniform guess."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+
+    def __call__(self, mean_M: NDArray[np.float64]) -> float:
+        return float(-mean_M[0] / math.log(self.classes))

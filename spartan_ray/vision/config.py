@@ -1,0 +1,66 @@
+"""What a run says of its images and its network."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, PositiveInt
+
+from spartan_ray.section import Fraction, NonNegativeFloat, PositiveFloat, Section, no_url
+
+Moments = Literal["keep", "reset", "rescale"]
+
+
+class Data(Section):
+    """The images and how they are split."""
+
+    prefix = "data"
+
+    name: Literal["cifar10", "fashion-mnist", "digits", "folder"] = "cifar10"
+    """Data set; `folder` reads train/<class>/* and test/<class>/* under data.root."""
+    root: Annotated[str, AfterValidator(partial(no_url, "data.root"))] | None = None
+    """Where the data set lies or is downloaded to (default: data/NAME; `digits` needs none)."""
+    download: bool = True
+    """Download a torchvision data set that is not under data.root."""
+    sgd_images: PositiveInt | None = None
+    """Training images that the gradient sees (default: 80 % of the training part)."""
+    evolution_images: PositiveInt | None = None
+    """Training images that score descendants (default: 10 %)."""
+    validation_images: PositiveInt | None = None
+    """Training images that only watch (default: 10 %)."""
+    sgd_on_evolution: bool = False
+    """Let SGD train on the evolution split too: the baseline that sees as many images as SGD + evolution."""
+    augment: bool = False
+    """Random flips and 4-pixel shifts of the SGD images (do not use flips for digits)."""
+
+
+class Parent(Section):
+    """The parent network and its gradient training."""
+
+    prefix = "parent"
+
+    model: Literal["resnet18", "convnet"] = "resnet18"
+    """resnet18, or convnet: 24 thousand parameters, to try the machinery in seconds."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """First layers of resnet18: imagenet (7x7 stride 2, pooling) or cifar (3x3, 16 times the work)."""
+    weights: Annotated[str, AfterValidator(partial(no_url, "parent.weights"))] = "none"
+    """none, imagenet (torchvision's), or a FILE: a state dict as .pt, .pth or .safetensors."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Optimizer of the SGD epochs."""
+    lr: PositiveFloat = 0.01
+    """Learning rate, constant as in the article."""
+    momentum: Fraction = 0.9
+    """Momentum of sgd; adam and adamw take it as beta1."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay: L2 for sgd and adam, decoupled for adamw."""
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    """Images a gradient step."""
+    gradient_noise: PositiveFloat | None = None
+    """Gaussian noise on gradients: eta of its variance eta / (1 + step)^0.55, 0.01 to 1 in the paper (default: off)."""
+    moments_after_evolution: Moments = "keep"
+    """Optimizer's moments after a phase that moved the parent; rescale fits them to the new gradient's norm."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the SGD epochs; bf16 is autocast."""
+    threads: PositiveInt | None = None
+    """CPU threads of the driver (default: cluster.driver_cpus, else all cores). The bits depend on it."""

@@ -1,0 +1,226 @@
+"""Data sets as uint8 tensors, and their split into disjoint parts.
+
+Every data set is 32x32 RGB, held as uint8 in (N, H, W, C) order, which is channels-last already;
+`fitness.py` and `parent.py` normalise batches on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spartan_ray.engine.draws import permutation
+from spartan_ray.errors import InputError
+from spartan_ray.vision.config import Data
+from spartan_ray.vision.images import SIDE, Note, read_folder
+
+# What torchvision raises when a download fails, or a file cannot be read as what it should be.
+LOAD_ERRORS = (OSError, HTTPException, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError)
+
+
+@dataclass(frozen=True)
+class Images:
+    """N images with their labels."""
+
+    pixels_NHWC: torch.Tensor  # uint8
+    labels_N: torch.Tensor  # int64
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def __getitem__(self, index_N: torch.Tensor | slice) -> Images:
+        return Images(self.pixels_NHWC[index_N], self.labels_N[index_N])
+
+    def to(self, device: torch.device) -> Images:
+        return Images(self.pixels_NHWC.to(device), self.labels_N.to(device))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The four disjoint parts. `sgd` includes `evolution` only when data.sgd_on_evolution asks for it."""
+
+    sgd: Images
+    evolution: Images
+    validation: Images
+    test: Images
+    classes: tuple[str, ...]
+    mean_C: tuple[float, ...]
+    std_C: tuple[float, ...]
+
+    def digest(self) -> str:
+        """SHA-256 of all images and labels in their order."""
+        digest = hashlib.sha256()
+        for images in (self.sgd, self.evolution, self.validation, self.test):
+            digest.update(images.pixels_NHWC.numpy().data)
+            digest.update(images.labels_N.numpy().data)
+        return digest.hexdigest()
+
+    def to(self, device: torch.device) -> Splits:
+        parts = {name: getattr(self, name).to(device) for name in ("sgd", "evolution", "validation", "test")}
+        return replace(self, **parts)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set as it comes: a training part and a test part."""
+
+    train: Images
+    test: Images
+    classes: tuple[str, ...]
+
+
+def load_splits(config: Data, seed: int, note: Note = print) -> Splits:
+    """Load the data set that the configuration names and split it by the seed.
+
+    `note` takes one-line messages for the user. Raises InputError for a missing, empty or corrupt data
+    set and for splits that it cannot fill."""
+    dataset = LOADERS[config.name](config, note)
+    sizes = _split_sizes(config, len(dataset.train))
+    order_N = _stratified_order(dataset.train.labels_N.numpy(), seed)
+    # SGD comes last, so that its size leaves the other two splits as they are.
+    ends = np.cumsum([sizes["validation"], sizes["evolution"], sizes["sgd"]])
+    validation, evolution, sgd = (dataset.train[torch.from_numpy(part)] for part in np.split(order_N, ends)[:3])
+    for name, split in (("sgd", sgd), ("evolution", evolution), ("validation", validation)):
+        present = torch.bincount(split.labels_N, minlength=len(dataset.classes))
+        if (present == 0).any():
+            missing = dataset.classes[int((present == 0).nonzero()[0])]
+            count = int((dataset.train.labels_N == dataset.classes.index(missing)).sum())
+            raise InputError(
+                f"class {missing!r} has too few training images ({count}) to be in all splits: "
+                f"none is left for the {name} split of {len(split)} (data.{name}_images)"
+            )
+    if config.sgd_on_evolution:
+        sgd = Images(torch.cat([sgd.pixels_NHWC, evolution.pixels_NHWC]), torch.cat([sgd.labels_N, evolution.labels_N]))
+    mean_C, std_C = _colours(sgd)
+    return Splits(sgd, evolution, validation, dataset.test, dataset.classes, mean_C, std_C)
+
+
+def _colours(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each colour, of pixels in [0, 1]; exact, from counts of values."""
+    value_V = np.arange(256) / 255
+    means, stds = [], []
+    for colour in range(3):
+        count_V = torch.bincount(images.pixels_NHWC[..., colour].flatten(), minlength=256).numpy()
+        means.append(float(count_V @ value_V / count_V.sum()))
+        stds.append(float(np.sqrt(count_V @ (value_V - means[-1]) ** 2 / (count_V.sum() - 1))))
+    if min(stds) == 0:
+        raise InputError("data: a colour has one value in all SGD images: there is nothing to learn from")
+    return tuple(means), tuple(stds)
+
+
+def _split_sizes(config: Data, available: int) -> dict[str, int]:
+    tenth = available // 10
+    sizes = {"evolution": config.evolution_images or tenth, "validation": config.validation_images or tenth}
+    # The default of SGD is what the others leave of its 80 %.
+    rest = available - sum(sizes.values())
+    sizes["sgd"] = config.sgd_images or max(0, min(available - 2 * tenth, rest))
+    if sum(sizes.values()) > available or min(sizes.values()) == 0:
+        wanted = " + ".join(f"data.{name}_images ({size})" for name, size in sizes.items())
+        raise InputError(f"{wanted} do not fit the {available} training images of {config.root or config.name}")
+    return sizes
+
+
+def _stratified_order(labels_N: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """An order of all images in which every stretch holds the classes in proportion, to one image a
+    class: image r of a shuffled class of c images comes at (r + 1/2) / c."""
+    shuffled_N = permutation(len(labels_N), seed, 0)
+    place_N = np.empty(len(labels_N))
+    for label in np.unique(labels_N):
+        members = shuffled_N[labels_N[shuffled_N] == label]
+        place_N[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return shuffled_N[np.argsort(place_N[shuffled_N], kind="stable")]
+
+
+def _images(pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> Images:
+    return Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _digits(config: Data, note: Note) -> Dataset:
+    """scikit-learn's 1,797 digits of 8x8 pixels, each pixel four by four; a fixed fifth is the test part."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small_NHW = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    pixels_NHWC = np.repeat(np.kron(small_NHW, np.ones((1, 4, 4), np.uint8))[..., None], 3, axis=3)
+    order_N = _stratified_order(digits.target, seed=0)
+    test_N, train_N = np.split(order_N, [len(order_N) // 5])
+    classes = tuple(str(name) for name in digits.target_names)
+    return Dataset(
+        _images(pixels_NHWC[train_N], digits.target[train_N]),
+        _images(pixels_NHWC[test_N], digits.target[test_N]),
+        classes,
+    )
+
+
+def _torchvision(config: Data, note: Note) -> Dataset:
+    """CIFAR-10 or Fashion-MNIST (padded to 32x32, grey to RGB) through torchvision, which verifies the checksums of
+    downloads, and those of CIFAR-10's files each time."""
+    import torchvision
+
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "fashion-mnist": torchvision.datasets.FashionMNIST}[config.name]
+    root = Path(config.root or Path("data") / config.name).expanduser()
+    parts = []
+    for train in (True, False):
+        try:
+            part = kind(str(root), train=train, download=config.download)
+        except LOAD_ERRORS as error:
+            trouble = _trouble(error, _published(kind, root), config.download)
+            raise InputError(f"data.root {root}: {config.name} {trouble}") from None
+        pixels, labels = np.asarray(part.data), np.asarray(part.targets)
+        if pixels.ndim == 3:
+            pixels = np.repeat(np.pad(pixels, ((0, 0), (2, 2), (2, 2)))[..., None], 3, axis=3)
+        strange = set(labels.tolist()) - set(range(len(part.classes)))
+        if pixels.shape != (len(labels), SIDE, SIDE, 3) or strange:
+            raise InputError(f"data.root {root}: {config.name} is corrupt: images, labels and classes do not match")
+        parts.append(_images(pixels, labels))
+    return Dataset(parts[0], parts[1], tuple(part.classes))
+
+
+def _published(kind: Any, root: Path) -> dict[Path, str | None]:
+    """The files of a data set, with the MD5 of those of which it is known."""
+    if hasattr(kind, "resources"):  # Fashion-MNIST, of which only the archives have checksums
+        return {root / kind.__name__ / "raw" / Path(name).stem: None for name, _ in kind.resources}
+    checksums = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    return {root / kind.base_folder / name: md5 for name, md5 in checksums}
+
+
+def _trouble(error: Exception, published: dict[Path, str | None], download: bool) -> str:
+    """What is wrong with a data set: torchvision says the same of files that are not there and of damaged ones."""
+    from torchvision.datasets.utils import check_integrity
+
+    reason = str(error).strip() or type(error).__name__
+    missing = [path for path in published if not path.is_file()]
+    if missing and isinstance(error, (OSError, HTTPException, RuntimeError)):
+        if download:
+            return f"is not there, and could not be downloaded ({reason}): put {missing[0]} there"
+        return f"is not there (data.download is off): no {missing[0]}"
+    if isinstance(error, PermissionError):
+        return f"cannot be read: {reason}"
+    damaged = [path for path, md5 in published.items() if md5 and not check_integrity(path, md5)]
+    if not damaged:
+        return f"is corrupt: {reason} (delete it to download it again)"
+    again = f", and could not be downloaded again: {reason}" if download else ""
+    return f"is corrupt: {damaged[0]} has not the published MD5{again}"
+
+
+def _folder(config: Data, note: Note) -> Dataset:
+    """train/<class>/* and test/<class>/*."""
+    train, test, classes = read_folder(Path(str(config.root)), note)
+    return Dataset(_images(*train), _images(*test), classes)
+
+
+LOADERS: dict[str, Callable[[Data, Note], Dataset]] = {
+    "cifar10": _torchvision,
+    "fashion-mnist": _torchvision,
+    "digits": _digits,
+    "folder": _folder,
+}

@@ -1,0 +1,66 @@
+"""The live part of a network: what reaches its output, and so what gradient descent moves."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.vision.folding import calls
+from spartan_ray.vision.layers import LiveConv2d
+
+
+class Leaves:
+    """What gradient descent moves: the parameters, but of a convolution with dead taps the part of its weight that
+    holds the live ones. The others' gradients are zero, and to hold and to add them takes a tenth of a step.
+
+    `with leaves():` makes the network compute with them; they share theta_D's memory. Dead taps stay as they are,
+    under weight decay too. `image_NCHW` shows the sizes of the maps."""
+
+    def __init__(self, model: FlatModel, image_NCHW: torch.Tensor) -> None:
+        self.model = model
+        self.live: dict[torch.Tensor, tuple[LiveConv2d, tuple[slice, slice]]] = {}
+        for conv, input_NCHW, _ in calls(model.module, image_NCHW):
+            if isinstance(conv, LiveConv2d):
+                rows, columns = conv.live_taps(input_NCHW.shape[2:])
+                if (rows.stop - rows.start, columns.stop - columns.start) != conv.kernel_size:
+                    self.live[conv.weight] = conv, (rows, columns)
+        parameters = model.parameters
+        self.tensors = [
+            part.detach().requires_grad_() if parameter in self.live else parameter
+            for parameter, part in zip(parameters, self.parts(model.theta_D), strict=True)
+        ]
+
+    def parts(self, vector_D: torch.Tensor) -> list[torch.Tensor]:
+        """A vector of theta_D's layout as a tensor a leaf, which share its memory."""
+        parts = []
+        for parameter, view in zip(self.model.parameters, self.model.views(vector_D), strict=True):
+            if parameter in self.live:
+                rows, columns = self.live[parameter][1]
+                view = view.permute(0, 2, 3, 1)[:, rows, columns]
+            parts.append(view)
+        return parts
+
+    def ranges(self) -> NDArray[np.int64]:
+        """The elements of theta_D that reach the output, as R ranges [first, end)."""
+        live_D = torch.zeros(len(self.model.theta_D) + 2, dtype=torch.int8)
+        for part in self.parts(live_D[1:-1]):
+            part.fill_(1)
+        ends: NDArray[np.int64] = np.flatnonzero(np.diff(live_D.numpy())).reshape(-1, 2)
+        return ends
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        for parameter, leaf in zip(self.model.parameters, self.tensors, strict=True):
+            if parameter in self.live:
+                conv, (rows, columns) = self.live[parameter]
+                conv.live = leaf, (rows.start, columns.start)
+        try:
+            yield
+        finally:
+            for conv, _ in self.live.values():
+                conv.live = None

@@ -1,0 +1,133 @@
+"""Gradient training of the parent. Shapes: N images of a batch, C colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from spartan_ray.engine.draws import permutation, random_key
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.optimizer import rescale_moments
+from spartan_ray.noise.kernels import kernel_for
+from spartan_ray.vision.classification import Normaliser, mean_gradient
+from spartan_ray.vision.config import Parent as ParentConfig
+from spartan_ray.vision.data import Images
+from spartan_ray.vision.leaves import Leaves
+
+# Purposes of the keys of `permutation` and of torch's generators, beside the seed.
+ORDER_OF_EPOCH = 1 << 32
+AUGMENTATION_OF_EPOCH = 1 << 34
+NOISE_OF_STEP = 1 << 40
+CROP_MARGIN = 4
+# Exponent of the annealing of gradient noise, the paper's.
+NOISE_DECAY = 0.55
+# SGD images whose gradient rescales the optimizer's moments.
+MOMENT_IMAGES = 512
+
+
+def make_optimizer(config: ParentConfig, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+    """The optimizer of the configuration over all parameters."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
+
+
+def noise_deviation(eta: float, step: int) -> float:
+    """Standard deviation of the noise added to the gradient of a step, counted from 0: its variance is
+    eta / (1 + step)^0.55 (Neelakantan et al., arXiv 1511.06807)."""
+    return math.sqrt(eta / (1 + step) ** NOISE_DECAY)
+
+
+class Trainer:
+    """Trains a FlatModel in place. An epoch's batches are a function of (seed, epoch) alone."""
+
+    def __init__(
+        self, config: ParentConfig, model: FlatModel, images: Images, normalise: Normaliser, seed: int, augment: bool
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.images = images
+        self.normalise = normalise
+        self.seed = seed
+        self.augment = augment
+        self.leaves = Leaves(model, normalise(images.pixels_NHWC[:1]))
+        self.optimizer = make_optimizer(config, self.leaves.tensors)
+        self.steps = 0
+        self.noise_kernel = kernel_for("gaussian", model.theta_D.device)
+
+    def train_epoch(self, epoch: int, on_batch: Callable[[int], None]) -> int:
+        """One pass over the images in a new order; calls on_batch(images of the batch) after each step.
+        A last batch of a single image is dropped, since BatchNorm has no variance for it.
+        Returns the number of images trained on."""
+        module, device = self.model.module, self.images.labels_N.device
+        module.train()
+        order_N = torch.from_numpy(permutation(len(self.images), self.seed, ORDER_OF_EPOCH + epoch)).to(device)
+        random = torch.Generator().manual_seed(random_key(self.seed, AUGMENTATION_OF_EPOCH + epoch))
+        trained = 0
+        with self.leaves():
+            for index_N in order_N.split(self.config.batch_size):
+                if len(index_N) == 1:
+                    continue
+                batch = self.images[index_N]
+                pixels_NHWC = shift_and_flip(batch.pixels_NHWC, random) if self.augment else batch.pixels_NHWC
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                    logits_NC = module(self.normalise(pixels_NHWC))
+                loss = F.cross_entropy(logits_NC.float(), batch.labels_N)
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self._add_noise()
+                self.optimizer.step()
+                self.steps += 1
+                trained += len(index_N)
+                on_batch(len(index_N))
+        return trained
+
+    def _add_noise(self) -> None:
+        """Annealed gaussian noise on the gradients, a function of (seed, step) alone."""
+        if self.config.gradient_noise is None:
+            return
+        seed_1 = np.array([random_key(self.seed, NOISE_OF_STEP + self.steps)], np.uint64)
+        weight_1 = np.array([noise_deviation(self.config.gradient_noise, self.steps)], np.float32)
+        noise_D = self.noise_kernel.accumulate(seed_1, weight_1, 0, self.model.theta_D.numel())
+        for leaf, noise in zip(self.leaves.tensors, self.leaves.parts(noise_D), strict=True):
+            assert leaf.grad is not None
+            leaf.grad += noise
+
+    def gradient_norms(self) -> torch.Tensor:
+        """The norm of each parameter tensor's gradient, T, on the same SGD images every time and with
+        BatchNorm as in training: what `rescale_moments` compares."""
+        images = self.images[slice(0, MOMENT_IMAGES)]
+        self.model.module.zero_grad(set_to_none=True)
+        mean_gradient(self.model.module, images, self.normalise, "batch")
+        gradient_D = self.model.gradient()
+        self.model.module.zero_grad(set_to_none=True)
+        return torch.stack([view.double().norm() for view in self.model.views(gradient_D)])
+
+    def rescale_moments(self, before_T: torch.Tensor) -> None:
+        """Fit the moments to a parent that evolution moved: the first moment of a tensor by the ratio of
+        its gradient's norm after to before, the second by the ratio's square. Without it Adam divides the
+        new parent's larger gradients by the root of the old one's smaller squares."""
+        rescale_moments(self.optimizer, self.leaves.tensors, before_T, self.gradient_norms())
+
+    def reset_moments(self) -> None:
+        """Forget the moments: the optimizer starts anew."""
+        self.optimizer.state.clear()
+
+
+def shift_and_flip(pixels_NHWC: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Each image flipped left to right half of the time and shifted by up to 4 pixels, zeros outside."""
+    count, height, width, _ = pixels_NHWC.shape
+    device = pixels_NHWC.device
+    shift_2N = torch.randint(0, 2 * CROP_MARGIN + 1, (2, count), generator=random).to(device)
+    flip_N = torch.randint(0, 2, (count,), generator=random).bool().to(device)
+    padded = F.pad(pixels_NHWC, (0, 0, CROP_MARGIN, CROP_MARGIN, CROP_MARGIN, CROP_MARGIN))
+    row_NH = shift_2N[0, :, None] + torch.arange(height, device=device)
+    column_NW = shift_2N[1, :, None] + torch.arange(width, device=device)
+    column_NW = torch.where(flip_N[:, None], column_NW.flip(1), column_NW)
+    image_N11 = torch.arange(count, device=device)[:, None, None]
+    return padded[image_N11, row_NH[:, :, None], column_NW[:, None, :]]

@@ -1,0 +1,334 @@
+"""The library: any network, any fitness, in this process and on Ray."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from spartan_ray import (
+    EvolutionOptimizer,
+    EvolutionStrategies,
+    Fitness,
+    InputError,
+    Population,
+    RandomGradients,
+    RunError,
+)
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.noise.contract import member_seeds, noise
+
+CPU = torch.device("cpu")
+INPUTS_NI = torch.from_numpy(noise("gaussian", 1, 0, 60 * 5).reshape(60, 5).copy())
+TARGETS_N = (INPUTS_NI.sin().sum(1) > 0).long()
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+
+def likelihood(network: nn.Module, case_N: torch.Tensor) -> torch.Tensor:
+    return -F.cross_entropy(network(INPUTS_NI[case_N]), TARGETS_N[case_N], reduction="none")
+
+
+class WithLoss(Fitness):
+    """The same with all that a fitness may have."""
+
+    cases = 60
+    batch = 16
+    best = np.zeros(1)
+
+    def __call__(self, network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return likelihood(network, batch)
+
+    def loss(self, network: nn.Module, case_N: torch.Tensor) -> torch.Tensor:
+        return -likelihood(network, case_N).mean()
+
+
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    "es": lambda: EvolutionStrategies(10, sigma=0.1, lr=0.05, mirrored=True, optimizer="momentum"),
+    "search": lambda: EvolutionStrategies(10, sigma=0.1, step="search", sigma_scale="relative", confirm=True),
+    "best": lambda: RandomGradients(10, lr=0.5, low=-1.0, racing=1),
+    "chain": lambda: RandomGradients(10, lr=0.5, low=-1.0, accept="chain", confirm=True),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_phases_are_the_same_on_one_worker_on_two_and_in_this_process(local_ray: None, strategy: str) -> None:
+    ends = set()
+    for workers in ("local", 1, 2):
+        net = network()
+        with Population(net, WithLoss(), workers=workers, seed=3) as population:
+            outcomes = [population.step(STRATEGIES[strategy]()) for _ in range(3)]
+        assert any(outcome.accepted for outcome in outcomes)
+        assert population.generation == 3
+        ends.add(FlatModel(net, CPU).digest())
+    assert len(ends) == 1
+
+
+def test_a_phase_moves_the_network_in_place_by_the_formula() -> None:
+    net = network()
+    flat = torch.cat([parameter.detach().flatten() for parameter in net.parameters()]).numpy()
+    population = Population(net, likelihood, cases=60, seed=5)
+    outcome = population.step(EvolutionStrategies(6, sigma=0.1, lr=0.01))
+    seed_K = member_seeds(5, 1, 6)
+    fitness_K = []
+    for seed in seed_K:
+        other = network()
+        vector_D = torch.from_numpy(flat + np.float32(0.1) * noise("uniform", int(seed), 0, len(flat)))
+        nn.utils.vector_to_parameters(vector_D, other.parameters())
+        fitness_K.append(likelihood(other.eval(), torch.arange(60)).mean().item())
+    np.testing.assert_allclose(outcome.fitness_K, fitness_K, rtol=1e-5)
+    z_K = (outcome.fitness_K - outcome.fitness_K.mean()) / outcome.fitness_K.std()
+    move_D = (
+        0.01 / (6 * 0.1) * sum(z * noise("uniform", int(s), 0, len(flat)) for z, s in zip(z_K, seed_K, strict=True))
+    )
+    now = torch.cat([parameter.detach().flatten() for parameter in net.parameters()]).numpy()
+    np.testing.assert_allclose(now - flat, move_D, atol=1e-6)
+    assert net.training
+
+
+class Odd(nn.Module):
+    """What trips who counts parameters: a 4-D one that is no convolution's, one that is tied, one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, 2, 3, 4))
+        self.convolution = nn.Conv2d(2, 3, 3, padding=1)
+        self.frozen = nn.Linear(36, 36).requires_grad_(False)
+        self.first = nn.Linear(36, 36, bias=False)
+        self.second = nn.Linear(36, 36, bias=False)
+        self.second.weight = self.first.weight
+        self.register_buffer("scale", torch.full((), 0.5))
+
+    def forward(self, x_N: torch.Tensor) -> torch.Tensor:
+        hidden = self.convolution(x_N.view(-1, 1, 1, 1) + self.position).flatten(1)
+        out_N: torch.Tensor = self.second(self.first(self.frozen(hidden)).tanh()).sum(1) * self.get_buffer("scale")
+        return out_N
+
+
+def outputs(network: nn.Module, case_N: torch.Tensor) -> torch.Tensor:
+    dtype = next(network.parameters()).dtype
+    error_N: torch.Tensor = network((case_N / 10).to(dtype)).float() - 1
+    return -error_N.square()
+
+
+def test_parameters_of_every_kind() -> None:
+    net = Odd()
+    before = copy.deepcopy(net.state_dict())
+    population = Population(net, outputs, cases=20)
+    sizes = {"position": 24, "convolution.weight": 54, "convolution.bias": 3, "first.weight": 36 * 36}
+    assert population.model.names == list(sizes)
+    assert len(population.model.theta_D) == sum(sizes.values())
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+    # As the noise contract counts them: the convolution's weight as O, H, W, I, the others as they are.
+    start_D = torch.cat([
+        before["position"].flatten(), before["convolution.weight"].permute(0, 2, 3, 1).flatten(),
+        before["convolution.bias"], before["first.weight"].flatten(),
+    ])  # fmt: skip
+    assert torch.equal(population.model.theta_D, start_D)
+    first = population.step(EvolutionStrategies(8, sigma=0.05, step="ratio"))
+    assert first.after > first.before
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {*sizes, "second.weight"}
+    assert net.second.weight is net.first.weight
+
+
+def test_a_network_in_half_precision_keeps_a_parent_in_single() -> None:
+    """Steps that are too small for bfloat16 add up."""
+    net = Odd().bfloat16()
+    population = Population(net, outputs, cases=20)
+    assert population.model.theta_D.dtype == torch.float32
+    start_D, before = population.model.theta_D.clone(), copy.deepcopy(net.state_dict())
+    strategy = EvolutionStrategies(8, sigma=0.05, step="ratio", step_ratio=1e-3)
+    for _ in range(3):
+        population.step(strategy)
+    moved_D = population.model.theta_D - start_D
+    assert 0 < moved_D.norm() < 1e-2 * start_D.norm()
+    for view, parameter in zip(
+        population.model.views(population.model.theta_D), population.model.parameters, strict=True
+    ):
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(view.bfloat16(), parameter)
+    # And what another trainer did to it is taken over, with its precision.
+    with torch.no_grad():
+        net.first.weight.mul_(0)
+    population.step(strategy)
+    assert net.first.weight.abs().max() < 0.01
+    assert torch.equal(net.frozen.weight, before["frozen.weight"])
+
+
+class F1(Fitness):
+    """True and false positives and negatives, which no mean over cases can be of."""
+
+    cases = 60
+
+    def __call__(self, network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        found_N, wanted_N = network(INPUTS_NI[batch]).argmax(1).bool(), TARGETS_N[batch].bool()
+        return torch.stack([found_N & wanted_N, found_N & ~wanted_N, ~found_N & wanted_N], dim=1).float()
+
+    def value(self, mean_M: NDArray[np.float64]) -> float:
+        true, false, missed = mean_M
+        return float(2 * true / (2 * true + false + missed))
+
+
+def test_a_fitness_of_several_statistics_and_a_search_and_confirm_of_it() -> None:
+    net = network()
+    population = Population(net, F1(), fitness_cases=30)
+    for _ in range(6):
+        outcome = population.step(EvolutionStrategies(20, sigma=0.3, step="search", confirm=True))
+        assert outcome.cases == 30
+        sets = population.case_sets
+        assert [len(sets[name]) for name in ("fitness", "search", "confirm")] == [30, 15, 15]
+        assert len(np.unique(np.concatenate(list(sets.values())))) == 60
+    found, wanted = net.eval()(INPUTS_NI).argmax(1).bool(), TARGETS_N.bool()
+    expected = 2 * (found & wanted).sum() / (found.sum() + wanted.sum())
+    scores = Population(net, F1()).step(EvolutionStrategies(2, sigma=1e-9))
+    assert scores.before == pytest.approx(expected.item())
+
+
+def test_what_a_fitness_lacks_is_named() -> None:
+    with pytest.raises(InputError, match=r"^FunctionFitness has no loss\(network, case_N\), which gradients need$"):
+        Population(network(), likelihood, cases=60).step(RandomGradients(4))
+    with pytest.raises(InputError, match=r"^cases: a function does not say how many"):
+        Population(network(), likelihood)
+    with pytest.raises(RunError, match="expected a row a case"):
+        Population(network(), lambda network, case_N: torch.zeros(1), cases=60).step(EvolutionStrategies(4))
+
+
+@pytest.mark.parametrize(("make", "said"), [
+    (lambda: Population(nn.Sequential(nn.ReLU()), likelihood, cases=3), "the network has no parameter that requires a"),
+    (lambda: Population(network().double(), likelihood, cases=3), r"the network's 0\.weight is torch\.float64"),
+    (lambda: Population(network(), likelihood, cases=3, mutate="9.*"), r"mutate '9\.\*': matches no parameter"),
+    (lambda: Population(network(), likelihood, cases=0), r"cases \(0\) must be at least 1"),
+    (lambda: Population(network(), WithLoss(), cases=3), r"cases \(3\): the fitness has 60"),
+    (lambda: Population(network(), likelihood, cases=9, fitness_cases=10).step(EvolutionStrategies(2)),
+     r"the cases of a generation \(fitness 10\) do not fit the 9"),
+    (lambda: EvolutionStrategies(3, mirrored=True), r"^population \(3\) must be even when mirrored$"),
+    (lambda: EvolutionStrategies(sigma=0), r"^sigma \(0\) must be above 0 and finite$"),
+    (lambda: EvolutionStrategies(step="far"), r"^step \('far'\) must be one of lr, ratio, search$"),  # type: ignore[arg-type]
+    (lambda: RandomGradients(low=2), r"^low \(2\) must be below high \(1\.0\), both finite$"),
+    (lambda: RandomGradients(accept="chain", racing=2), r"^racing \(2\) has no effect with accept chain$"),
+    (lambda: RandomGradients(wave=0), r"^wave \(0\) must be at least 1$"),
+])  # fmt: skip
+def test_settings_that_cannot_be_used_are_refused_by_name(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_member_for_which_the_fitness_raises_is_the_worst_and_the_parent_s_error_is_said() -> None:
+    def touchy(network: nn.Module, case_N: torch.Tensor) -> torch.Tensor:
+        statistic_N = likelihood(network, case_N)
+        if float(statistic_N.mean()) < level:
+            raise ArithmeticError("out of range")
+        return statistic_N
+
+    level, notes = -math.inf, list[str]()
+    calm = Population(network(), touchy, cases=60).step(EvolutionStrategies(20, sigma=0.3))
+    level = float(np.median(calm.fitness_K))
+    population = Population(network(), touchy, cases=60, note=notes.append)
+    outcome = population.step(EvolutionStrategies(20, sigma=0.3))
+    assert np.isnan(outcome.fitness_K).tolist() == (calm.fitness_K < level).tolist()
+    assert (outcome.counts["members_failed"], len(notes)) == (10, 10)
+    worst = int(np.argmin(calm.fitness_K))
+    said = (
+        f"the member of seed {outcome.members.seed_K[worst]} failed and is scored worst: ArithmeticError: out of range"
+    )
+    assert said in notes
+    level = math.inf
+    with pytest.raises(RunError, match=r"^the member of seed 0 failed: ArithmeticError: out of range$"):
+        population.step(EvolutionStrategies(20))
+
+
+def trained(
+    steps: int, saved: list[Any], from_: Any = None, moments: Any = "keep", half: bool = False
+) -> tuple[nn.Module, EvolutionOptimizer]:
+    """A plain loop with a schedule; what would be saved after the fifth step is added to `saved`."""
+    net = network()
+    base = torch.optim.Adam(net.parameters(), lr=0.05)
+    population = Population(net, WithLoss(), seed=2)
+    strategy = EvolutionStrategies(8, sigma=0.1, lr=0.01, optimizer="adam")
+    optimizer = EvolutionOptimizer(base, population, strategy, every=3, moments=moments)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    first = 0
+    if from_:
+        first, *states = from_
+        parts: tuple[Any, ...] = (net, optimizer, schedule)
+        for part, state in zip(parts, states, strict=True):
+            part.load_state_dict(copy.deepcopy(state))
+    for step in range(first, steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(INPUTS_NI), TARGETS_N)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step == 4:
+            saved += [5, *(copy.deepcopy(part.state_dict()) for part in (net, optimizer, schedule))]
+    return net, optimizer
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset", "rescale"])
+def test_the_optimizer_evolves_every_so_many_steps_and_resumes_exactly(moments: str) -> None:
+    saved: list[Any] = []
+    net, optimizer = trained(8, saved, moments=moments)
+    assert optimizer.outcome
+    assert optimizer.population.generation == 2
+    assert optimizer.base.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 0.05 * 0.5**4
+    again, _ = trained(8, [], saved, moments)
+    assert FlatModel(net, CPU).digest() == FlatModel(again, CPU).digest()
+    assert net.training
+
+
+def test_the_optimizer_is_the_base_s_steps_and_the_population_s_phases() -> None:
+    """By hand, to the bit."""
+    net, _ = trained(8, [])
+    by_hand = network()
+    base = torch.optim.Adam(by_hand.parameters(), lr=0.05)
+    population = Population(by_hand, WithLoss(), seed=2)
+    strategy = EvolutionStrategies(8, sigma=0.1, lr=0.01, optimizer="adam")
+    for step in range(1, 9):
+        base.zero_grad()
+        F.cross_entropy(by_hand(INPUTS_NI), TARGETS_N).backward()
+        base.step()
+        if step % 3 == 0:
+            population.step(strategy)
+        base.param_groups[0]["lr"] = 0.05 * 0.5 ** (step // 2)
+    assert FlatModel(net, CPU).digest() == FlatModel(by_hand, CPU).digest()
+
+
+def test_a_closure_a_scaler_and_a_compiled_network() -> None:
+    net = network()
+    compiled = torch.compile(net, backend="eager")
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = EvolutionOptimizer(base, Population(compiled, WithLoss()), EvolutionStrategies(4), every=2)  # type: ignore[arg-type]
+    scaler = torch.amp.GradScaler("cpu")
+    for _ in range(4):
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(compiled(INPUTS_NI), TARGETS_N)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert (optimizer.steps, optimizer.population.generation) == (4, 2)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(INPUTS_NI), TARGETS_N)
+        loss.backward()
+        return loss
+
+    assert isinstance(optimizer.step(closure), torch.Tensor)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0})
+    assert len(base.param_groups) == len(optimizer.param_groups) == 2
+    with pytest.raises(InputError, match=r"^every \(0\) must be at least 1$"):
+        EvolutionOptimizer(base, optimizer.population, EvolutionStrategies(4), every=0)

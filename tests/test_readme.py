@@ -1,0 +1,23 @@
+"""What the README shows runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+
+from whole_runs import ROOT, environment
+
+
+def test_the_readme_s_python_runs_as_it_stands() -> None:
+    text = (ROOT / "README.md").read_text()
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n)+", text, re.M)]
+    (program,) = [block for block in blocks if "import torch, spartan_ray as sr" in block]
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), check=True
+    )
+    pairs = [tuple(map(float, line.split())) for line in ended.stdout.splitlines()]
+    assert len(pairs) == 5
+    assert pairs[-1][1] > pairs[0][0]
+    assert not ended.stderr
