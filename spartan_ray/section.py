@@ -44,7 +44,8 @@ def _one_line(section: type[Section], error: ValidationError) -> str:
     # Shortened: a few lines of YAML can stand for gigabytes.
     if problem["type"] == "string_pattern_mismatch":
         return f"{path}: letters, digits, '.', '_' and '-' only (got {reprlib.repr(problem['input'])})"
-    return f"{path}: {problem['msg'].removeprefix('Input ')} (got {reprlib.repr(problem['input'])})"
+    wrong = problem["msg"].removeprefix("Input ").split(", unable")[0]
+    return f"{path}: {wrong} (got {reprlib.repr(problem['input'])})"
 
 
 class Section(BaseModel):

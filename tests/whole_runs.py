@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from spartan_ray.cli import main as cli
+from spartan_ray.cli.flags import take_config
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.transport import RayTransport
@@ -35,6 +36,11 @@ TIMINGS = {"seconds", "evaluation_seconds", "images_per_second", "scoring_second
            "images_discarded", "time", "run_seconds"}  # fmt: skip
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data.name", "digits", "--parent.model", "convnet", "--evolution.every", "2", "--evolution.population", "4"]
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """The configuration of `spartan train` with these arguments."""
+    return take_config(cli.parse(["train", *arguments]))
 
 
 def change(config: Config, **sections: dict[str, Any]) -> Config:

@@ -1,51 +1,137 @@
-"""The configuration of a command line: a base and flags that override it."""
+"""The flags of the command line: one for each field of the configuration, that overrides a base."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
+import types
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-import tyro
+from pydantic.fields import FieldInfo
 
 from spartan_ray.errors import InputError
 from spartan_ray.run.config import Config
 from spartan_ray.run.loading import load_config, preset_names
+from spartan_ray.section import Section, perhaps
+
+DEST = "field "  # what the names of fields begin with among the parsed arguments
 
 
-def parse_config(arguments: list[str]) -> Config:
-    """The configuration of `spartan train`'s arguments: --config NAME|FILE, and flags that override it."""
-    base = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    base.add_argument("--config")
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            chosen, flags = base.parse_known_args(arguments)
-    except SystemExit:
-        raise InputError("--config: expected the name of a preset or a file") from None
-    default = load_config(chosen.config) if chosen.config else Config()
-    description = (
-        f"Train a network. --config NAME|FILE is the base, flags override it. Presets: {', '.join(preset_names())}."
-    )
-    try:
-        return with_flags(default, flags, "spartan train", description)
-    except InputError as error:
-        stray = next((flag for flag in flags if str(error) == f"Unrecognized options: {flag}"), "")
-        if stray in preset_names() or Path(stray).is_file():
-            raise InputError(f"{error} (perhaps --config {stray}?)") from None
-        raise
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are InputErrors of one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's own keeps quiet about output that nobody reads."""
+        print(message, end="", file=file, flush=True)
 
 
-def with_flags(default: Config, flags: list[str], prog: str, description: str) -> Config:
-    """A configuration with the fields that flags name replaced."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(Config, default=default, args=flags, prog=prog, description=description)
-    except SystemExit as end:
-        if end.code == 0:
-            raise
-        raise InputError(_first_sentence(errors.getvalue())) from None
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=40)
+
+
+def add_fields(parser: argparse.ArgumentParser, shown: Iterable[str] = Config.model_fields) -> None:
+    """Add a flag for each field. The help shows those of the sections and fields that are named."""
+    default = Config()
+    for section in Config.model_fields:
+        values: Section = getattr(default, section)
+        group = parser.add_argument_group(section, (type(values).__doc__ or "").splitlines()[0])
+        for name, info in type(values).model_fields.items():
+            flag, value = f"{section}.{name}".replace("_", "-"), getattr(values, name)
+            options: dict[str, Any] = {"dest": f"{DEST}{section}.{name}", "default": argparse.SUPPRESS}
+            said = _help(info, value, flag) if {section, f"{section}.{name}"} & set(shown) else argparse.SUPPRESS
+            if isinstance(value, bool):
+                group.add_argument(f"--{flag}", action="store_true", help=said, **options)
+                group.add_argument(f"--{_off(flag)}", action="store_false", help=argparse.SUPPRESS, **options)
+            else:
+                group.add_argument(f"--{flag}", metavar=_metavar(info), help=said, **options)
+
+
+def _help(info: FieldInfo, value: Any, flag: str) -> str:
+    text = (info.description or "").rstrip(".").replace("%", "%%")
+    if isinstance(value, bool):
+        return f"{text} (default: {f'on; --{_off(flag)} turns it off' if value else 'off'})"
+    return text if value is None or "(default" in text else f"{text} (default: {value})"
+
+
+def _off(flag: str) -> str:
+    """The flag that turns a field off."""
+    section, name = flag.split(".")
+    return f"{section}.no-{name}"
+
+
+def _metavar(info: FieldInfo) -> str:
+    """What may be given: the choices, or the kind of value."""
+    names: list[str] = []
+    kinds = [info.annotation]
+    while kinds:
+        kind = kinds.pop(0)
+        origin = get_origin(kind)
+        if origin in (Union, types.UnionType):
+            kinds = [*get_args(kind), *kinds]
+        elif origin is Annotated:
+            kinds.insert(0, get_args(kind)[0])
+        elif origin is Literal:
+            names += get_args(kind)
+        elif kind is type(None):
+            continue
+        else:
+            names.append("INT" if kind is int else "FLOAT" if kind is float else "TEXT")
+    return "|".join(names)
+
+
+def take_fields(base: Config, arguments: argparse.Namespace) -> Config:
+    """A configuration with the fields that flags name replaced. Raises InputError for a value that cannot be used."""
+    given: dict[str, dict[str, Any]] = {}
+    for dest, value in vars(arguments).items():
+        if dest.startswith(DEST):
+            section, name = dest.removeprefix(DEST).split(".")
+            given.setdefault(section, {})[name] = value
+    sections = {}
+    for section, values in given.items():
+        before: Section = getattr(base, section)
+        for name, value in values.items():
+            # Of a field that may have no value `none` says so, unless that is a value of its own.
+            if value in ("none", "None") and _may_be_none(type(before).model_fields[name]):
+                values[name] = None
+        sections[section] = type(before)(**before.model_dump() | values)
+    return Config(**{name: getattr(base, name) for name in Config.model_fields} | sections)
+
+
+def _may_be_none(info: FieldInfo) -> bool:
+    return type(None) in get_args(info.annotation) and "none" not in str(info.annotation)
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
+    """Raises InputError for the first argument that nobody takes, with the nearest flag that there is."""
+    if not unknown:
+        return
+    first = unknown[0].split("=")[0]
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    if first.startswith("-"):
+        raise InputError(f"unknown option {first}{perhaps(first, known)}")
+    if first in preset_names() or Path(first).is_file():
+        raise InputError(f"unknown argument {first} (perhaps --config {first}?)")
+    raise InputError(f"unknown argument {first}")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that make a configuration: a base, and what overrides it."""
+    presets = ", ".join(preset_names())
+    parser.add_argument("--config", metavar="NAME|FILE", help=f"a preset ({presets}), a YAML file, or a run folder")
+    add_fields(parser)
+
+
+def take_config(arguments: argparse.Namespace) -> Config:
+    """The base that was chosen, with what flags replace."""
+    return take_fields(load_config(arguments.config) if arguments.config else Config(), arguments)
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -57,14 +143,3 @@ def with_absolute_paths(config: Config) -> Config:
     if parent.weights not in ("none", "imagenet"):
         parent = parent.model_copy(update={"weights": str(Path(parent.weights).absolute())})
     return config.model_copy(update={"run": run, "data": data, "parent": parent})
-
-
-def _first_sentence(box: str) -> str:
-    """The message of tyro's error box without the box, and the flag that it proposes."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
-    rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
-    message = " ".join(lines[:rule]).split(" Got errors", 1)[0]
-    proposed = [line.split()[0].rstrip(",") for line in lines[rule:] if line.startswith("--")]
-    if message.startswith("Unrecognized") and proposed:
-        message += f" (perhaps {proposed[0]}?)"
-    return message or " ".join(box.split())

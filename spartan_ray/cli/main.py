@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from spartan_ray import __version__
-from spartan_ray.cli.flags import parse_config, with_absolute_paths
+from spartan_ray.cli.flags import Parser, add_config, add_fields, refuse_unknown, take_config, with_absolute_paths
 from spartan_ray.cli.train import resume_run, run
 from spartan_ray.errors import InputError, RunError
 from spartan_ray.section import no_url
@@ -49,18 +49,23 @@ def main() -> None:
     sys.exit(code)
 
 
-def _command() -> int:
-    """Parse the command line and run its command; the exit code."""
-    parser = argparse.ArgumentParser(prog="spartan", description=DESCRIPTION)
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The parsed command line. Raises InputError for what is not understood."""
+    parser = Parser(prog="spartan", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"spartan {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("train", add_help=False, help="train a network; its flags: spartan train --help")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    train = commands.add_parser(
+        "train", help="train a network", description="Train a network. --config is the base, flags override it."
+    )
+    add_config(train)
     resume = commands.add_parser(
         "resume",
         help="go on with a run that was stopped or lost, to the same result",
-        epilog="--cluster.* and --run.keep may follow, as in `spartan train`; nothing else of a run can change.",
+        description="Go on with a run from its last checkpoint. Nothing but what follows can change.",
+        usage="spartan resume RUN [--run.keep INT] [--cluster.FIELD VALUE ...]",
     )
     resume.add_argument("run", type=_path("RUN"), metavar="RUN", help="a run folder")
+    add_fields(resume, shown=("run.keep", "cluster"))
     report = commands.add_parser("report", help="tables and pictures of one run, or of several compared")
     report.add_argument("runs", nargs="+", type=_path("RUN"), metavar="RUN", help="a run folder")
     report.add_argument(
@@ -86,18 +91,23 @@ def _command() -> int:
         metavar="FILE",
         help="the descendant's weights (default: descendant-G-K.safetensors)",
     )
-    arguments, rest = parser.parse_known_args()
-    if rest and arguments.command not in ("train", "resume"):
-        parser.error(f"unknown arguments: {' '.join(rest)}")
-    if arguments.command == "replay" and arguments.verify == (arguments.generation is not None):
-        replay.error("either --verify, or --generation G and --member K")
-    if arguments.command == "replay" and (arguments.generation is None) != (arguments.member is None):
-        replay.error("--generation and --member go together")
+    parsed, unknown = parser.parse_known_args(arguments)
+    refuse_unknown(commands.choices[parsed.command], unknown)
+    if parsed.command == "replay" and parsed.verify == (parsed.generation is not None):
+        raise InputError("either --verify, or --generation G and --member K")
+    if parsed.command == "replay" and (parsed.generation is None) != (parsed.member is None):
+        raise InputError("--generation and --member go together")
+    return parsed
+
+
+def _command() -> int:
+    """Run the command that the command line names; the exit code."""
+    arguments = parse(sys.argv[1:])
     match arguments.command:
         case "train":
-            return run(with_absolute_paths(parse_config(rest)))
+            return run(with_absolute_paths(take_config(arguments)))
         case "resume":
-            return resume_run(arguments.run, rest)
+            return resume_run(arguments)
         case "report":
             return write_report(arguments.runs, arguments.folder)
         case _:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from spartan_ray.cli.flags import with_flags
+from spartan_ray.cli.flags import take_fields
 from spartan_ray.cli.follow import follow, say, summarise
 from spartan_ray.cli.watchdog import watchdog
 from spartan_ray.distributed.address import ray_address
@@ -29,16 +30,14 @@ LOCK_PATIENCE = 3.0
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
 
 
-def resume_run(folder: Path, flags: list[str]) -> int:
+def resume_run(arguments: argparse.Namespace) -> int:
     """`spartan resume`: go on from the last checkpoint."""
+    folder: Path = arguments.run
     from spartan_ray.run.checkpoint import latest_checkpoint
     from spartan_ray.run.record import lock_folder
 
     before = load_run_config(folder)
-    try:
-        config = with_flags(before, flags, "spartan resume RUN", "Only --cluster.* and --run.keep may be given.")
-    except InputError as error:
-        raise InputError(f"{error} (resume takes one RUN, --cluster.* and --run.keep)") from None
+    config = take_fields(before, arguments)
     with lock_folder(folder, LOCK_PATIENCE):  # a run in progress is said before Ray starts
         warnings: list[str] = []
         try:

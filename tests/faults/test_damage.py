@@ -23,8 +23,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from whole_runs import parse_config
 
-from spartan_ray.cli.flags import parse_config
 from spartan_ray.engine.strategies.requests import Outcome, noisy
 from spartan_ray.errors import InputError, RunError
 from spartan_ray.report.reading import read_run
