@@ -42,7 +42,8 @@ def add_fields(parser: argparse.ArgumentParser, shown: Iterable[str] = Config.mo
     default = Config()
     for section in Config.model_fields:
         values: Section = getattr(default, section)
-        group = parser.add_argument_group(section, (type(values).__doc__ or "").splitlines()[0])
+        about = (section, (type(values).__doc__ or "").splitlines()[0])
+        group = parser.add_argument_group(*about if any(name.split(".")[0] == section for name in shown) else ())
         for name, info in type(values).model_fields.items():
             flag, value = f"{section}.{name}".replace("_", "-"), getattr(values, name)
             options: dict[str, Any] = {"dest": f"{DEST}{section}.{name}", "default": argparse.SUPPRESS}

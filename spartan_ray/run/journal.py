@@ -67,7 +67,8 @@ def read_journal(path: Path) -> Journal:
     except OSError as error:
         raise InputError(f"{path}: not readable as a journal: {error.strerror or error}") from None
     except Exception as error:  # NumPy and zipfile have no one error for a file that is torn or hostile
-        raise InputError(f"{path}: not a journal: {str(error) or type(error).__name__}") from None
+        # Shortened: NumPy quotes what it cannot read.
+        raise InputError(f"{path}: not a journal: {str(error)[:200] or type(error).__name__}") from None
     rows = (journal["member"].size,) if "member" in journal else ()
     shapes = {name: (kind, rows) for name, kind in COLUMNS.items()}
     shapes |= {name: (kind, ()) for name, kind in VALUES.items()}
