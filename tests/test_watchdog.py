@@ -20,7 +20,11 @@ with watchdog.watchdog("the start", {seconds}, "look there"):
     lock, take = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
     take(lock)
     print(child.pid, flush=True)
-    take(lock)
+    while True:
+        try:
+            take(lock)
+        except KeyboardInterrupt:  # it came just before
+            pass
 """
 
 
