@@ -17,6 +17,7 @@ import psutil
 import pytest
 import ray
 from conftest import Head
+from ray.exceptions import RayActorError
 from whole_runs import ROOT, SMALL, change, command, environment, run_here, same_result, spartan
 
 import spartan_ray
@@ -162,7 +163,9 @@ class EndedFromOutside:
 
     def watch(self, seconds: float, rows: int | None = None) -> None:
         self.watches.append(seconds)
-        raise self.error(32, "Broken pipe")
+        if self.error is RayActorError and len(self.watches) == 1:  # SIGTERM to the whole group
+            raise KeyboardInterrupt
+        raise self.error() if self.error is RayActorError else self.error(32, "Broken pipe")
 
     def stop(self) -> None: ...
 
@@ -173,6 +176,7 @@ class EndedFromOutside:
     ("error", "said"),
     [
         (KeyboardInterrupt, "stopping\nstopped at once; go on with: spartan resume /runs/x\n"),
+        (RayActorError, "stopping\nstopped; go on with: spartan resume /runs/x\n"),
         (BrokenPipeError, "spartan: Broken pipe; go on with: spartan resume /runs/x\n"),
     ],
 )
@@ -183,14 +187,14 @@ def test_a_run_that_is_ended_in_a_hurry_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A second Ctrl-C while the first is waited for, and output that nobody reads any more."""
+    """A second Ctrl-C while the first is waited for, a signal that ended the driver too, output that nobody reads."""
     watches: list[float] = []
     monkeypatch.setattr(supervisor, "Supervisor", lambda config, folder: EndedFromOutside(error, watches))
     for part, name in ((train, "_check_paths"), (train, "start_ray"), (ray, "shutdown")):
         monkeypatch.setattr(part, name, lambda *arguments, **named: None)
     monkeypatch.setattr(train, "reach_ray", lambda flag: ("local", "cluster.address"))
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
-    if error is KeyboardInterrupt:
+    if error is not BrokenPipeError:
         assert train.run(Config()) == 130
         assert len(watches) == 2
     else:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import CHUNK, Process, Scripted, Team, scores, weighted_sum, without
+from scripted import CHUNK, Answer, Process, Scripted, Team, scores, weighted_sum, without
 
 from spartan_ray.distributed.dispatch import FAILURES_PER_WORKER, TRIES, Failed, Lost, PoolError, Slot, backoff, may_do
 from spartan_ray.distributed.joining import versions
@@ -137,6 +137,34 @@ def test_a_worker_that_alone_answers_nan_joins_again_and_what_two_answer_counts(
     ]
     team.transport.die(team.transport.processes[1])  # alone it is not believed
     assert same(team.pool.evaluate(MEMBERS), expected)
+
+
+def test_a_doubted_worker_of_wrong_noise_takes_no_span_with_it() -> None:
+    """Its answers are ready, but not looked at, when it has joined again."""
+
+    def broken(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method == "join" and process.pid == 1 and team.notes:
+            return lambda info: replace(info, fingerprint=info.fingerprint + 1)
+        nan = method == "evaluate" and process.pid == 1
+        process.factor = 4.0 if process.pid == 1 else 1.0
+        return (lambda answer: (without(answer[0], np.ones(len(answer[0]), bool)), *answer[1:])) if nan else None
+
+    team = Team(Scripted(2, broken), chunk=2)
+    team.pool.wait_until_joined()
+    wait = team.transport.wait
+
+    def late(references: list[Answer], seconds: float) -> list[Answer]:
+        """From the doubt on all that is ready some seconds later, the newest first."""
+        if not team.notes:
+            return wait(references, seconds)
+        team.transport.clock += 20.0 if seconds else 0.0
+        ready = [answer for answer in references if answer.ready <= team.transport.clock]
+        return ready[::-1] or wait(references, seconds)
+
+    team.transport.wait = late  # type: ignore[method-assign]
+    assert ends_well(team)
+    team.pool.wait_until_joined()
+    assert any("noise fingerprint differs" in note for note in team.notes)
 
 
 @pytest.mark.parametrize("room", [1, 3])

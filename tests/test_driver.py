@@ -20,8 +20,8 @@ from ray.exceptions import RayTaskError
 from safetensors.torch import load_file
 from whole_runs import change, metrics, outcome, run_here, same_result, thresholds_of
 
+from spartan_ray.engine.draws import draw_cases
 from spartan_ray.engine.flat import FlatModel
-from spartan_ray.engine.population import draw_cases
 from spartan_ray.errors import Diverged, InputError
 from spartan_ray.noise.contract import noise
 from spartan_ray.report.page import write_report

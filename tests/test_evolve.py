@@ -19,9 +19,8 @@ from local import CPU, NORMALISE, PARENT, SPLITS, Phase, scored, trained
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from spartan_ray.engine.draws import permutation
+from spartan_ray.engine.draws import GRADIENT_CASES_OF_GENERATION, draw_cases, permutation
 from spartan_ray.engine.flat import FlatModel
-from spartan_ray.engine.population import GRADIENT_CASES_OF_GENERATION, draw_cases
 from spartan_ray.engine.strategies.requests import Outcome
 from spartan_ray.errors import InputError
 from spartan_ray.noise.contract import member_seeds, noise

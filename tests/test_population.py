@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,10 @@ from spartan_ray import (
     RandomGradients,
     RunError,
 )
+from spartan_ray.engine.evaluator import EvaluatorSpec
+from spartan_ray.engine.executor import Executor, LocalExecutor
 from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.population import Population as EnginePopulation
 from spartan_ray.noise.contract import member_seeds, noise
 
 CPU = torch.device("cpu")
@@ -45,7 +50,7 @@ class WithLoss(Fitness):
     """The same with all that a fitness may have."""
 
     cases = 60
-    batch = 16
+    batch: int | None = 16
     best = np.zeros(1)
 
     def __call__(self, network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -74,6 +79,56 @@ def test_phases_are_the_same_on_one_worker_on_two_and_in_this_process(local_ray:
         assert population.generation == 3
         ends.add(FlatModel(net, CPU).digest())
     assert len(ends) == 1
+
+
+def test_what_is_sent_to_a_worker_is_the_network_once() -> None:
+    """Of the specification, since the network's own parameters are views of one vector by then."""
+    sent: list[EvaluatorSpec] = []
+
+    def executor(spec: EvaluatorSpec) -> Executor:
+        sent.append(spec)
+        return LocalExecutor(spec, CPU, print)
+
+    net = nn.Sequential(*[nn.Linear(50, 50) for _ in range(20)])
+    alone = len(pickle.dumps(net))
+    EnginePopulation(net, WithLoss(), executor=executor)
+    assert len(pickle.dumps(sent[0])) < alone + 1000
+
+
+def test_what_cannot_be_sent_is_one_error(local_ray: None) -> None:
+    lock = threading.Lock()
+
+    def locked(network: nn.Module, case_N: torch.Tensor) -> torch.Tensor:
+        with lock:
+            return likelihood(network, case_N)
+
+    with pytest.raises(InputError, match=r"^the network or the fitness cannot be sent to workers: .*lock") as caught:
+        Population(network(), locked, cases=60, workers=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_race_of_members_none_of_which_can_be_scored_leaves_the_parent() -> None:
+    """Each raises, but the parent, which the first of all calls scores on both parts."""
+    calls: list[int] = []
+
+    def only_the_parent(network: nn.Module, case_N: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 2:
+            raise ArithmeticError("no")
+        return likelihood(network, case_N)
+
+    class Racing(WithLoss):
+        batch = None
+
+        def __call__(self, network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+            return only_the_parent(network, batch)
+
+    net = network()
+    before = FlatModel(copy.deepcopy(net), CPU).digest()
+    outcome = Population(net, Racing(), note=lambda text: None).step(RandomGradients(4, racing=1))
+    assert np.isnan(outcome.fitness_K).all()
+    assert not outcome.accepted
+    assert FlatModel(net, CPU).digest() == before
 
 
 def test_a_phase_moves_the_network_in_place_by_the_formula() -> None:

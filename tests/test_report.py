@@ -7,15 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from spartan_ray.engine.strategies.requests import Outcome, noisy
 from spartan_ray.errors import InputError
 from spartan_ray.report.page import write_report
 from spartan_ray.report.reading import read_run, unique_frames
 from spartan_ray.report.tables import evolve_table, final_table, markdown
 from spartan_ray.run.config import Config
 from spartan_ray.run.loading import dump_config
+from spartan_ray.run.record import phase_row
 
 
 def write_run(folder: Path, accuracies: list[float], evolve: dict[int, bool]) -> Path:
@@ -119,6 +122,13 @@ def test_report_is_three_pictures_a_text_and_a_page_that_needs_nothing(tmp_path:
     text = paths[3].read_text()
     assert "| same (2) |" in text
     assert "## Evolve phases" in text
+
+
+def test_the_best_member_of_a_race_is_of_those_that_were_scored_on_all() -> None:
+    members = noisy(np.arange(3, dtype=np.uint64), 0.0, 1.0)
+    fitness_K, cases_K = np.array([0.9, 0.5, 0.6]), np.array([25, 100, 100])
+    outcome = Outcome(members, fitness_K, cases_K, np.zeros(3), 0.0, 0.0, cases=100, seconds={"scoring": 1.0})
+    assert phase_row(outcome)["fitness_max"] == 0.6
 
 
 def test_a_report_of_sgd_alone_has_no_evolve_phases(tmp_path: Path) -> None:

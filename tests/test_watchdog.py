@@ -15,13 +15,14 @@ STUCK = """
 import ctypes, subprocess, sys
 from spartan_ray.cli import watchdog
 watchdog.SLOW_SECONDS = {slow}
-child = subprocess.Popen(["sleep", "1000"])
+child = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL)
 with watchdog.watchdog("the start", {seconds}, "look there"):
     lock, take = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
     take(lock)
-    print(child.pid, flush=True)
+    said = []
     while True:
         try:
+            said or said.append(print(child.pid, flush=True))
             take(lock)
         except KeyboardInterrupt:  # it came just before
             pass

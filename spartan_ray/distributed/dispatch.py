@@ -292,8 +292,7 @@ class Dispatcher:
         if task.range:
             slot.failures = 0
             return [End(task, result)]
-        self._welcome(slot, result)
-        return []
+        return self._welcome(slot, result)
 
     def _tend(self) -> list[End]:
         """Start the workers that are due, drop those that hang, follow the nodes that come and go. Raises
@@ -353,28 +352,28 @@ class Dispatcher:
         new = [(self.transport.now(), self.places + number, 0) for number in range(fresh)]
         self.places += fresh
         self.starts = (self.starts + new)[:missing]
-        for slot in [slot for slot in self.slots if not slot.info][: max(0, len(self.slots) - wanted)]:
+        starting = [slot for slot in self.slots if not slot.info and not slot.doubted]
+        for slot in starting[: max(0, len(self.slots) - wanted)]:
             self._remove(slot)
 
-    def _welcome(self, slot: Slot, info: WorkerInfo) -> None:
-        """Let a worker in that computes as this process does."""
+    def _welcome(self, slot: Slot, info: WorkerInfo) -> list[End]:
+        """Let a worker in that computes as this process does; the tasks of one that did so no longer."""
         odd = self.refuse(info)
         if slot.doubted:
-            if odd:
-                self._replace(slot, Failed(odd))
-                return
+            if odd:  # what it has answered, and was not looked at yet, ends with it
+                return self._replace(slot, Failed(odd))
             self.note(f"{info} computes the right noise: the fitness differs between workers")
         elif odd:
             self.last_reason = f"refused {info}: {odd}"
             self.note(self.last_reason)
             self.refused.append(info.node)
-            self._remove(slot)
-            return
+            return self._remove(slot)
         devices = {info.device for info in self.infos}
         if devices and info.device not in devices:
             others = ", ".join(sorted(devices))
             self.note(f"{info} is not like the others ({others}): bits depend on who scores what")
         slot.info = info
+        return []
 
     def _doubt(self, slot: Slot, other: Slot) -> None:
         """Of two workers one scores what the other cannot: let it join again, which shows whether its noise is still

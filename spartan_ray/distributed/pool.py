@@ -123,7 +123,7 @@ class Pool:
                 range_, is_finite, give_up
             ):
                 found.append((span.start, scores))
-                slowest_load = max(slowest_load, seconds_to_load)
+                slowest_load, again = max(slowest_load, seconds_to_load), 0
                 if seconds:
                     self.seconds_per_member = slot.seconds_per_member = seconds / len(span)
                 for k, reason in failed.items():
@@ -132,7 +132,8 @@ class Pool:
                     else:
                         failed_on = [*span.failed_on, slot.place]
                         spans.append(Span(span.start + k, span.start + k + 1, failed_on=failed_on))
-                self.advance(len(span) - len(failed), int(scores.cases_K.sum()))
+                        again += 1
+                self.advance(len(span) - again, int(scores.cases_K.sum()))
             if not spans:
                 break
         self.counts["broadcast_seconds"] += slowest_load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from spartan_ray.distributed.start import reach_ray, start_ray
 from spartan_ray.engine import population
 from spartan_ray.engine.evaluator import EvaluatorSpec
 from spartan_ray.engine.fitness import Fitness
+from spartan_ray.errors import InputError, one_line
 from spartan_ray.noise.contract import NoiseKind
 
 
@@ -76,7 +78,11 @@ class Population(population.Population):
             values = (cluster or Cluster()).model_dump() | {"workers": workers, "cpus_per_worker": threads}
             return self._start(spec, Cluster(**values), note)
 
-        super().__init__(network, fitness, executor=None if workers == "local" else pool, **settings)
+        try:
+            super().__init__(network, fitness, executor=None if workers == "local" else pool, **settings)
+        except BaseException:
+            self._end_ray()
+            raise
 
     def _start(self, spec: EvaluatorSpec, cluster: Cluster, note: Callable[[str], None]) -> Pool:
         import ray
@@ -89,13 +95,22 @@ class Population(population.Population):
 
         nodes = [node["Resources"] for node in nodes_here_first()]
         resolved = resolve_cluster(cluster, nodes)
-        pool = Pool(RayTransport(spec, resolved), resolved, spec.noise, note, lambda members, cases: None)
+        try:
+            transport = RayTransport(spec, resolved)
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise InputError(
+                f"the network or the fitness cannot be sent to workers: {one_line(str(error))[:300]}"
+            ) from error
+        pool = Pool(transport, resolved, spec.noise, note, lambda members, cases: None)
         pool.wait_until_joined()
         return pool
 
     def close(self) -> None:
         """End the workers, and the Ray if it was started for them. The network keeps its parameters."""
         super().close()
+        self._end_ray()
+
+    def _end_ray(self) -> None:
         if self.started_ray:
             import ray
 

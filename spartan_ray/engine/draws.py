@@ -1,9 +1,17 @@
-"""Random choices that are functions of a key, whatever the version of a library."""
+"""Random choices that are functions of a key, whatever the version of a library, and the cases of a generation.
+Shapes: N cases."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
+from spartan_ray.engine.strategies.requests import CaseSet
+from spartan_ray.errors import InputError
+
+# Keys of `permutation` for the cases of a generation.
+CASES_OF_GENERATION = 1 << 33
+GRADIENT_CASES_OF_GENERATION = 1 << 35
 
 
 def random_key(*key: int) -> int:
@@ -17,3 +25,32 @@ def permutation(count: int, *key: int) -> NDArray[np.int64]:
     It sorts the raw words of a counter generator, a stream that no NumPy release may change."""
     words = np.random.Philox(key=np.array(key, np.uint64)).random_raw(count)
     return np.argsort(words, kind="stable")
+
+
+def share_cases(
+    sets: tuple[CaseSet, ...], fitness: int | None, confirm: int | None, available: int
+) -> dict[CaseSet, int]:
+    """How many cases each set of a generation has: `fitness` and `confirm` as they are given, else an equal share of
+    what the others leave. Raises InputError when they do not fit."""
+    wanted: dict[CaseSet, int | None] = {name: fitness if name == "fitness" else confirm for name in sets}
+    given = sum(count or 0 for count in wanted.values())
+    missing = sum(count is None for count in wanted.values())
+    share = (available - given) // max(missing, 1)
+    if given > available or (missing and share < 1):
+        counts = ", ".join(f"{name} {count or 'the rest'}" for name, count in wanted.items())
+        raise InputError(f"the cases of a generation ({counts}) do not fit the {available} that there are")
+    return {name: count or share for name, count in wanted.items()}
+
+
+def draw_cases(
+    counts: dict[CaseSet, int], available: int, seed: int, generation: int
+) -> dict[CaseSet, NDArray[np.int64]]:
+    """Disjoint sets of cases, drawn anew for each generation."""
+    drawn_N = permutation(available, seed, CASES_OF_GENERATION + generation)
+    parts = np.split(drawn_N, np.cumsum(list(counts.values())))
+    return {name: np.sort(part) for name, part in zip(counts, parts, strict=False)}
+
+
+def gradient_cases(case_N: NDArray[np.int64], count: int, seed: int, generation: int) -> NDArray[np.int64]:
+    """Some of the cases, drawn anew for the gradient of each generation."""
+    return case_N[permutation(len(case_N), seed, GRADIENT_CASES_OF_GENERATION + generation)[:count]]

@@ -5,6 +5,7 @@ Shapes: D parameters, T parameter tensors, K members, N cases, U seeds.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -14,10 +15,9 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from spartan_ray.engine.draws import permutation
+from spartan_ray.engine.draws import draw_cases, gradient_cases, share_cases
 from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale, batched, values
 from spartan_ray.engine.executor import Executor, LocalExecutor
 from spartan_ray.engine.fitness import Fitness, as_fitness
@@ -35,13 +35,10 @@ from spartan_ray.engine.strategies.requests import (
     Strategy,
     Take,
 )
-from spartan_ray.errors import Diverged, InputError
+from spartan_ray.errors import Diverged
 from spartan_ray.noise.contract import RMS, NoiseKind
 from spartan_ray.noise.kernels import kernel_for
 
-# Keys of `permutation` for the cases of a generation.
-CASES_OF_GENERATION = 1 << 33
-GRADIENT_CASES_OF_GENERATION = 1 << 35
 # Cases of the gradient, if there are so many.
 GRADIENT_CASES = 512
 
@@ -88,13 +85,15 @@ class Population:
         Raises InputError for what cannot be used."""
         fitness = as_fitness(fitness, cases)
         device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-        self.model = FlatModel(getattr(network, "_orig_mod", network), device)
+        network = getattr(network, "_orig_mod", network)
+        # A copy from before its parameters are views of one vector: pickled, each of them would bring the whole of it.
+        spec = EvaluatorSpec(factory or copy.deepcopy(network), fitness, noise, threads)
+        self.model = FlatModel(network, device)
         self.seed, self.noise = seed, noise
         self.fitness_cases, self.confirm_cases = fitness_cases, confirm_cases
         self.gradient, self.gradient_cases = gradient or self._loss_gradient, gradient_cases
         self.kernel = kernel_for(noise, device)
         self.mutated_T = self.model.mutated(mutate)
-        spec = EvaluatorSpec(factory or self.model.module, fitness, noise, threads)
         # In this process the update is scored, which is not worth sending.
         pool = executor(spec) if executor else None  # first, since workers take their time to start
         here = LocalExecutor(spec, device, note)
@@ -168,13 +167,6 @@ class Population:
                 self.scale_changed = self.scale_changed or self.scale_is_gradient
         return None
 
-    def score(self, cases: CaseSet = "fitness") -> Scores:
-        """The parent's scores on a set of cases of the last generation."""
-        from_parent = Members(np.zeros(1, np.uint64), np.zeros(1, np.float32), np.zeros(1, np.float32))
-        scores = self.answer(Score(from_parent, cases))
-        assert isinstance(scores, Scores)
-        return scores
-
     def gradient_norms(self) -> torch.Tensor:
         """The norm of each parameter tensor's gradient, T in float64, on the same cases every time."""
         module, self.case_sets = self.model.module, {"fitness": np.arange(self.fitness.cases)}
@@ -241,8 +233,10 @@ class Population:
     def _pooled(self, first: Scores, second: Scores) -> Scores:
         """The scores of the same members on the cases of both."""
         cases_K = first.cases_K + second.cases_K
+        if first.mean_KM.shape != second.mean_KM.shape:  # none of them could be scored
+            return Scores(first.mean_KM * math.nan, np.full(len(cases_K), math.nan), cases_K)
         sum_KM = first.mean_KM * first.cases_K[:, None] + second.mean_KM * second.cases_K[:, None]
-        mean_KM = sum_KM / cases_K[:, None]
+        mean_KM = sum_KM / np.maximum(cases_K, 1)[:, None]
         return Scores(mean_KM, values(self.fitness, mean_KM), cases_K)
 
     def broadcast(self) -> None:
@@ -378,32 +372,3 @@ def norm_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def norm(tensor: torch.Tensor) -> float:
     """The Euclidean norm, summed in float64."""
     return float(norm_tensor(tensor))
-
-
-def share_cases(
-    sets: tuple[CaseSet, ...], fitness: int | None, confirm: int | None, available: int
-) -> dict[CaseSet, int]:
-    """How many cases each set of a generation has: `fitness` and `confirm` as they are given, else an equal share of
-    what the others leave. Raises InputError when they do not fit."""
-    wanted: dict[CaseSet, int | None] = {name: fitness if name == "fitness" else confirm for name in sets}
-    given = sum(count or 0 for count in wanted.values())
-    missing = sum(count is None for count in wanted.values())
-    share = (available - given) // max(missing, 1)
-    if given > available or (missing and share < 1):
-        counts = ", ".join(f"{name} {count or 'the rest'}" for name, count in wanted.items())
-        raise InputError(f"the cases of a generation ({counts}) do not fit the {available} that there are")
-    return {name: count or share for name, count in wanted.items()}
-
-
-def draw_cases(
-    counts: dict[CaseSet, int], available: int, seed: int, generation: int
-) -> dict[CaseSet, NDArray[np.int64]]:
-    """Disjoint sets of cases, drawn anew for each generation."""
-    drawn_N = permutation(available, seed, CASES_OF_GENERATION + generation)
-    parts = np.split(drawn_N, np.cumsum(list(counts.values())))
-    return {name: np.sort(part) for name, part in zip(counts, parts, strict=False)}
-
-
-def gradient_cases(case_N: NDArray[np.int64], count: int, seed: int, generation: int) -> NDArray[np.int64]:
-    """Some of the cases, drawn anew for the gradient of each generation."""
-    return case_N[permutation(len(case_N), seed, GRADIENT_CASES_OF_GENERATION + generation)[:count]]

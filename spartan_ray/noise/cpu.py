@@ -1,4 +1,4 @@
-"""The noise kernels for CPUs, in numba: equal to the definition in `noise.py`, gaussian to 1e-6.
+"""The noise kernels for CPUs, in numba: equal to the definition in `contract.py`, gaussian to 1e-6.
 
 A tile of words is generated into a buffer that stays in the first-level cache, turned into noise and
 used at once, so that a noise vector never exists. The loops are written for LLVM's vectoriser: no

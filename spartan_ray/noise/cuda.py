@@ -1,4 +1,4 @@
-"""The noise kernels for CUDA devices, in Triton: equal to the definition in `noise.py`, gaussian to 1e-6.
+"""The noise kernels for CUDA devices, in Triton: equal to the definition in `contract.py`, gaussian to 1e-6.
 
 One launch an operation, and the noise never reaches the device's memory. A program owns a tile of whole
 Philox blocks; what lies outside the slice is masked, so that a slice may start anywhere.

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from spartan_ray.engine.draws import gradient_cases
 from spartan_ray.engine.evaluator import EvaluatorSpec
 from spartan_ray.engine.executor import Executor
-from spartan_ray.engine.population import GRADIENT_CASES, Population, gradient_cases
+from spartan_ray.engine.population import GRADIENT_CASES, Population
 from spartan_ray.engine.strategies.es import EvolutionStrategies
 from spartan_ray.engine.strategies.random_gradients import RandomGradients
 from spartan_ray.engine.strategies.requests import CaseSet, Strategy

@@ -1,7 +1,7 @@
 """Data sets as uint8 tensors, and their split into disjoint parts.
 
 Every data set is 32x32 RGB, held as uint8 in (N, H, W, C) order, which is channels-last already;
-`fitness.py` and `parent.py` normalise batches on the device.
+`classification.py` and `training.py` normalise batches on the device.
 """
 
 from __future__ import annotations
