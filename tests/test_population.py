@@ -107,27 +107,26 @@ def test_what_cannot_be_sent_is_one_error(local_ray: None) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_race_of_members_none_of_which_can_be_scored_leaves_the_parent() -> None:
-    """Each raises, but the parent, which the first of all calls scores on both parts."""
+@pytest.mark.parametrize("scored", [2, 6])
+def test_a_race_that_nobody_can_finish_leaves_the_parent(scored: int) -> None:
+    """After two calls for the parent, or four more for the members' first part, the fitness raises."""
     calls: list[int] = []
-
-    def only_the_parent(network: nn.Module, case_N: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) > 2:
-            raise ArithmeticError("no")
-        return likelihood(network, case_N)
 
     class Racing(WithLoss):
         batch = None
 
         def __call__(self, network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-            return only_the_parent(network, batch)
+            calls.append(1)
+            if len(calls) > scored:
+                raise ArithmeticError("no")
+            return likelihood(network, batch)
 
     net = network()
     before = FlatModel(copy.deepcopy(net), CPU).digest()
-    outcome = Population(net, Racing(), note=lambda text: None).step(RandomGradients(4, racing=1))
-    assert np.isnan(outcome.fitness_K).all()
-    assert not outcome.accepted
+    strategy = RandomGradients(4, lr=0.5, racing=1)
+    outcome = Population(net, Racing(), note=lambda text: None).step(strategy)
+    assert np.isnan(outcome.fitness_K).sum() == (4 if scored == 2 else 2)
+    assert (outcome.accepted, outcome.note) == (0, "no member is better than the parent")
     assert FlatModel(net, CPU).digest() == before
 
 

@@ -354,6 +354,19 @@ def test_fuzzed_flags_are_read_or_refused(flags: list[tuple[str, str]]) -> None:
     )
 
 
+def test_the_error_of_a_journal_is_short_whatever_numpy_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "000001.npz", "w") as archive:
+        archive.writestr("member.npy", b"")
+
+    def quote(*_: Any, **__: Any) -> None:
+        raise ValueError("x" * 10_000)
+
+    monkeypatch.setattr(np, "load", quote)
+    with pytest.raises(InputError) as caught:
+        read_journal(tmp_path / "000001.npz")
+    assert len(str(caught.value)) < 1000
+
+
 @settings(max_examples=300, suppress_health_check=HEALTH)
 @given(data=st.data())
 def test_fuzzed_files_of_a_run_are_read_or_refused(run: Path, data: st.DataObject) -> None:

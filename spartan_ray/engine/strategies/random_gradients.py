@@ -109,7 +109,8 @@ class RandomGradients:
         scores = yield from self._race(members, self._threshold(before))
         fitness_K = scores.fitness_K
         outcome = Outcome(members, fitness_K, scores.cases_K, np.zeros(len(members)), before, before)
-        lost_K = scores.cases_K < (scores.cases_K.max() if self.racing else 0)
+        # Who was left behind in a race was scored on less than the parent.
+        lost_K = scores.cases_K < (parent.cases_K[0] if self.racing else 0)
         best = int(np.argmax(np.where(np.isnan(fitness_K) | lost_K, -np.inf, fitness_K)))
         if not is_better(before, fitness_K[best]):
             return outcome.stay(NONE_BETTER)
