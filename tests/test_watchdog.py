@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 
 import psutil
 import pytest
@@ -36,8 +37,11 @@ def test_a_signal_that_is_not_heeded_ends_the_process_and_its_children(number: s
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
         assert process.stdout
         child = psutil.Process(int(process.stdout.readline()))
+        guard = threading.Timer(300, process.kill)
+        guard.start()
         process.send_signal(number)
         assert process.stdout.read() == "stopped before the run began\n"
+        guard.cancel()
     assert process.returncode == 130
     assert not psutil.wait_procs([child], timeout=60)[1]
 
