@@ -98,9 +98,9 @@ class Population(population.Population):
         try:
             transport = RayTransport(spec, resolved)
         except (TypeError, AttributeError, pickle.PicklingError) as error:
-            raise InputError(
-                f"the network or the fitness cannot be sent to workers: {one_line(str(error))[:300]}"
-            ) from error
+            # Ray's own text begins with all that was to be sent.
+            reason = one_line(str(error.__cause__ or error))[:300]
+            raise InputError(f"the network or the fitness cannot be sent to workers: {reason}") from error
         pool = Pool(transport, resolved, spec.noise, note, lambda members, cases: None)
         pool.wait_until_joined()
         return pool
