@@ -47,6 +47,16 @@ def test_chunks_of_any_size_on_any_number_of_workers_give_the_same_answer(room: 
     assert not team.notes
 
 
+def test_automatic_chunks_fill_whole_passes() -> None:
+    """The members that do not fill one come last."""
+    team = Team(Scripted(2))
+    team.pool.batch_members = 8
+    for _ in range(2):
+        team.pool.evaluate(MEMBERS[:37])
+    sizes = [size for method, size in team.transport.sent if method == "evaluate"]
+    assert [size for size in sizes if size % 8] == [5, 5]
+
+
 def test_a_killed_worker_s_chunks_are_done_again_and_it_is_replaced() -> None:
     team = Team(Scripted(2), chunk=4)
     team.pool.wait_until_joined()

@@ -128,6 +128,20 @@ def test_descend_adds_scaled_noise_to_the_parent(
 
 
 @pytest.mark.parametrize("which", sorted(KERNELS))
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rows_of_members_are_the_members(which: tuple[NoiseKind, str], scaled: bool) -> None:
+    kernel, theta = KERNELS[which], torch.linspace(-2, 2, 5001)
+    scale = torch.linspace(3, -1, 5001) if scaled else None
+    seed_B, factor_B = np.array([7, 2**64 - 1, 0], np.uint64), np.array([0.3, -0.7, 0.0], np.float32)
+    rows = torch.full((3, 5001), torch.nan)
+    kernel.descend_rows(theta, scale, seed_B, factor_B, factor_B[::-1].copy(), rows)
+    for seed, offset, gain, row in zip(seed_B, factor_B, factor_B[::-1], rows, strict=True):
+        alone = torch.empty_like(theta)
+        kernel.descend(theta, scale, int(seed), float(offset), float(gain), alone)
+        assert torch.equal(row, alone)
+
+
+@pytest.mark.parametrize("which", sorted(KERNELS))
 def test_descend_in_place_changes_its_slice_alone(which: tuple[NoiseKind, str]) -> None:
     """With a seed of 64 bits, across the block whose number outgrows 32, and over one tile more than its size fills."""
     seed, start = 2**64 - 5, 2**34 - 1501

@@ -40,10 +40,12 @@ class Pool:
         noise: NoiseKind,
         note: Callable[[str], None],
         advance: Callable[[int, int], None],
+        batch_members: int = 1,
     ) -> None:
         self.transport = transport
         self.cluster = cluster
         self.note, self.advance = note, advance
+        self.batch_members = batch_members
         refuse = functools.partial(objections, noise=noise)
         self.dispatcher = Dispatcher(transport, cluster, note, advance, refuse)
         self.counts = self.dispatcher.counts
@@ -179,4 +181,5 @@ class Pool:
     def _chunk_size(self, members: int, slot: Slot, left: int) -> int:
         if self.cluster.chunk != "auto":
             return self.cluster.chunk
-        return chunk_size(left, members, self.dispatcher.size, slot.seconds_per_member or self.seconds_per_member)
+        size = chunk_size(left, members, self.dispatcher.size, slot.seconds_per_member or self.seconds_per_member)
+        return -(-size // self.batch_members) * self.batch_members  # a pass costs the same for fewer

@@ -45,6 +45,7 @@ class Population(population.Population):
         gradient_cases: int = population.GRADIENT_CASES,
         factory: Callable[[], nn.Module] | None = None,
         threads: int = 1,
+        batch_members: int = 1,
         cluster: Cluster | None = None,
         note: Callable[[str], None] = population.LOG.warning,
     ) -> None:
@@ -63,6 +64,8 @@ class Population(population.Population):
                          default that of the fitness on `gradient_cases` of the cases that score the generation
         factory          makes the network anew, with any parameters, where a copy of it would be larger
         threads          torch's CPU threads while a descendant is scored; the bits depend on it
+        batch_members    descendants of a pass: faster for small networks, where `torch.func.vmap` can run the fitness;
+                         the bits depend on it
         cluster          more settings of the workers: CPUs, GPUs, timeouts, retries
         note             takes one-line messages; by default they are warnings of the logger `spartan_ray`
 
@@ -70,7 +73,7 @@ class Population(population.Population):
         settings: dict[str, Any] = {
             "cases": cases, "seed": seed, "noise": noise, "mutate": mutate, "fitness_cases": fitness_cases,
             "confirm_cases": confirm_cases, "gradient": gradient, "gradient_cases": gradient_cases,
-            "factory": factory, "threads": threads, "note": note,
+            "factory": factory, "threads": threads, "batch_members": batch_members, "note": note,
         }  # fmt: skip
         self.started_ray = False
 
@@ -101,7 +104,7 @@ class Population(population.Population):
             # Ray's own text begins with all that was to be sent.
             reason = one_line(str(error.__cause__ or error))[:300]
             raise InputError(f"the network or the fitness cannot be sent to workers: {reason}") from error
-        pool = Pool(transport, resolved, spec.noise, note, lambda members, cases: None)
+        pool = Pool(transport, resolved, spec.noise, note, lambda members, cases: None, spec.batch_members)
         pool.wait_until_joined()
         return pool
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from spartan_ray.engine.fitness import Fitness
 from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.stack import Stack
 from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part, Scores
 from spartan_ray.errors import one_line
 from spartan_ray.noise.contract import NoiseKind
@@ -51,22 +52,26 @@ class EvaluatorSpec:
     fitness: Fitness
     noise: NoiseKind
     threads: int | None = None
+    batch_members: int = 1
 
     def make(self, device: torch.device) -> Evaluator:
         network = copy.deepcopy(self.network) if isinstance(self.network, nn.Module) else self.network()
-        return Evaluator(network, copy.copy(self.fitness), self.noise, device)
+        return Evaluator(network, copy.copy(self.fitness), self.noise, device, self.batch_members)
 
 
 class Evaluator:
     """Builds descendants in place in its own network, always from the pristine parent."""
 
-    def __init__(self, network: nn.Module, fitness: Fitness, noise: NoiseKind, device: torch.device) -> None:
+    def __init__(
+        self, network: nn.Module, fitness: Fitness, noise: NoiseKind, device: torch.device, batch_members: int = 1
+    ) -> None:
         self.model = FlatModel(network.eval(), device)
         self.fitness = fitness
         self.fitness.to(device)
         self.device = device
         self.kernel = kernel_for(noise, device)
         self.needed_R2 = fitness.needed(self.model)
+        self.stack = Stack(self.model, self.fitness, batch_members) if batch_members > 1 else None
         self.theta_D = self.model.theta_D
         self.scale_D: torch.Tensor | None = None
         self.case_sets: dict[CaseSet, NDArray[np.int64]] = {}
@@ -111,51 +116,88 @@ class Evaluator:
         finite in any statistic has NaN for all of them, and for its fitness. So has a member for which the fitness
         raised an error, and its text is in the second answer by the member's place."""
         count, batches = self._batches(cases, part)
+        size = self.stack.size if self.stack else 1
         sums: list[torch.Tensor | None] = []
         failed: dict[int, str] = {}
         cases_K = np.zeros(len(members), np.int64)
-        for k, (seed, offset, gain) in enumerate(zip(members.seed_K, members.offset_K, members.gain_K, strict=True)):
-            self.descend(int(seed), offset, gain, self.needed_R2)
+        for first in range(0, len(members), size):
+            stop = min(first + size, len(members))
             try:
-                with torch.inference_mode(), self.fitness.ready(self.model.module):
-                    sum_M, cases_K[k] = self._sum(batches, count, threshold)
-                sums.append(sum_M)
+                sum_BM, cases_B = self._score(members, first, stop, batches, count, threshold)
+                sums.append(sum_BM if size == 1 else sum_BM[: stop - first])
+                cases_K[first:stop] = cases_B[: stop - first]
             except DEVICE_ERRORS:  # the worker's fault, or that of what runs beside it
                 raise
             except Exception as error:
-                sums.append(None)
-                failed[k] = one_line(f"{type(error).__name__}: {error}")
-        nothing_M = next((torch.full_like(sum_M, torch.nan) for sum_M in sums if sum_M is not None), torch.empty(0))
+                sums += [None] * (stop - first)
+                failed |= dict.fromkeys(range(first, stop), one_line(f"{type(error).__name__}: {error}"))
+        known = next((sum_BM for sum_BM in sums if sum_BM is not None), torch.empty(1, 0))
+        nothing_1M = torch.full_like(known[:1], torch.nan)
         # One wait for the device a call.
-        sum_KM = torch.stack([nothing_M if sum_M is None else sum_M for sum_M in sums]).cpu().numpy()
+        sum_KM = torch.cat([nothing_1M if sum_BM is None else sum_BM for sum_BM in sums]).cpu().numpy()
         mean_KM = sum_KM / np.maximum(cases_K, 1)[:, None]
         mean_KM[~np.isfinite(mean_KM).all(1)] = np.nan
         return Scores(mean_KM, values(self.fitness, mean_KM), cases_K), failed
 
-    def _sum(self, batches: Sequence[tuple[int, Any]], count: int, threshold: float) -> tuple[torch.Tensor, int]:
-        """The sums of a network's statistics over the cases, M in float64 and in a fixed order, and how many they
-        were. Ends once the fitness cannot exceed the threshold; its means up to there do not exceed it either.
-        Without a threshold nothing waits for the device."""
+    @torch.inference_mode()
+    def _score(
+        self,
+        members: Members,
+        first: int,
+        stop: int,
+        batches: Sequence[tuple[int, Any]],
+        count: int,
+        threshold: float,
+    ) -> tuple[torch.Tensor, list[int]]:
+        """The sums of the statistics of members [first, stop), B x M in float64, and on how many cases; B is one, or
+        as many as the stack has rows, the last of which stands in the rows that are left."""
+        if self.stack:
+            row_B = np.minimum(first + np.arange(self.stack.size), stop - 1)
+            factors = members.seed_K[row_B], members.offset_K[row_B], members.gain_K[row_B]
+            self.kernel.descend_rows(self.theta_D, self.scale_D, *factors, self.stack.theta_BD, self.needed_R2)
+            return self._sum(self.stack.score, batches, count, threshold)
+        fitness, network = self.fitness, self.model.module
+        seed, offset, gain = int(members.seed_K[first]), members.offset_K[first], members.gain_K[first]
+        self.kernel.descend(
+            self.theta_D, self.scale_D, seed, offset, gain, self.model.theta_D, needed_R2=self.needed_R2
+        )
+        self.model.write()
+        with fitness.ready(network):
+            return self._sum(lambda batch: fitness(network, batch).unsqueeze(0), batches, count, threshold)
+
+    def _sum(
+        self, score: Callable[[Any], torch.Tensor], batches: Sequence[tuple[int, Any]], count: int, threshold: float
+    ) -> tuple[torch.Tensor, list[int]]:
+        """The sums of B members' statistics over the cases, B x M in float64 and in a fixed order, and how many cases
+        they were, B. A member is left once its fitness cannot exceed the threshold; its means up to there do not
+        exceed it either. Without a threshold nothing waits for the device."""
         fitness, scored = self.fitness, 0
-        total_M: torch.Tensor | None = None
+        total_BM: torch.Tensor | None = None
+        lost: dict[int, int] = {}  # rows that are left, with the cases that they were scored on
         for size, batch in batches:
-            statistic_NM = fitness(self.model.module, batch)
-            if statistic_NM.shape[:1] != (size,) or statistic_NM.dim() > 2:
-                raise ValueError(f"the fitness of {size} cases is {tuple(statistic_NM.shape)}: expected a row a case")
-            sum_M = statistic_NM.reshape(size, -1).double().sum(0)
-            total_M = sum_M if total_M is None else total_M + sum_M
+            statistic_BNM = score(batch)
+            rows, *shape = statistic_BNM.shape
+            if shape[:1] != [size] or len(shape) > 2:
+                raise ValueError(f"the fitness of {size} cases is {tuple(shape)}: expected a row a case")
+            sum_BM = statistic_BNM.reshape(rows, size, -1).double().sum(1)
+            if lost:  # they keep what they had
+                sum_BM[list(lost)] = 0
+            total_BM = sum_BM if total_BM is None else total_BM + sum_BM
             scored += size
             if threshold > -np.inf and fitness.best is not None:
                 # The same division as at the end, so that rounding rejects nobody who would have won.
-                most_M = (total_M.cpu().numpy() + (count - scored) * fitness.best) / count
-                if not fitness.value(most_M) > threshold:
+                most_BM = (total_BM.cpu().numpy() + (count - scored) * fitness.best) / count
+                for row, most_M in enumerate(most_BM):
+                    if row not in lost and not fitness.value(most_M) > threshold:
+                        lost[row] = scored
+                if len(lost) == rows:
                     break
-        assert total_M is not None, "a set of cases is not empty"
-        return total_M, scored
+        assert total_BM is not None, "a set of cases is not empty"
+        return total_BM, [lost.get(row, scored) for row in range(len(total_BM))]
 
-    def descend(self, seed: int, offset: float, gain: float, needed_R2: NDArray[np.int64] | None = None) -> None:
-        """Make the network a descendant of the parent, or as much of it as is needed."""
-        self.kernel.descend(self.theta_D, self.scale_D, seed, offset, gain, self.model.theta_D, needed_R2=needed_R2)
+    def descend(self, seed: int, offset: float, gain: float) -> None:
+        """Make the network a descendant of the parent, whole."""
+        self.kernel.descend(self.theta_D, self.scale_D, seed, offset, gain, self.model.theta_D)
         self.model.write()
 
     def accumulate(

@@ -29,6 +29,10 @@ class Fitness:
     """The most that a case can have in each statistic, M, where `value` falls with none of them: a member that cannot
     win any more is then left early. None: every member is scored on all cases."""
 
+    vmap: bool = False
+    """Whether `torch.func.vmap` can run `ready` and `__call__` over stacked parameters, as `batch_members` needs: the
+    same operations for every member, no `item()`, nothing of the network changed in place."""
+
     def __call__(self, network: nn.Module, batch: Any) -> torch.Tensor:
         """One number a case (N), or M statistics a case (N x M). `batch` is what `prepare` made of case numbers."""
         raise NotImplementedError(f"{type(self).__name__} defines no __call__(network, batch)")
@@ -62,6 +66,8 @@ class Fitness:
 
 class FunctionFitness(Fitness):
     """A plain function of a network and case numbers as a fitness."""
+
+    vmap = True  # who gives `batch_members` says so
 
     def __init__(self, function: Callable[[nn.Module, torch.Tensor], torch.Tensor], cases: int) -> None:
         self.function = function

@@ -45,18 +45,18 @@ class FlatModel:
                 parameter.data = view
 
     def _parts(self, vector_D: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        parts: tuple[torch.Tensor, ...] = vector_D.split([shape.numel() for shape in self.shapes])
+        parts: tuple[torch.Tensor, ...] = vector_D.split([shape.numel() for shape in self.shapes], dim=-1)
         return parts
 
     def views(self, vector_D: torch.Tensor) -> list[torch.Tensor]:
-        """A vector of theta_D's layout as a tensor a parameter, which share its memory."""
-        views = []
+        """A vector of theta_D's layout, or several in rows, as a tensor a parameter, which share its memory."""
+        views, rows = [], vector_D.shape[:-1]
         for part, shape, channels_last in zip(self._parts(vector_D), self.shapes, self.channels_last, strict=True):
             if channels_last:
                 out_channels, in_channels, height, width = shape
-                views.append(part.view(out_channels, height, width, in_channels).permute(0, 3, 1, 2))
+                views.append(part.view(*rows, out_channels, height, width, in_channels).movedim(-1, -3))
             else:
-                views.append(part.view(shape))
+                views.append(part.view(*rows, *shape))
         return views
 
     @torch.no_grad()

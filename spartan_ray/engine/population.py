@@ -34,6 +34,7 @@ from spartan_ray.engine.strategies.requests import (
     SetScale,
     Strategy,
     Take,
+    refuse,
 )
 from spartan_ray.errors import Diverged
 from spartan_ray.noise.contract import RMS, NoiseKind
@@ -66,6 +67,7 @@ class Population:
         gradient_cases: int = GRADIENT_CASES,
         factory: Callable[[], nn.Module] | None = None,
         threads: int | None = None,
+        batch_members: int = 1,
         executor: Callable[[EvaluatorSpec], Executor] | None = None,
         note: Callable[[str], None] = LOG.warning,
     ) -> None:
@@ -79,15 +81,22 @@ class Population:
                          default that of the fitness on `gradient_cases` of the cases that score the generation
         factory          makes the network anew, with any parameters, where a copy of it would be larger
         threads          torch's while descendants are scored
+        batch_members    descendants of a pass: faster for small networks, where `torch.func.vmap` can run the fitness;
+                         the bits depend on it
         executor         makes what evaluates descendants; by default it is this process
         note             takes one-line messages; by default they are warnings of the logger `spartan_ray`
 
         Raises InputError for what cannot be used."""
         fitness = as_fitness(fitness, cases)
+        refuse(batch_members < 1, f"batch_members ({batch_members}) must be at least 1")
+        refuse(
+            batch_members > 1 and not fitness.vmap,
+            f"batch_members ({batch_members}): {type(fitness).__name__} does not say vmap = True",
+        )
         device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
         network = getattr(network, "_orig_mod", network)
         # A copy from before its parameters are views of one vector: pickled, each of them would bring the whole of it.
-        spec = EvaluatorSpec(factory or copy.deepcopy(network), fitness, noise, threads)
+        spec = EvaluatorSpec(factory or copy.deepcopy(network), fitness, noise, threads, batch_members)
         self.model = FlatModel(network, device)
         self.seed, self.noise = seed, noise
         self.fitness_cases, self.confirm_cases = fitness_cases, confirm_cases

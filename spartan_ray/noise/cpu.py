@@ -128,6 +128,14 @@ def _descend(kind, theta_S, scale_S, offset, gain, seed, start, out_S, needed_R2
 
 
 @jit
+def _descend_rows(  # type: ignore[no-untyped-def]
+    kind, theta_S, scale_S, offset_B, gain_B, seed_B, out_BS, needed_R2
+):
+    for b in range(seed_B.size):
+        _descend(kind, theta_S, scale_S, offset_B[b], gain_B[b], seed_B[b], 0, out_BS[b], needed_R2)
+
+
+@jit
 def _accumulate(kind, seed_K, weight_K, start, out_S):  # type: ignore[no-untyped-def]
     pair_P, radius_P, noise_T = np.empty(TILE // 2, np.uint64), np.empty(TILE // 2), np.empty(TILE, np.float32)
     done = 0
@@ -160,10 +168,22 @@ class CpuKernel:
         start: int = 0,
         needed_R2: NDArray[np.int64] | None = None,
     ) -> None:
-        scale = np.empty(0, np.float32) if scale_S is None else scale_S.numpy()
-        needed = np.array([[0, theta_S.numel()]]) if needed_R2 is None else needed_R2
+        scale, needed = _scale(scale_S), _needed(theta_S, needed_R2)
         factors = np.float32(offset), np.float32(gain), np.uint64(seed)
         _descend(self.code, theta_S.numpy(), scale, *factors, start, out_S.numpy(), needed)
+
+    def descend_rows(
+        self,
+        theta_S: torch.Tensor,
+        scale_S: torch.Tensor | None,
+        seed_B: NDArray[np.uint64],
+        offset_B: NDArray[np.float32],
+        gain_B: NDArray[np.float32],
+        out_BS: torch.Tensor,
+        needed_R2: NDArray[np.int64] | None = None,
+    ) -> None:
+        scale, needed = _scale(scale_S), _needed(theta_S, needed_R2)
+        _descend_rows(self.code, theta_S.numpy(), scale, offset_B, gain_B, seed_B, out_BS.numpy(), needed)
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
@@ -171,3 +191,12 @@ class CpuKernel:
         out_S = np.zeros(stop - start, np.float32)
         _accumulate(self.code, seed_K, weight_K, start, out_S)
         return torch.from_numpy(out_S)
+
+
+def _scale(scale_S: torch.Tensor | None) -> NDArray[np.float32]:
+    scale: NDArray[np.float32] = np.empty(0, np.float32) if scale_S is None else scale_S.numpy()
+    return scale
+
+
+def _needed(theta_S: torch.Tensor, needed_R2: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    return np.array([[0, theta_S.numel()]]) if needed_R2 is None else needed_R2

@@ -122,6 +122,19 @@ class CudaKernel:
         assert all(tensor is None or tensor.is_contiguous() for tensor in (theta_S, scale_S, out_S))
         self._launch(_descend, out_S, start, theta_S, scale_S, seed, float(offset), float(gain))
 
+    def descend_rows(
+        self,
+        theta_S: torch.Tensor,
+        scale_S: torch.Tensor | None,
+        seed_B: NDArray[np.uint64],
+        offset_B: NDArray[np.float32],
+        gain_B: NDArray[np.float32],
+        out_BS: torch.Tensor,
+        needed_R2: NDArray[np.int64] | None = None,
+    ) -> None:
+        for seed, offset, gain, out_S in zip(seed_B, offset_B, gain_B, out_BS, strict=True):
+            self.descend(theta_S, scale_S, int(seed), float(offset), float(gain), out_S)
+
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
     ) -> torch.Tensor:

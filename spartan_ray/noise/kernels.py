@@ -1,5 +1,5 @@
-"""The two fused operations on noise, which of their kernels a device gets, and how a process shows that its kernel
-computes the contract. Shapes: K members, S elements of a slice, R ranges."""
+"""The fused operations on noise, which of their kernels a device gets, and how a process shows that its kernel
+computes the contract. Shapes: K members, B rows, S elements of a slice, R ranges."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spartan_ray.noise.contract import NoiseKind, noise
 
 
 class Kernel(Protocol):
-    """The two fused operations on noise; both take any slice, `start` is its first element."""
+    """The fused operations on noise. Those with a `start` take any slice, it is its first element."""
 
     def descend(
         self,
@@ -29,6 +29,18 @@ class Kernel(Protocol):
     ) -> None:
         """out = theta + scale * (offset + gain * noise) in float32, one rounding an operation; no scale
         is a scale of 1. Elements of the slice outside the needed ranges, R of [first, end), may be left as they are."""
+
+    def descend_rows(
+        self,
+        theta_S: torch.Tensor,
+        scale_S: torch.Tensor | None,
+        seed_B: NDArray[np.uint64],
+        offset_B: NDArray[np.float32],
+        gain_B: NDArray[np.float32],
+        out_BS: torch.Tensor,
+        needed_R2: NDArray[np.int64] | None = None,
+    ) -> None:
+        """`descend` for several members of whole vectors, a row each."""
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int

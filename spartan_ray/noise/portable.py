@@ -84,6 +84,19 @@ class PortableKernel:
                 perturbation.mul_(scale_S[part])
             torch.add(theta_S[part], perturbation, out=out_S[part])
 
+    def descend_rows(
+        self,
+        theta_S: torch.Tensor,
+        scale_S: torch.Tensor | None,
+        seed_B: NDArray[np.uint64],
+        offset_B: NDArray[np.float32],
+        gain_B: NDArray[np.float32],
+        out_BS: torch.Tensor,
+        needed_R2: NDArray[np.int64] | None = None,
+    ) -> None:
+        for seed, offset, gain, out_S in zip(seed_B, offset_B, gain_B, out_BS, strict=True):
+            self.descend(theta_S, scale_S, int(seed), float(offset), float(gain), out_S)
+
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
     ) -> torch.Tensor:

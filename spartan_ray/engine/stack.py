@@ -1,0 +1,52 @@
+"""Several small networks scored in one pass. Shapes: B members, D parameters, N cases, M statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+
+from spartan_ray.engine.fitness import Fitness
+from spartan_ray.engine.flat import FlatModel
+
+
+class Stack:
+    """B descendants as rows of one tensor, and what scores them together.
+
+    A pass always has B rows, so that a member's bits depend on B alone and not on those beside it."""
+
+    def __init__(self, model: FlatModel, fitness: Fitness, size: int) -> None:
+        self.size = size
+        # Rows that are not written yet are never read: a pass fills them all.
+        self.theta_BD = model.theta_D.repeat(size, 1)
+        self.views = model.views(self.theta_BD)
+        self.dtypes = [parameter.dtype for parameter in model.parameters]
+        self.scoring = _Scoring(model.module, fitness)
+        self.names = [f"network.{name}" for name in model.names]
+
+    def score(self, batch: Any) -> torch.Tensor:
+        """The statistics of each row on a batch of cases, B x N or B x N x M. Random numbers are the same for all
+        rows, as they are for members that are scored one after another from the same seed."""
+
+        def score_one(*parameters: torch.Tensor) -> torch.Tensor:
+            named = dict(zip(self.names, parameters, strict=True))
+            statistic_NM: torch.Tensor = functional_call(self.scoring, named, (batch,))
+            return statistic_NM
+
+        parameters = [view.to(dtype) for view, dtype in zip(self.views, self.dtypes, strict=True)]
+        statistic_BNM: torch.Tensor = vmap(score_one, randomness="same")(*parameters)
+        return statistic_BNM
+
+
+class _Scoring(nn.Module):
+    """The fitness as a module around the network, whose parameters `functional_call` replaces."""
+
+    def __init__(self, network: nn.Module, fitness: Fitness) -> None:
+        super().__init__()
+        self.network, self.fitness = network, fitness
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        with self.fitness.ready(self.network):
+            return self.fitness(self.network, batch)
