@@ -142,7 +142,8 @@ def test_random_numbers_of_a_fitness_are_the_same_for_all_members_of_a_pass() ->
 def test_ready_sees_the_members_of_a_pass() -> None:
     class Shifted(Close):
         def ready(self, network: nn.Module) -> Any:
-            self.shift: torch.Tensor = network.get_parameter("last.bias").sum()
+            last: Any = network.get_submodule("last")
+            self.shift: torch.Tensor = last.bias.sum()
             return super().ready(network)
 
         def __call__(self, network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
