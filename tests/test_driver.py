@@ -188,7 +188,7 @@ def test_options_hold_together_and_a_resumed_run_has_the_bits_of_one_that_was_no
     epoch = 0 if evolution.get("accept") == "chain" else 3
     lost = Path(shutil.copytree(whole, tmp_path / "lost"))
     (lost / "final.safetensors").unlink()
-    for path in (lost / "checkpoints").glob("*.json"):
+    for path in (lost / "checkpoints").glob("*.sha256"):
         if int(path.stem.removeprefix("epoch-")) > epoch:
             path.unlink()
     with open(lost / "metrics.jsonl", "a") as lines:

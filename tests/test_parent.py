@@ -15,7 +15,7 @@ from spartan_ray.engine.evaluator import ParentState
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.strategies.requests import Members
 from spartan_ray.noise.contract import noise
-from spartan_ray.run.checkpoint import load_optimizer, optimizer_tensors
+from spartan_ray.run.checkpoint import load_optimizer, optimizer_state
 from spartan_ray.vision.classification import Normaliser, mean_gradient, score
 from spartan_ray.vision.config import Data, Parent
 from spartan_ray.vision.data import load_splits
@@ -215,8 +215,8 @@ def test_dead_taps_stay_and_live_ones_are_trained_with_all_that_belongs_to_a_gra
     other = FlatModel(initial_model(config, 10, 5)[0], CPU)
     resumed = Trainer(config, other, images, NORMALISE, 0, augment=False)
     other.module.load_state_dict(model.state_dict())
-    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(trainer.optimizer).items()}
-    load_optimizer(resumed.optimizer, tensors)
+    tensors, rest = optimizer_state(trainer.optimizer)
+    load_optimizer(resumed.optimizer, {name: tensor.clone() for name, tensor in tensors.items()}, rest)
     resumed.steps = trainer.steps
     for one in (trainer, resumed):
         one.train_epoch(2, lambda count: None)

@@ -97,7 +97,7 @@ def test_what_cannot_be_replayed_is_said(folder: Path, tmp_path: Path) -> None:
 def test_without_the_parents_there_is_no_replay(folder: Path) -> None:
     prune(folder / "checkpoints", 4, 2, lambda epoch: False)
     with pytest.raises(
-        InputError, match=r"the parent before generation 2 is missing: .*epoch-000001\.json: not readable"
+        InputError, match=r"the parent before generation 2 is missing: .*epoch-000001\.sha256: not readable"
     ):
         Replay(folder, lambda note: None).verify(2)
     config = change(load_config(str(folder)), run={"keep_parents": False})

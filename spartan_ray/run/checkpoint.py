@@ -1,13 +1,13 @@
 """Checkpoints: all that the rest of a run depends on, as safetensors and JSON.
 
-    epoch-000010.safetensors             the network; a state dict of torchvision's resnet18
-    epoch-000010.optimizer.safetensors   the state of the parent's optimizer
-    epoch-000010.evolution.safetensors   the state of the optimizer of es
-    epoch-000010.json                    the rest, with the SHA-256 of each file above and of itself
+    epoch-000010.safetensors             the network's state dict
+    epoch-000010.optimizer.safetensors   the tensors of the state dict of the parent's optimizer
+    epoch-000010.evolution.safetensors   those of the optimizer that makes updates of the estimated gradient
+    epoch-000010.json                    the rest of both, and of the run
+    epoch-000010.sha256                  the checksums of these files, as sha256sum has them
 
-A checkpoint is its JSON, written last: without it, or when a checksum is wrong, there is none. There are no
-states of random generators to keep: every draw is a function of the seed and a counter (epoch, step), which
-the JSON has.
+A checkpoint is its checksums, written last: without them, or when one is wrong, there is none. There are no states of
+random generators to keep: every draw is a function of the seed and a counter (epoch, step), which the JSON has.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from spartan_ray.engine.population import Population
 from spartan_ray.errors import InputError, RunError
 from spartan_ray.run.config import Config
 
@@ -48,7 +49,7 @@ class MetricsState(BaseModel):
 
 
 class Loop(BaseModel):
-    """What a checkpoint's JSON says beside its checksums."""
+    """What a checkpoint's JSON says."""
 
     model_config = ConfigDict(strict=True)
 
@@ -62,14 +63,10 @@ class Loop(BaseModel):
     """Kind of device that the driver has: bits differ between kinds."""
     data: str
     """Digest of all images in their order."""
+    optimizers: dict[str, dict[str, Any]]
+    """What the state dicts of the optimizers have beside tensors."""
     metrics: MetricsState
     config: Config
-
-
-class _File(Loop):
-    """The JSON as it is written."""
-
-    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -113,37 +110,48 @@ def save_weights(path: Path, state: TensorDict, description: str) -> None:
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint into the folder. Raises RunError, with the ones before it as they were."""
-    files, epoch = {}, checkpoint.epoch
-    for part in PARTS:
-        path, content = _path(folder, epoch, part), save(checkpoint.tensors[part])
+    lines = ""
+
+    def write(part: str, content: bytes) -> str:
+        path = _path(folder, checkpoint.epoch, part)
         write_whole(path, content)
-        files[path.name] = hashlib.sha256(content).hexdigest()
-    write_whole(_path(folder, epoch, "loop"), _encode(checkpoint.loop.model_dump() | {"files": files}))
+        return f"{hashlib.sha256(content).hexdigest()}  {path.name}\n"
+
+    for part in PARTS:
+        lines += write(part, save(checkpoint.tensors[part]))
+    lines += write("loop", (json.dumps(checkpoint.loop.model_dump(), indent=1) + "\n").encode())
+    write("checksums", lines.encode())
 
 
 def load_checkpoint(folder: Path, epoch: int, parts: tuple[str, ...] = PARTS) -> Checkpoint:
     """Read and verify the checkpoint of an epoch. Raises CheckpointError."""
-    path = _path(folder, epoch, "loop")
+    checksums, path = _path(folder, epoch, "checksums"), _path(folder, epoch, "loop")
+    lines = _read(checksums).decode(errors="replace").splitlines()
+
+    def verified(path: Path) -> bytes:
+        content = _read(path)
+        if f"{hashlib.sha256(content).hexdigest()}  {path.name}" not in lines:
+            raise CheckpointError(f"{path}: torn or changed: not what {checksums.name} says")
+        return content
+
     try:
-        content = path.read_bytes()
-        values = json.loads(content)
-        del values["sha256"]
-        intact = _encode(values) == content and values["epoch"] == epoch
-    except OSError as error:
-        raise CheckpointError(f"{path}: not readable: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        intact = False
-    if not intact:
-        raise CheckpointError(f"{path}: torn or changed: its checksum is wrong")
-    try:
-        loop = _File.model_validate(values)
+        loop = Loop.model_validate(json.loads(verified(path)))
+        if loop.epoch != epoch:
+            raise CheckpointError(f"{path}: of epoch {loop.epoch}")
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise CheckpointError(f"{path}: not a checkpoint of this version: {where}: {problem['msg']}") from None
-    except InputError as error:  # of the configuration in it
+    except (ValueError, RecursionError, InputError) as error:  # the last of the configuration in it
         raise CheckpointError(f"{path}: not a checkpoint of this version: {error}") from None
-    return Checkpoint({part: _load_part(_path(folder, epoch, part), loop.files) for part in parts}, loop)
+    tensors = {}
+    for part in parts:
+        content = verified(_path(folder, epoch, part))
+        try:
+            tensors[part] = load(content)
+        except SafetensorError as error:
+            raise CheckpointError(f"{_path(folder, epoch, part)}: not safetensors: {error}") from None
+    return Checkpoint(tensors, loop)
 
 
 def latest_checkpoint(run: Path, warn: Callable[[str], None]) -> tuple[Checkpoint, bytes]:
@@ -164,7 +172,7 @@ def epochs_kept(folder: Path) -> list[int]:
     """The epochs that have a checkpoint, in order."""
     if not folder.is_dir():
         return []
-    names = (re.fullmatch(r"epoch-(\d{6,18})\.json", path.name) for path in folder.iterdir())
+    names = (re.fullmatch(r"epoch-(\d{6,18})\.sha256", path.name) for path in folder.iterdir())
     return sorted(int(match[1]) for match in names if match)
 
 
@@ -174,8 +182,8 @@ def prune(folder: Path, epoch: int, keep: int, keep_for_replay: Callable[[int], 
     kept = epochs_kept(folder)
     older = [number for number in kept if number <= epoch][:-keep]
     for number in older + [number for number in kept if number > epoch]:
-        parts = ("optimizer",) if number < epoch and keep_for_replay(number) else ("loop", *PARTS)
-        for part in parts:  # the JSON first, since a checkpoint is its JSON
+        parts = ("optimizer",) if number < epoch and keep_for_replay(number) else ("checksums", "loop", *PARTS)
+        for part in parts:  # the checksums first, since a checkpoint is its checksums
             _path(folder, number, part).unlink(missing_ok=True)
 
 
@@ -187,68 +195,61 @@ def load_network(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
         raise InputError(f"the checkpoint of epoch {checkpoint.epoch} is of another network: {error}") from None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> TensorDict:
-    """The state of an optimizer's parameters, named `3.exp_avg` for the parameter number 3."""
-    return {
-        f"{number}.{name}": value.contiguous()
-        for number, parameter in enumerate(_parameters(optimizer))
-        for name, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, torch.Tensor)
-    }
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[TensorDict, dict[str, Any]]:
+    """The state dict of an optimizer in two parts: its tensors, named `3.exp_avg` for the parameter number 3, and the
+    rest, which JSON can hold."""
+    state, tensors = optimizer.state_dict(), {}
+    rest: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
+    for number, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{number}.{name}"] = value.contiguous()
+            else:
+                rest["state"].setdefault(str(number), {})[name] = value
+    return tensors, rest
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: TensorDict) -> None:
-    """Give an optimizer the state that `optimizer_tensors` took. What has the shape of its parameter gets
-    its layout in memory too, since torch rounds differently in another. Raises InputError for another state."""
-    parameters = _parameters(optimizer)
-    optimizer.state.clear()
-    for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        if not number.isdecimal() or int(number) >= len(parameters):
-            raise InputError(f"the checkpoint is of another optimizer: {key}")
-        parameter = parameters[int(number)]
-        if value.ndim and value.shape != parameter.shape:
-            raise InputError(f"the checkpoint is of another optimizer: {key} is {tuple(value.shape)}")
-        if value.ndim:
-            value = torch.empty_like(parameter).copy_(value)
-        optimizer.state[parameter][name] = value.detach()
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: TensorDict, rest: dict[str, Any]) -> None:
+    """Give an optimizer the state that `optimizer_state` took. What has the shape of its parameter gets its layout in
+    memory too, since torch rounds differently in another. Raises InputError for another optimizer's."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    try:
+        state: dict[int, dict[str, Any]] = {int(number): dict(values) for number, values in rest["state"].items()}
+        for key, value in tensors.items():
+            number, name = key.split(".")
+            parameter = parameters[int(number)]
+            if value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{key} is {tuple(value.shape)}")
+            laid_out = torch.empty_like(parameter).copy_(value) if value.ndim else value
+            state.setdefault(int(number), {})[name] = laid_out.detach()
+        optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise InputError(f"the checkpoint is of another optimizer: {error}") from None
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def load_evolution(population: Population, checkpoint: Checkpoint) -> None:
+    """Give a population the optimizer that makes its updates as it was at a checkpoint."""
+    population.optimizer = None
+    if rest := checkpoint.loop.optimizers.get("evolution"):
+        load_optimizer(population.optimizer_of(rest["kind"]), checkpoint.tensors["evolution"], rest)
 
 
 def _path(folder: Path, epoch: int, part: str) -> Path:
-    suffix = {"network": ".safetensors", "loop": ".json"}.get(part, f".{part}.safetensors")
-    return folder / f"epoch-{epoch:06d}{suffix}"
+    suffixes = {"network": ".safetensors", "loop": ".json", "checksums": ".sha256"}
+    return folder / f"epoch-{epoch:06d}{suffixes.get(part, f'.{part}.safetensors')}"
 
 
-def _encode(loop: dict[str, Any]) -> bytes:
-    """The JSON with its own checksum in front: no byte of it can change unseen."""
-    checksum = hashlib.sha256(json.dumps(loop).encode()).hexdigest()
-    return (json.dumps({"sha256": checksum} | loop, indent=1) + "\n").encode()
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: not readable: {error.strerror}") from None
 
 
 def _load_metrics(path: Path, checkpoint: Checkpoint) -> bytes:
     """The record up to a checkpoint; what came after it is computed again."""
     state = checkpoint.loop.metrics
-    try:
-        content = path.read_bytes()[: state.bytes] if state.bytes else b""
-    except OSError as error:
-        raise CheckpointError(f"{path}: not readable: {error.strerror}") from None
+    content = _read(path)[: state.bytes] if state.bytes else b""
     if hashlib.sha256(content).hexdigest() != state.sha256:
         raise CheckpointError(f"{path}: not the record of the checkpoint of epoch {checkpoint.epoch}")
     return content
-
-
-def _load_part(path: Path, checksums: dict[str, str]) -> TensorDict:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: not readable: {error.strerror}") from None
-    if hashlib.sha256(content).hexdigest() != checksums.get(path.name):
-        raise CheckpointError(f"{path}: torn or changed: its checksum is wrong")
-    try:
-        return load(content)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not safetensors: {error}") from None

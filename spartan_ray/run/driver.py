@@ -25,11 +25,11 @@ from spartan_ray.errors import Diverged, InputError, one_line
 from spartan_ray.run.checkpoint import (
     Checkpoint,
     Loop,
-    TensorDict,
     latest_checkpoint,
+    load_evolution,
     load_network,
     load_optimizer,
-    optimizer_tensors,
+    optimizer_state,
     prune,
     save_checkpoint,
     save_weights,
@@ -276,19 +276,20 @@ class Driver:
     def _save(self, epoch: int) -> None:
         """Write the checkpoint of an epoch, and delete those that are no longer needed."""
         every = self.config.evolution.every
-        tensors = {
-            "network": self.model.state_dict(),
-            "optimizer": optimizer_tensors(self.trainer.optimizer),
-            "evolution": optimizer_tensors(self.population.optimizer[1])
-            if self.population and self.population.optimizer
-            else {},
-        }
+        tensors, optimizers = {"network": self.model.state_dict()}, {}
+        tensors["optimizer"], optimizers["optimizer"] = optimizer_state(self.trainer.optimizer)
+        tensors["evolution"] = {}
+        if self.population and self.population.optimizer:
+            kind, optimizer = self.population.optimizer
+            tensors["evolution"], optimizers["evolution"] = optimizer_state(optimizer)
+            optimizers["evolution"]["kind"] = kind
         loop = Loop(
             epoch=epoch,
             generation=epoch // every * every if self.population else 0,
             steps=self.trainer.steps,
             device=self.device.type,
             data=self.data_digest,
+            optimizers=optimizers,
             metrics=self.record.metrics_state(),
             config=self.config,
         )
@@ -301,11 +302,6 @@ class Driver:
             lambda epoch: bool(run.keep_parents and self.population and (epoch + 1) % every == 0),
         )
 
-    def _evolution_state(self) -> TensorDict:
-        """What the update of the next generation depends on beside the parent; only es has it."""
-        optimizer = self.population.optimizer if self.population else None
-        return optimizer_tensors(optimizer[1]) if optimizer else {}
-
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Be what the run was at a checkpoint. Raises InputError when its images or devices are others now."""
         loop = checkpoint.loop
@@ -314,12 +310,10 @@ class Driver:
         if loop.device != self.device.type:
             raise InputError(f"{self.folder}: the run began on {loop.device}, here the driver has {self.device.type}")
         load_network(self.model.module, checkpoint)
-        load_optimizer(self.trainer.optimizer, checkpoint.tensors["optimizer"])
+        load_optimizer(self.trainer.optimizer, checkpoint.tensors["optimizer"], loop.optimizers["optimizer"])
         self.trainer.steps = loop.steps
-        if self.population and self.config.evolution.strategy == "es":
-            load_optimizer(
-                self.population.optimizer_of(self.config.evolution.optimizer), checkpoint.tensors["evolution"]
-            )
+        if self.population:
+            load_evolution(self.population, checkpoint)
 
     def _finish(self) -> None:
         save_weights(self.record.path / "final.safetensors", self.model.state_dict(), self.description)

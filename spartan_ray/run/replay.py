@@ -21,8 +21,8 @@ from spartan_ray.run.checkpoint import (
     CheckpointError,
     epochs_kept,
     load_checkpoint,
+    load_evolution,
     load_network,
-    load_optimizer,
     save_weights,
 )
 from spartan_ray.run.journal import Journal, read_journal
@@ -146,9 +146,7 @@ class Replay:
         if self.model.digest() != str(journal["parent"]):
             raise InputError(f"{path}: the journal of another parent than the checkpoint's")
         evolution = self.config.evolution
-        self.population.optimizer = None
-        if evolution.strategy == "es":
-            load_optimizer(self.population.optimizer_of(evolution.optimizer), checkpoint.tensors["evolution"])
+        load_evolution(self.population, checkpoint)
         self.population.begin(self.strategy.case_sets, generation)
         if evolution.strategy == "random-gradients":
             self.population.answer(SetScale("gradient"))

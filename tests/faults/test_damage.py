@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -34,13 +35,12 @@ from spartan_ray.run.checkpoint import (
     CheckpointError,
     Loop,
     MetricsState,
-    _encode,
     epochs_kept,
     latest_checkpoint,
     load_checkpoint,
     load_network,
     load_optimizer,
-    optimizer_tensors,
+    optimizer_state,
     prune,
     save_checkpoint,
     write_whole,
@@ -65,7 +65,9 @@ def checkpoint(epoch: int, metrics: MetricsState) -> Checkpoint:
         "optimizer": {"0.exp_avg": torch.randn(7, 5, generator=random)},
         "evolution": {"0.momentum_buffer": torch.randn(40, generator=random)},
     }
-    loop = Loop(epoch=epoch, generation=0, steps=9, device="cpu", data="", metrics=metrics, config=Config())
+    loop = Loop(
+        epoch=epoch, generation=0, steps=9, device="cpu", data="", optimizers={}, metrics=metrics, config=Config()
+    )
     return Checkpoint(tensors, loop)
 
 
@@ -105,7 +107,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run: Path) -> 
     """Each file truncated at ten places, and with one of its bits flipped at twenty random ones."""
     chance = random.Random(0)
     files = sorted((run / "checkpoints").glob("epoch-000003*"))
-    assert len(files) == 4
+    assert len(files) == 5
     for path in files:
         content = path.read_bytes()
         damaged = [content[: len(content) * part // 10] for part in range(10)]
@@ -117,7 +119,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run: Path) -> 
             warnings: list[str] = []
             found, metrics = latest_checkpoint(run, warnings.append)
             assert (found.epoch, metrics.count(b"\n")) == (2, 2)
-            assert [str(path) in warning for warning in warnings] == [True]
+            assert [path.name in warning for warning in warnings] == [True]
         path.unlink()
         assert latest_checkpoint(run, lambda warning: None)[0].epoch == 2
         path.write_bytes(content)
@@ -169,7 +171,11 @@ def test_an_optimizer_goes_on_as_if_it_had_never_stopped(kind: str) -> None:
     other, resumed = start()
     with torch.no_grad():
         other.copy_(weight)
-    load_optimizer(resumed, {name: value.clone() for name, value in optimizer_tensors(optimizer).items()})
+    optimizer.param_groups[0]["lr"] = 0.07  # as a schedule would have it
+    tensors, rest = optimizer_state(optimizer)
+    rest = json.loads(json.dumps(rest))
+    load_optimizer(resumed, {name: value.clone() for name, value in tensors.items()}, rest)
+    assert resumed.param_groups[0]["lr"] == 0.07
     state, again = optimizer.state[weight], resumed.state[other]
     assert all(again[name].stride() == state[name].stride() for name in state)
     step(weight, optimizer, 3)
@@ -199,28 +205,35 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 def test_a_checkpoint_with_right_checksums_and_wrong_content_is_refused(run: Path) -> None:
     """What a forger, or another version, would write."""
     path = run / "checkpoints" / "epoch-000003.json"
-    whole = json.loads(path.read_bytes())
+    checksums = path.with_suffix(".sha256")
+    whole, sums = path.read_bytes(), checksums.read_text()
     changes: list[Callable[[Any], Any]] = [
-        lambda loop: loop.pop("files"),
+        lambda loop: loop.pop("optimizers"),
         lambda loop: loop.pop("metrics"),
         lambda loop: loop.update(steps="nine"),
         lambda loop: loop["config"].update(evolution=5),
-        lambda loop: loop.update(files={}),
+        lambda loop: loop.update(epoch=2),
     ]
+    contents = [b"{", b"[" * 100_000, b"5"]
     for change_it in changes:
-        loop = json.loads(json.dumps(whole))
-        del loop["sha256"]
+        loop = json.loads(whole)
         change_it(loop)
-        path.write_bytes(_encode(loop))
-        with pytest.raises(CheckpointError, match=r"epoch-000003"):
+        contents.append(json.dumps(loop).encode())
+    for content in contents:
+        path.write_bytes(content)
+        checksums.write_text(sums.replace(hashlib.sha256(whole).hexdigest(), hashlib.sha256(content).hexdigest()))
+        with pytest.raises(CheckpointError, match=r"epoch-000003.json: (of epoch 2|not a checkpoint of this version)"):
             load_checkpoint(run / "checkpoints", 3)
     found = latest_checkpoint(run, lambda warning: None)[0]
     with pytest.raises(InputError, match="the checkpoint of epoch 2 is of another network"):
         load_network(torch.nn.Linear(2, 2), found)
     optimizer = torch.optim.Adam([torch.zeros(3, 3)])
+    rest = optimizer_state(optimizer)[1]
     for name in ("7.exp_avg", "x", "0.exp_avg"):
         with pytest.raises(InputError, match="of another optimizer"):
-            load_optimizer(optimizer, {name: torch.zeros(2)})
+            load_optimizer(optimizer, {name: torch.zeros(2)}, rest)
+    with pytest.raises(InputError, match="of another optimizer"):
+        load_optimizer(optimizer, {}, rest | {"param_groups": []})
 
 
 def test_a_run_folder_does_not_say_which_ray_gets_the_token(run: Path) -> None:
