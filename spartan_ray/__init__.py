@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spartan_ray.cli.from_python import train
     from spartan_ray.distributed.population import Population
     from spartan_ray.engine.fitness import Fitness
     from spartan_ray.engine.optimizer import EvolutionOptimizer
@@ -25,6 +26,7 @@ __all__ = [
     "RandomGradients",
     "RunError",
     "Strategy",
+    "train",
 ]
 
 # Imported when they are asked for: `spartan --help` needs no torch.
@@ -38,6 +40,7 @@ _HOMES = {
     "RandomGradients": "engine.strategies.random_gradients",
     "RunError": "errors",
     "Strategy": "engine.strategies.requests",
+    "train": "cli.from_python",
 }
 
 

@@ -32,7 +32,7 @@ COLOURS = RANDOM.integers(0, 2**8, (32, 32, 4), dtype=np.uint8)
 def read(root: Path) -> tuple[NDArray[np.uint8], list[str]]:
     """All pixels, the training part first, and what was said."""
     notes: list[str] = []
-    train, test, _ = read_folder(root, notes.append)
+    train, test, _ = read_folder(root, 32, notes.append)
     return np.concatenate([train[0], test[0]]), notes
 
 
@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
 
 def test_images_are_decoded_once_and_it_is_said_before(image_folder: Path, decoded: list[Path]) -> None:
     said: list[tuple[str, int]] = []
-    read_folder(image_folder, lambda note: said.append((note, len(decoded))))
+    read_folder(image_folder, 32, lambda note: said.append((note, len(decoded))))
     (cache,) = Path(os.environ["XDG_CACHE_HOME"]).glob("spartan-ray/*.pixels")
     assert said == [(f"decoding 72 images into the cache at {cache} (once)", 0)]
     assert len(decoded) == 72
@@ -285,7 +285,7 @@ def test_a_damaged_cache_is_written_anew(image_folder: Path, decoded: list[Path]
 def test_runs_at_once_leave_one_whole_cache(image_folder: Path, decoded: list[Path]) -> None:
     program = (
         "import hashlib, sys; from pathlib import Path; from spartan_ray.vision.images import read_folder;"
-        "train, test, _ = read_folder(Path(sys.argv[1]), lambda note: None);"
+        "train, test, _ = read_folder(Path(sys.argv[1]), 32, lambda note: None);"
         "print(hashlib.sha256(train[0].tobytes() + test[0].tobytes()).hexdigest())"
     )
     command = [sys.executable, "-c", program, str(image_folder)]

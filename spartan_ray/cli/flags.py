@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from spartan_ray.errors import InputError
 from spartan_ray.run.config import Config
-from spartan_ray.run.loading import load_config, preset_names
+from spartan_ray.run.loading import load_config, override, preset_names
 from spartan_ray.section import Section, perhaps
 
 DEST = "field "  # what the names of fields begin with among the parsed arguments
@@ -95,15 +95,13 @@ def take_fields(base: Config, arguments: argparse.Namespace) -> Config:
         if dest.startswith(DEST):
             section, name = dest.removeprefix(DEST).split(".")
             given.setdefault(section, {})[name] = value
-    sections = {}
     for section, values in given.items():
         before: Section = getattr(base, section)
         for name, value in values.items():
             # Of a field that may have no value `none` says so, unless that is a value of its own.
             if value in ("none", "None") and _may_be_none(type(before).model_fields[name]):
                 values[name] = None
-        sections[section] = type(before)(**before.model_dump() | values)
-    return Config(**{name: getattr(base, name) for name in Config.model_fields} | sections)
+    return override(base, given)
 
 
 def _may_be_none(info: FieldInfo) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ LINE_SECONDS = 15.0
 
 def follow(supervisor: Any, console: Console) -> None:
     """Show the run's progress until it ends: a live bar in a terminal, plain lines elsewhere."""
-    show = _live_bar(console) if console.is_terminal else _plain_lines()
+    show = _live_bar(console) if console.is_terminal or _in_notebook(console) else _plain_lines(console)
     with show as update:
         ended = False
         while not ended:
@@ -32,8 +33,12 @@ def say(console: Console, supervisor: Any) -> None:
     while supervisor.unsaid:
         said = supervisor.unsaid[0]
         line = said if isinstance(said, str) else _row_line(said, supervisor.config.run.epochs)
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        _print(console, line)
         supervisor.unsaid.popleft()
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _row_line(row: dict[str, Any], epochs: int) -> str:
@@ -79,8 +84,13 @@ def _live_bar(console: Console) -> Iterator[Any]:
         yield update
 
 
+def _in_notebook(console: Console) -> bool:
+    """Whether a live bar can be shown in a notebook."""
+    return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+
+
 @contextlib.contextmanager
-def _plain_lines() -> Iterator[Any]:
+def _plain_lines(console: Console) -> Iterator[Any]:
     """A line now and then, for logs."""
     last = time.monotonic()
 
@@ -91,10 +101,10 @@ def _plain_lines() -> Iterator[Any]:
         last = time.monotonic()
         left = (time.time() - state.started) / state.done * (state.total - state.done)
         rate = f", {_rate(state):.0f} images/s" if state.images else ""
-        print(
+        _print(
+            console,
             f"epoch {state.epoch}/{state.epochs} {state.phase}: {state.done}/{state.total} {state.unit}{rate}, "
             f"{left:.0f} s left",
-            flush=True,
         )
 
     yield update

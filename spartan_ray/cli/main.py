@@ -26,6 +26,8 @@ STDOUT = 1
 def main() -> None:
     """Run the command line and exit with its code."""
     code: int | str | None
+    if os.getcwd() not in sys.path:  # for modules of the user's own, as with `python -m spartan_ray`
+        sys.path.insert(0, os.getcwd())
     try:
         try:
             code = _command()

@@ -18,6 +18,7 @@ from spartan_ray.cli.watchdog import watchdog
 from spartan_ray.distributed.address import ray_address
 from spartan_ray.distributed.start import reach_ray, start_ray
 from spartan_ray.errors import Diverged, InputError, RunError
+from spartan_ray.naming import imported, is_named
 from spartan_ray.run.config import Config
 from spartan_ray.run.loading import differences, load_run_config
 
@@ -66,7 +67,7 @@ def run(config: Config, folder: Path | None = None) -> int:
             flush=True,
         )
     if ray_address(config.cluster.address)[0] == "local":
-        _check_paths(config, new=folder is None)
+        check_paths(config, new=folder is None)
     address, named_by = reach_ray(config.cluster.address)
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -148,8 +149,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _check_paths(config: Config, new: bool) -> None:
-    """Answer a wrong path before Ray starts, where the driver will run on this machine. A run that goes on
+def check_paths(config: Config, new: bool) -> None:
+    """Answer a wrong path or name before Ray starts, where the driver will run on this machine. A run that goes on
     has its folder, and its weights in its checkpoint."""
     if new:
         out = Path(config.run.out)
@@ -166,3 +167,6 @@ def _check_paths(config: Config, new: bool) -> None:
         from spartan_ray.vision.weights import read_weights
 
         read_weights(Path(config.parent.weights))
+    for field, name in (("parent.model", config.parent.model), ("evolution.strategy", config.evolution.strategy)):
+        if is_named(name):
+            imported(field, name)

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.engine.strategies.requests import CaseSet
+from spartan_ray.naming import checked_name, is_named
 from spartan_ray.noise.contract import NoiseKind
 from spartan_ray.section import Decay, Finite, NonNegativeFloat, PositiveFloat, Section, no_url
 from spartan_ray.vision.config import Data, Parent
@@ -48,6 +49,7 @@ ONLY_WITH: dict[str, tuple[str, str]] = {
     "wave": ("accept", "chain"),
     "racing": ("accept", "best"),
 }
+STRATEGIES = ("es", "random-gradients", "none")
 ACCEPT = {"es": ("always", "if-better"), "random-gradients": ("best", "chain")}
 LR = {"es": 0.0005, "random-gradients": 0.01}
 
@@ -57,8 +59,8 @@ class Evolution(Section):
 
     prefix = "evolution"
 
-    strategy: Literal["es", "random-gradients", "none"] = "es"
-    """es: the article's evolution strategies; random-gradients: its other method; none: every epoch is SGD."""
+    strategy: Annotated[str, AfterValidator(partial(checked_name, "evolution.strategy", STRATEGIES))] = "es"
+    """es, random-gradients: the article's methods; none: SGD alone; package.module:Name, made with fields it takes."""
     every: PositiveInt = 5
     """Each so-many-th epoch is an evolve phase."""
     population: Annotated[int, Field(ge=2)] = 50
@@ -122,7 +124,7 @@ class Evolution(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Evolution:
-        if self.strategy == "none":
+        if self.strategy == "none" or is_named(self.strategy):
             return self
         chosen = self.resolved()
         for name, (switch, wanted) in ONLY_WITH.items():
@@ -153,7 +155,7 @@ class Evolution(Section):
 
     def resolved(self, workers: int = 1) -> Evolution:
         """With the defaults that depend on the strategy and on the workers that there are."""
-        if self.strategy == "none":
+        if self.strategy == "none" or is_named(self.strategy):
             return self
         accept, lr = self.accept or ACCEPT[self.strategy][0], self.lr or LR[self.strategy]
         wave = self.wave or (workers if accept == "chain" else None)
@@ -163,6 +165,8 @@ class Evolution(Section):
         """How many of the evolution images score a generation, search for its step, and confirm; disjoint.
 
         What is not given shares equally what the others leave. Raises ValueError when they do not fit."""
+        if is_named(self.strategy):  # it says itself which sets it needs
+            return {"fitness": self.fitness_images or available}
         counts: dict[CaseSet, int | None] = {"fitness": self.fitness_images}
         if self.step == "search":
             counts["search"] = self.confirm_images

@@ -40,7 +40,7 @@ from spartan_ray.run.record import Row, RunFolder, lock_folder, phase_row
 from spartan_ray.run.setup import make_population, make_strategy
 from spartan_ray.vision.classification import Normaliser, score
 from spartan_ray.vision.data import load_splits
-from spartan_ray.vision.models import describe, initial_model
+from spartan_ray.vision.models import describe, initial_model, refuse_unfit
 from spartan_ray.vision.training import Trainer
 
 # The train loss is taken on so many SGD images at most: the same ones every epoch.
@@ -139,7 +139,7 @@ class Driver:
         assert self.population
         assert self.strategy
         moments = self.config.parent.moments_after_evolution
-        self._begin("evolve", "members", self.config.evolution.population + 1)
+        self._begin("evolve", "members", self.strategy.population + 1)
         started = time.perf_counter()
         norms_T = self.trainer.gradient_norms() if moments == "rescale" else None
         before = self.model.digest()
@@ -221,6 +221,7 @@ class Driver:
         for name, value in module.state_dict().items():
             if not value.isfinite().all():
                 raise InputError(f"parent.weights {config.parent.weights}: {name} is not finite everywhere")
+        refuse_unfit(module, config.parent, splits.image_size, len(splits.classes))
         self.normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
         self.description = describe(config.parent, splits)
         self.strategy = make_strategy(config.evolution, len(splits.classes))
@@ -231,7 +232,13 @@ class Driver:
         self.model = self.population.model if self.population else FlatModel(module, self.device)
         # While the workers start: torch's first optimizer takes a second to import what it needs.
         self.trainer = Trainer(
-            config.parent, self.model, self.splits.sgd, self.normalise, config.run.seed, config.data.augment
+            config.parent,
+            self.model,
+            self.splits.sgd,
+            self.normalise,
+            config.run.seed,
+            config.data.augment,
+            config.run.epochs,
         )
         if self.pool:
             self.pool.wait_until_joined()

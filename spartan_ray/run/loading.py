@@ -55,12 +55,13 @@ def _parse(text: str, source: str) -> Config:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date that there is not
         raise InputError(f"{source}: not YAML: {error}") from None
     try:
-        return _configuration(sections)
+        return configuration(sections)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
 
 
-def _configuration(sections: Any) -> Config:
+def configuration(sections: Any) -> Config:
+    """The configuration of sections of fields, as YAML has them. Raises InputError by the name of the field."""
     if not isinstance(sections, dict):
         raise InputError(f"expected sections, got {type(sections).__name__}")
     values: dict[str, Any] = {}
@@ -74,6 +75,17 @@ def _configuration(sections: Any) -> Config:
             raise InputError(f"{section}: expected field: value lines, got {reprlib.repr(fields)}")
         values[section] = type(getattr(defaults, section))(**fields)
     return Config(**values)
+
+
+def override(base: Config, sections: dict[str, Any]) -> Config:
+    """A configuration with fields of sections replaced."""
+    changed: dict[str, Any] = {}
+    for name, fields in sections.items():
+        if name not in Config.model_fields:
+            raise InputError(f"{name}: unknown section{perhaps(name, Config.model_fields)}")
+        section = getattr(base, name)
+        changed[name] = type(section)(**section.model_dump() | fields)
+    return Config(**{name: getattr(base, name) for name in Config.model_fields} | changed)
 
 
 def dump_config(config: Config) -> str:

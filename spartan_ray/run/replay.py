@@ -16,6 +16,7 @@ from spartan_ray.engine.executor import LocalExecutor
 from spartan_ray.engine.strategies.es import EvolutionStrategies
 from spartan_ray.engine.strategies.requests import Members, Score, Scores, SetScale, Take, line, merge_seeds, parts
 from spartan_ray.errors import InputError
+from spartan_ray.naming import is_named
 from spartan_ray.run.checkpoint import (
     REPLAY_PARTS,
     CheckpointError,
@@ -80,6 +81,9 @@ class Replay:
             )
         evolution = self.config.evolution
         fitness_K = journal["fitness"]
+        if is_named(evolution.strategy):
+            scored = self._score_again(journal, generation, member)
+            return self._write(journal, member, file, scored)
         threshold = float(journal["before"])
         if evolution.accept == "chain":
             for earlier in np.flatnonzero(journal["weight"][:member]):
@@ -98,16 +102,40 @@ class Replay:
                 assert isinstance(answer, Scores)
                 scores = answer
         assert scores, "there is a first part"
-        # The whole of it; what was scored has no dead taps.
-        self.executor.evaluator.descend(int(members.seed_K[0]), members.offset_K[0], members.gain_K[0])
-        save_weights(file, self.executor.evaluator.model.state_dict(), self.description)
-        return float(fitness_K[member]), float(scores.fitness_K[0])
+        return self._write(journal, member, file, float(scores.fitness_K[0]))
+
+    def _write(self, journal: Journal, member: int, file: Path, scored: float) -> tuple[float, float]:
+        """Write a member's weights, those that never reach the output too; its fitness on record, and here."""
+        evaluator = self.executor.evaluator
+        evaluator.descend(int(journal["seed"][member]), journal["offset"][member], journal["gain"][member])
+        save_weights(file, evaluator.model.state_dict(), self.description)
+        return float(journal["fitness"][member]), scored
+
+    def _score_again(self, journal: Journal, generation: int, member: int) -> float:
+        """A phase of a strategy of the user's own up to the request that scores a member; its fitness."""
+        wanted = [journal[name][member] for name in ("seed", "offset", "gain")]
+        phase, answer = self.strategy.generation(self.config.run.seed, generation), None
+        with threads(self.config.parent.threads):
+            while True:
+                try:
+                    request = phase.send(answer)
+                except StopIteration:
+                    raise InputError(f"{self.config.evolution.strategy} no longer scores member {member}") from None
+                answer = self.population.answer(request)
+                if isinstance(request, Score) and isinstance(answer, Scores):
+                    members = request.members
+                    for k, one in enumerate(zip(members.seed_K, members.offset_K, members.gain_K, strict=True)):
+                        if list(one) == wanted:
+                            return float(answer.fitness_K[k])
 
     def verify(self, generation: int) -> bool:
         """Make the next parent of a generation again from its journal; whether its bits are the recorded ones."""
         journal = self._begin(generation)
         moved = np.flatnonzero(journal["weight"])
-        if len(moved) and self.config.evolution.strategy == "es":
+        if is_named(self.config.evolution.strategy):
+            with threads(self.config.parent.threads):
+                self.population.step(self.strategy, generation)
+        elif len(moved) and self.config.evolution.strategy == "es":
             seed_U, weight_U = merge_seeds(_members(journal), journal["weight"])
             with threads(self.config.parent.threads):
                 assert isinstance(self.strategy, EvolutionStrategies)
@@ -150,7 +178,7 @@ class Replay:
         self.population.begin(self.strategy.case_sets, generation)
         if evolution.strategy == "random-gradients":
             self.population.answer(SetScale("gradient"))
-        elif evolution.sigma_scale == "relative":
+        elif evolution.strategy == "es" and evolution.sigma_scale == "relative":
             self.population.answer(SetScale("rms"))
         return journal
 

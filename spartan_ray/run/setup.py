@@ -18,6 +18,7 @@ from spartan_ray.engine.strategies.es import EvolutionStrategies
 from spartan_ray.engine.strategies.random_gradients import RandomGradients
 from spartan_ray.engine.strategies.requests import CaseSet, Strategy
 from spartan_ray.errors import InputError
+from spartan_ray.naming import imported, is_named
 from spartan_ray.run.config import Config, Evolution
 from spartan_ray.vision.classification import (
     BatchNormKind,
@@ -39,6 +40,8 @@ def make_strategy(config: Evolution, classes: int) -> Strategy | None:
     config = config.resolved()
     if config.strategy == "none":
         return None
+    if is_named(config.strategy):
+        return _strategy_of_name(config)
     strategy = EvolutionStrategies if config.strategy == "es" else RandomGradients
     # A strategy's settings have the names of the fields.
     given = {name: getattr(config, name) for name in inspect.signature(strategy).parameters if hasattr(config, name)}
@@ -46,6 +49,41 @@ def make_strategy(config: Evolution, classes: int) -> Strategy | None:
         given["temperature"] = {"none": None, "error": error, "loss": RelativeLoss(classes)}[config.temperature]
         given["wave"] = config.wave or 1
     return strategy(**given)
+
+
+# Fields of what a strategy of the user's own runs in.
+AROUND = {
+    "strategy",
+    "every",
+    "fitness",
+    "fitness_images",
+    "confirm_images",
+    "batchnorm",
+    "mutate",
+    "noise",
+    "precision",
+}
+AROUND |= {"gradient_split", "gradient_images"}
+
+
+def _strategy_of_name(config: Evolution) -> Strategy:
+    """A strategy of the user's own: its parameters that are named as fields get their values, but for those that are
+    None. Raises InputError for a field that was set and goes nowhere."""
+    said = f"evolution.strategy ({config.strategy})"
+    make = imported("evolution.strategy", config.strategy)
+    taken = inspect.signature(make).parameters
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        if value != info.default and name not in AROUND | taken.keys():
+            raise InputError(f"evolution.{name} ({value}) has no effect: {config.strategy} takes {', '.join(taken)}")
+    values = {name: getattr(config, name) for name in taken if name in type(config).model_fields}
+    try:
+        strategy = make(**{name: value for name, value in values.items() if value is not None})
+    except TypeError as error:
+        raise InputError(f"{said}: {error}") from None
+    if not isinstance(strategy, Strategy):
+        raise InputError(f"{said}: expected population, case_sets and generation(seed, number)")
+    return strategy
 
 
 def make_fitness(config: Evolution, splits: Splits) -> Classification:
@@ -65,6 +103,7 @@ def make_population(
     """The population of a run around its network. Raises InputError when there are too few images."""
     evolution, seed = config.evolution, config.run.seed
     counts = image_counts(evolution, len(splits.evolution), len(splits.sgd))
+    named = is_named(evolution.strategy)
     fitness = make_fitness(evolution, splits)
     device = next(network.parameters()).device
     sgd, normalise = splits.sgd.to(device), Normaliser(splits.mean_C, splits.std_C, device)
@@ -82,8 +121,8 @@ def make_population(
         seed=seed,
         noise=evolution.noise,
         mutate=evolution.mutate,
-        fitness_cases=counts["fitness"],
-        confirm_cases=counts.get("search", counts.get("confirm")),
+        fitness_cases=evolution.fitness_images if named else counts["fitness"],
+        confirm_cases=evolution.confirm_images if named else counts.get("search", counts.get("confirm")),
         gradient=gradient if evolution.gradient_split == "sgd" else None,
         gradient_cases=evolution.gradient_images or GRADIENT_CASES,
         factory=functools.partial(build_model, config.parent, len(splits.classes)),

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt
 
+from spartan_ray.naming import checked_name
 from spartan_ray.section import Fraction, NonNegativeFloat, PositiveFloat, Section, no_url
 
 Moments = Literal["keep", "reset", "rescale"]
@@ -31,8 +32,10 @@ class Data(Section):
     """Training images that only watch (default: 10 %)."""
     sgd_on_evolution: bool = False
     """Let SGD train on the evolution split too: the baseline that sees as many images as SGD + evolution."""
+    image_size: Annotated[int, Field(ge=32, le=224)] = 32
+    """Pixels a side, to which images are resized. All are held in memory: 3 kB an image at 32, 150 kB at 224."""
     augment: bool = False
-    """Random flips and 4-pixel shifts of the SGD images (do not use flips for digits)."""
+    """Random flips and shifts of an eighth of the SGD images (do not use flips for digits)."""
 
 
 class Parent(Section):
@@ -40,16 +43,18 @@ class Parent(Section):
 
     prefix = "parent"
 
-    model: Literal["resnet18", "convnet"] = "resnet18"
-    """resnet18, or convnet: 24 thousand parameters, to try the machinery in seconds."""
+    model: Annotated[str, AfterValidator(partial(checked_name, "parent.model", ("resnet18", "convnet")))] = "resnet18"
+    """resnet18, convnet (small, to try the machinery), or package.module:Name, called with num_classes=N."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """First layers of resnet18: imagenet (7x7 stride 2, pooling) or cifar (3x3, 16 times the work)."""
     weights: Annotated[str, AfterValidator(partial(no_url, "parent.weights"))] = "none"
-    """none, imagenet (torchvision's), or a FILE: a state dict as .pt, .pth or .safetensors."""
+    """none, imagenet (of torchvision's models), or a FILE: a state dict as .pt, .pth or .safetensors."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimizer of the SGD epochs."""
     lr: PositiveFloat = 0.01
-    """Learning rate, constant as in the article."""
+    """Learning rate of the first epoch."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate over the run: constant, as in the article, or half a cosine to nearly 0 in the last epoch."""
     momentum: Fraction = 0.9
     """Momentum of sgd; adam and adamw take it as beta1."""
     weight_decay: NonNegativeFloat = 0.0

@@ -1,6 +1,6 @@
 """Data sets as uint8 tensors, and their split into disjoint parts.
 
-Every data set is 32x32 RGB, held as uint8 in (N, H, W, C) order, which is channels-last already;
+Every data set is RGB of data.image_size, held as uint8 in (N, H, W, C) order, which is channels-last already;
 `classification.py` and `training.py` normalise batches on the device.
 """
 
@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from spartan_ray.engine.draws import permutation
 from spartan_ray.errors import InputError
 from spartan_ray.vision.config import Data
-from spartan_ray.vision.images import SIDE, Note, read_folder
+from spartan_ray.vision.images import Note, read_folder, resized
 
 # What torchvision raises when a download fails, or a file cannot be read as what it should be.
 LOAD_ERRORS = (OSError, HTTPException, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError)
@@ -55,6 +56,10 @@ class Splits:
     classes: tuple[str, ...]
     mean_C: tuple[float, ...]
     std_C: tuple[float, ...]
+
+    @property
+    def image_size(self) -> int:
+        return self.sgd.pixels_NHWC.shape[1]
 
     def digest(self) -> str:
         """SHA-256 of all images and labels in their order."""
@@ -140,7 +145,9 @@ def _stratified_order(labels_N: NDArray[np.int64], seed: int) -> NDArray[np.int6
     return shuffled_N[np.argsort(place_N[shuffled_N], kind="stable")]
 
 
-def _images(pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> Images:
+def _images(pixels: NDArray[np.uint8], labels: NDArray[np.int64], side: int) -> Images:
+    if pixels.shape[1] != side:
+        pixels = np.stack([resized(Image.fromarray(image), side) for image in pixels])
     return Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64)))
 
 
@@ -155,8 +162,8 @@ def _digits(config: Data, note: Note) -> Dataset:
     test_N, train_N = np.split(order_N, [len(order_N) // 5])
     classes = tuple(str(name) for name in digits.target_names)
     return Dataset(
-        _images(pixels_NHWC[train_N], digits.target[train_N]),
-        _images(pixels_NHWC[test_N], digits.target[test_N]),
+        _images(pixels_NHWC[train_N], digits.target[train_N], config.image_size),
+        _images(pixels_NHWC[test_N], digits.target[test_N], config.image_size),
         classes,
     )
 
@@ -179,9 +186,9 @@ def _torchvision(config: Data, note: Note) -> Dataset:
         if pixels.ndim == 3:
             pixels = np.repeat(np.pad(pixels, ((0, 0), (2, 2), (2, 2)))[..., None], 3, axis=3)
         strange = set(labels.tolist()) - set(range(len(part.classes)))
-        if pixels.shape != (len(labels), SIDE, SIDE, 3) or strange:
+        if pixels.shape != (len(labels), 32, 32, 3) or strange:
             raise InputError(f"data.root {root}: {config.name} is corrupt: images, labels and classes do not match")
-        parts.append(_images(pixels, labels))
+        parts.append(_images(pixels, labels, config.image_size))
     return Dataset(parts[0], parts[1], tuple(part.classes))
 
 
@@ -214,8 +221,8 @@ def _trouble(error: Exception, published: dict[Path, str | None], download: bool
 
 def _folder(config: Data, note: Note) -> Dataset:
     """train/<class>/* and test/<class>/*."""
-    train, test, classes = read_folder(Path(str(config.root)), note)
-    return Dataset(_images(*train), _images(*test), classes)
+    train, test, classes = read_folder(Path(str(config.root)), config.image_size, note)
+    return Dataset(_images(*train, config.image_size), _images(*test, config.image_size), classes)
 
 
 LOADERS: dict[str, Callable[[Data, Note], Dataset]] = {

@@ -22,7 +22,6 @@ from PIL import TiffImagePlugin as tiff
 
 from spartan_ray.errors import InputError
 
-SIDE = 32
 Note = Callable[[str], None]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 # Formats whose ranges of values are known, and none that Pillow hands to another program.
@@ -54,8 +53,8 @@ def list_folder(root: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]
     return train, test, left_out
 
 
-def read_folder(root: Path, note: Note) -> tuple[Arrays, Arrays, tuple[str, ...]]:
-    """Pixels (N, 32, 32, 3) and labels of the training part, those of the test part, and the classes.
+def read_folder(root: Path, side: int, note: Note) -> tuple[Arrays, Arrays, tuple[str, ...]]:
+    """Pixels (N, side, side, 3) and labels of the training part, those of the test part, and the classes.
 
     Raises InputError for a folder that is not as it should be and for files that cannot be read as they are."""
     train, test, left_out = list_folder(root)
@@ -65,7 +64,8 @@ def read_folder(root: Path, note: Note) -> tuple[Arrays, Arrays, tuple[str, ...]
         note(f"data.root {root}: left out, as no images by suffix or place: {len(left_out)} ({names})")
     counts = [len(paths) for part in (train, test) for paths in part.values()]
     labels_N = np.repeat(np.tile(np.arange(len(classes)), 2), counts)
-    pixels_NHWC = _pixels(root, [path for part in (train, test) for paths in part.values() for path in paths], note)
+    paths = [path for part in (train, test) for paths in part.values() for path in paths]
+    pixels_NHWC = _pixels(root, paths, side, note)
     cut = sum(counts[: len(classes)])
     return (pixels_NHWC[:cut], labels_N[:cut]), (pixels_NHWC[cut:], labels_N[cut:]), classes
 
@@ -99,18 +99,18 @@ def _named(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def _pixels(root: Path, paths: list[Path], note: Note) -> NDArray[np.uint8]:
+def _pixels(root: Path, paths: list[Path], side: int, note: Note) -> NDArray[np.uint8]:
     """The pixels of the files, from the cache when neither they nor the decoder changed since it was written."""
     listing = [(str(path.relative_to(root)), _stamp(path)) for path in paths]
-    state = json.dumps([DECODER, PIL.__version__, SIDE, listing])
+    state = json.dumps([DECODER, PIL.__version__, side, listing])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spartan-ray"
-    cache = folder / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.pixels"
+    cache = folder / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}-{side}.pixels"
     with contextlib.suppress(OSError):
         digest, pixels = np.split(np.fromfile(cache, np.uint8), [32])
         if digest.tobytes() == _digest(state, pixels):
-            return pixels.reshape(-1, SIDE, SIDE, 3)
+            return pixels.reshape(-1, side, side, 3)
     note(f"decoding {len(paths)} images into the cache at {cache} (once)")
-    pixels_NHWC = _decode_all(paths, note)
+    pixels_NHWC = _decode_all(paths, side, note)
     _write_cache(cache, _digest(state, pixels_NHWC), pixels_NHWC, note)
     return pixels_NHWC
 
@@ -147,13 +147,13 @@ def _write_cache(cache: Path, digest: bytes, pixels_NHWC: NDArray[np.uint8], not
         note(f"no cache of decoded images, decoding again next time: {error}")
 
 
-def _decode_all(paths: list[Path], note: Note) -> NDArray[np.uint8]:
-    pixels_NHWC = np.empty((len(paths), SIDE, SIDE, 3), np.uint8)
+def _decode_all(paths: list[Path], side: int, note: Note) -> NDArray[np.uint8]:
+    pixels_NHWC = np.empty((len(paths), side, side, 3), np.uint8)
     unreadable: list[str] = []
     changes: Counter[str] = Counter()
     for index, path in enumerate(paths):
         try:
-            pixels_NHWC[index] = _decode(path, changes)
+            pixels_NHWC[index] = _decode(path, side, changes)
         except Exception as error:  # Of damaged files Pillow raises struct.error, zlib.error, KeyError and others.
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             unreadable.append(f"{path} ({reason})")
@@ -165,8 +165,8 @@ def _decode_all(paths: list[Path], note: Note) -> NDArray[np.uint8]:
     return pixels_NHWC
 
 
-def _decode(path: Path, changes: Counter[str]) -> NDArray[np.uint8]:
-    """The pixels of one image, upright, as 8-bit RGB of 32x32; what is lost on the way is counted in `changes`."""
+def _decode(path: Path, side: int, changes: Counter[str]) -> NDArray[np.uint8]:
+    """The pixels of one image, upright, as 8-bit RGB of a side; what is lost on the way is counted in `changes`."""
     try:
         opened = Image.open(path, formats=FORMATS)
     except UnidentifiedImageError:
@@ -184,10 +184,14 @@ def _decode(path: Path, changes: Counter[str]) -> NDArray[np.uint8]:
             image = image.convert("RGBA")
             if image.getchannel("A").getextrema() != (255, 255):
                 changes["with transparent pixels (shown opaque)"] += 1
-        rgb = image.convert("RGB")
-        if rgb.size != (SIDE, SIDE):
-            rgb = rgb.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        return np.asarray(rgb)
+        return resized(image.convert("RGB"), side)
+
+
+def resized(rgb: Image.Image, side: int) -> NDArray[np.uint8]:
+    """The pixels of an image at side x side. Pillow's integers are the same on every processor."""
+    if rgb.size != (side, side):
+        rgb = rgb.resize((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(rgb)
 
 
 def _check_range(image: Image.Image) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from spartan_ray.errors import InputError, one_line
+from spartan_ray.naming import imported
 from spartan_ray.vision.config import Parent
 from spartan_ray.vision.data import Splits
 from spartan_ray.vision.layers import FoldedBatchNorm2d, LiveConv2d
@@ -16,8 +19,42 @@ from spartan_ray.vision.weights import imagenet_file, load_weights, read_weights
 
 
 def build_model(config: Parent, classes: int) -> nn.Module:
-    """The network of the configuration with torch's current random state as its initial weights."""
-    return ResNet18(classes, config.stem) if config.model == "resnet18" else _convnet(classes)
+    """The network of the configuration with torch's current random state as its initial weights.
+
+    Raises InputError when it cannot be made."""
+    if config.model == "resnet18":
+        return ResNet18(classes, config.stem)
+    if config.model == "convnet":
+        return _convnet(classes)
+    make, said = imported("parent.model", config.model), f"parent.model ({config.model})"
+    try:
+        network = make(num_classes=classes)
+    except Exception as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise InputError(f"{said}: cannot be made with num_classes={classes}: {reason}") from error
+    if not isinstance(network, nn.Module):
+        raise InputError(f"{said}: made a {type(network).__name__}: expected an nn.Module")
+    network.register_forward_hook(_logits)
+    return network
+
+
+def _logits(network: nn.Module, inputs: Any, output: Any) -> Any:
+    """Of what a network in training returns with auxiliary classifiers, its own logits."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def refuse_unfit(network: nn.Module, config: Parent, size: int, classes: int) -> None:
+    """Raises InputError for a network that does not turn images of a size into logits."""
+    try:
+        shape = tuple(network.eval()(torch.zeros(2, 3, size, size)).shape)
+    except Exception as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise InputError(
+            f"parent.model ({config.model}): cannot take images of {size} x {size} pixels (data.image_size): {reason}"
+        ) from error
+    if shape != (2, classes):
+        raise InputError(f"parent.model ({config.model}): returns {shape} for 2 images: expected (2, {classes})")
 
 
 def _convnet(classes: int) -> nn.Module:
@@ -43,5 +80,5 @@ def initial_model(config: Parent, classes: int, seed: int) -> tuple[nn.Module, l
 
 def describe(config: Parent, splits: Splits) -> str:
     """What a file of weights says of itself, as JSON: how to build its network and to normalise its images."""
-    about = {"model": config.model, "stem": config.stem, "classes": splits.classes}
+    about = {"model": config.model, "stem": config.stem, "classes": splits.classes, "image_size": splits.image_size}
     return json.dumps(about | {"mean": splits.mean_C, "std": splits.std_C})

@@ -22,7 +22,9 @@ from spartan_ray.vision.leaves import Leaves
 ORDER_OF_EPOCH = 1 << 32
 AUGMENTATION_OF_EPOCH = 1 << 34
 NOISE_OF_STEP = 1 << 40
-CROP_MARGIN = 4
+DROPOUT_OF_EPOCH = 1 << 36
+# A shift of augmentation is at most a side over so many pixels.
+CROP_SHARE = 8
 # Exponent of the annealing of gradient noise, the paper's.
 NOISE_DECAY = 0.55
 # SGD images whose gradient rescales the optimizer's moments.
@@ -37,6 +39,11 @@ def make_optimizer(config: ParentConfig, parameters: list[torch.Tensor]) -> torc
     return kind(parameters, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
 
 
+def lr_factor(schedule: str, epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch, from 1 to epochs, over that of the first."""
+    return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+
+
 def noise_deviation(eta: float, step: int) -> float:
     """Standard deviation of the noise added to the gradient of a step, counted from 0: its variance is
     eta / (1 + step)^0.55 (Neelakantan et al., arXiv 1511.06807)."""
@@ -47,9 +54,18 @@ class Trainer:
     """Trains a FlatModel in place. An epoch's batches are a function of (seed, epoch) alone."""
 
     def __init__(
-        self, config: ParentConfig, model: FlatModel, images: Images, normalise: Normaliser, seed: int, augment: bool
+        self,
+        config: ParentConfig,
+        model: FlatModel,
+        images: Images,
+        normalise: Normaliser,
+        seed: int,
+        augment: bool,
+        epochs: int = 1,
     ) -> None:
+        """`epochs` is the length of the run, for the schedule."""
         self.config = config
+        self.epochs = epochs
         self.model = model
         self.images = images
         self.normalise = normalise
@@ -69,7 +85,10 @@ class Trainer:
         order_N = torch.from_numpy(permutation(len(self.images), self.seed, ORDER_OF_EPOCH + epoch)).to(device)
         random = torch.Generator().manual_seed(random_key(self.seed, AUGMENTATION_OF_EPOCH + epoch))
         trained = 0
-        with self.leaves():
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * lr_factor(self.config.schedule, epoch, self.epochs)
+        with self.leaves(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(random_key(self.seed, DROPOUT_OF_EPOCH + epoch))  # of a network that draws itself
             for index_N in order_N.split(self.config.batch_size):
                 if len(index_N) == 1:
                     continue
@@ -120,12 +139,14 @@ class Trainer:
 
 
 def shift_and_flip(pixels_NHWC: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Each image flipped left to right half of the time and shifted by up to 4 pixels, zeros outside."""
+    """Each image flipped left to right half of the time and shifted by up to an eighth of its side (4 pixels of 32),
+    zeros outside."""
     count, height, width, _ = pixels_NHWC.shape
+    margin = height // CROP_SHARE
     device = pixels_NHWC.device
-    shift_2N = torch.randint(0, 2 * CROP_MARGIN + 1, (2, count), generator=random).to(device)
+    shift_2N = torch.randint(0, 2 * margin + 1, (2, count), generator=random).to(device)
     flip_N = torch.randint(0, 2, (count,), generator=random).bool().to(device)
-    padded = F.pad(pixels_NHWC, (0, 0, CROP_MARGIN, CROP_MARGIN, CROP_MARGIN, CROP_MARGIN))
+    padded = F.pad(pixels_NHWC, (0, 0, margin, margin, margin, margin))
     row_NH = shift_2N[0, :, None] + torch.arange(height, device=device)
     column_NW = shift_2N[1, :, None] + torch.arange(width, device=device)
     column_NW = torch.where(flip_N[:, None], column_NW.flip(1), column_NW)

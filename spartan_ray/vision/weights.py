@@ -17,11 +17,16 @@ from spartan_ray.vision.config import Parent
 
 def imagenet_file(config: Parent) -> Path:
     """torchvision's ImageNet weights of the model, from torch's cache or downloaded into it."""
-    if config.model != "resnet18":
+    module, _, name = config.model.rpartition(":")
+    if module != "torchvision.models" and name != "resnet18":
         raise InputError(f"parent.weights: there are no imagenet weights for parent.model {config.model}")
-    from torchvision.models import ResNet18_Weights
+    from torchvision.models import get_model_weights
 
-    url: str = ResNet18_Weights.IMAGENET1K_V1.url
+    try:
+        weights = get_model_weights(name)
+    except ValueError as error:
+        raise InputError(f"parent.weights: there are no imagenet weights for {config.model}: {error}") from None
+    url: str = getattr(weights, "IMAGENET1K_V1", weights.DEFAULT).url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,6 +180,7 @@ class Outcome:
 Generation = Generator[Request, Any, Outcome]
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """Turns fitnesses into the next parent."""
 

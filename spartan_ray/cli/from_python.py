@@ -1,0 +1,105 @@
+"""`spartan train` from Python or a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from spartan_ray.cli.flags import with_absolute_paths
+from spartan_ray.cli.follow import follow
+from spartan_ray.cli.train import STOP_SECONDS, check_paths
+from spartan_ray.distributed.start import reach_ray, start_ray
+from spartan_ray.errors import InputError, RunError
+from spartan_ray.run.config import Config
+from spartan_ray.run.loading import configuration, load_config, override
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run that ended."""
+
+    path: Path
+    """Its folder."""
+    metrics: pd.DataFrame
+    """A row an epoch: the lines of metrics.jsonl."""
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The state dict of the network at the end."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path / "final.safetensors")
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch of the highest validation accuracy, the first of several."""
+        best = self.metrics["validation_accuracy"].to_numpy().argmax()
+        return int(self.metrics["epoch"].iloc[best])
+
+
+def train(
+    config: str | Path | Mapping[str, Any] | Config = Config(), *, progress: bool = True, **sections: Any
+) -> Result:
+    """Run what `spartan train` runs, to its end.
+
+        result = spartan_ray.train("quickstart", run={"epochs": 10}, evolution={"population": 200})
+        result.metrics.plot(x="epoch", y="test_accuracy")
+
+    config      a preset, a YAML file, a run folder, or sections of fields as in a file
+    progress    show a progress bar in a terminal or a notebook, lines elsewhere
+    sections    fields that override those of the config: run, data, parent, evolution, cluster
+
+    Runs on the Ray that this process is connected to, else on that of `cluster.address` or RAY_ADDRESS, else on a new
+    one of this machine. Interrupted, the run ends with a checkpoint: `spartan resume` goes on.
+
+    Raises InputError for what cannot be used, by the name of the field, and RunError for a run that cannot go on."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    from spartan_ray.report.reading import read_run
+    from spartan_ray.run.supervisor import Supervisor
+
+    base = config if isinstance(config, Config) else _loaded(config)
+    chosen = with_absolute_paths(override(base, sections))
+    console = Console(quiet=not progress)
+    started, supervisor = False, None
+    try:
+        if not ray.is_initialized():
+            address, named_by = reach_ray(chosen.cluster.address)
+            if address == "local":
+                check_paths(chosen, new=True)
+            start_ray(address, named_by)
+            started = True
+        supervisor = Supervisor(chosen)
+        try:
+            follow(supervisor, console)
+        except KeyboardInterrupt:
+            supervisor.stop()
+            supervisor.watch(STOP_SECONDS, 0)
+            console.print(f"stopped; go on with: spartan resume {supervisor.folder}", markup=False, highlight=False)
+            raise
+        supervisor.result()
+        assert supervisor.folder
+        run = read_run(supervisor.folder)
+        return Result(supervisor.folder, run.metrics)
+    except RayTaskError as error:
+        if isinstance(error.cause, InputError | RunError):
+            raise error.cause from None
+        raise
+    finally:
+        if supervisor:
+            supervisor.close()
+        if started:
+            ray.shutdown()
+
+
+def _loaded(config: str | Path | Mapping[str, Any]) -> Config:
+    return configuration(dict(config)) if isinstance(config, Mapping) else load_config(str(config))
