@@ -12,8 +12,8 @@ import spartan_ray
 PACKAGE = Path(spartan_ray.__file__).parent
 # A room may import what stands before it.
 ROOMS = [
-    "errors", "origin", "naming", "section", "noise", "engine", "vision", "distributed", "run", "report", "cli",
-    "__main__",
+    "errors", "origin", "naming", "section", "noise", "engine", "strategies", "vision", "distributed", "run", "report",
+    "cli", "__main__",
 ]  # fmt: skip
 APART = {("distributed", "vision")}  # guests of the engine that know nothing of each other
 KNOW_RAY = {f"distributed.{name}" for name in ("address", "population", "start", "transport", "worker")}

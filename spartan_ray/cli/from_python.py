@@ -46,14 +46,14 @@ class Result:
 
 
 def train(
-    config: str | Path | Mapping[str, Any] | Config = Config(), *, progress: bool = True, **sections: Any
+    config: str | Path | Mapping[str, Any] | Config | None = None, *, progress: bool = True, **sections: Any
 ) -> Result:
     """Run what `spartan train` runs, to its end.
 
         result = spartan_ray.train("quickstart", run={"epochs": 10}, evolution={"population": 200})
         result.metrics.plot(x="epoch", y="test_accuracy")
 
-    config      a preset, a YAML file, a run folder, or sections of fields as in a file
+    config      a preset, a YAML file, a run folder, or sections of fields as in a file (default: the defaults)
     progress    show a progress bar in a terminal or a notebook, lines elsewhere
     sections    fields that override those of the config: run, data, parent, evolution, cluster
 
@@ -67,8 +67,9 @@ def train(
     from spartan_ray.report.reading import read_run
     from spartan_ray.run.supervisor import Supervisor
 
-    base = config if isinstance(config, Config) else _loaded(config)
-    chosen = with_absolute_paths(override(base, sections))
+    if not isinstance(config, Config):
+        config = load_config(str(config)) if isinstance(config, str | Path) else configuration(dict(config or {}))
+    chosen = with_absolute_paths(override(config, sections))
     console = Console(quiet=not progress)
     started, supervisor = False, None
     try:
@@ -99,7 +100,3 @@ def train(
             supervisor.close()
         if started:
             ray.shutdown()
-
-
-def _loaded(config: str | Path | Mapping[str, Any]) -> Config:
-    return configuration(dict(config)) if isinstance(config, Mapping) else load_config(str(config))

@@ -18,7 +18,7 @@ def reach_ray(flag: str | None) -> tuple[str, str]:
     torch take seconds to import: a wrong address is answered before. Raises InputError."""
     address, named_by = ray_address(flag)
     if address == "local":
-        make_token()  # Ray reads the mode when it is imported
+        make_token()
     # It warns of what protects the user: the token.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     return (address if address == "local" else check_address(address, named_by)), named_by
@@ -27,8 +27,12 @@ def reach_ray(flag: str | None) -> tuple[str, str]:
 def start_ray(address: str, named_by: str) -> None:
     """Join the Ray at an address, or start one of this machine that takes nobody in without its token."""
     import ray
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
     from ray.exceptions import RayError
 
+    # What Ray read of the token's mode when it was imported, which a user may have done long ago.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     try:

@@ -1,0 +1,187 @@
+"""Networks and strategies of the user's own, from the command line and from Python."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from local import CPU, NORMALISE, SPLITS
+from whole_runs import ROOT, change, command, environment, metrics, run_here, same_result
+
+from spartan_ray import InputError, Population, Strategy
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.run.config import Config, Evolution
+from spartan_ray.run.loading import configuration
+from spartan_ray.run.replay import Replay
+from spartan_ray.run.setup import make_strategy
+from spartan_ray.vision.config import Data, Parent
+from spartan_ray.vision.data import load_splits
+from spartan_ray.vision.models import initial_model, refuse_unfit
+from spartan_ray.vision.training import Trainer, lr_factor
+
+PROGRAM = """
+import ray  # before the token is known
+import spartan_ray as sr
+
+result = sr.train(
+    {"data": {"name": "digits", "sgd_images": 200, "evolution_images": 60, "validation_images": 60}},
+    progress=False, run={"epochs": 2}, data={"image_size": 40},
+    parent={"model": "mine:Small", "schedule": "cosine"},
+    evolution={"strategy": "mine:Halves", "every": 2, "population": 6},
+)
+assert not ray.is_initialized()
+print(result.path)
+print(result.best_epoch, len(result.metrics), len(result.weights), result.metrics["lr"].tolist())
+"""
+
+
+@pytest.fixture
+def own_config(tmp_path: Path) -> Config:
+    return configuration(
+        {
+            "run": {"out": str(tmp_path), "epochs": 4, "keep": 9},
+            "data": {"name": "digits", "sgd_images": 200, "evolution_images": 60, "validation_images": 60},
+            "parent": {"model": "mine:Small", "threads": 1, "schedule": "cosine"},
+            "evolution": {"strategy": "mine:Halves", "every": 2, "population": 6, "sigma": 0.05},
+            "cluster": {"workers": 1},
+        }
+    )
+
+
+@pytest.mark.ray
+def test_train_from_python_runs_what_the_command_line_runs(tmp_path: Path) -> None:
+    """In a process of its own, where the user has imported Ray and has no Ray running."""
+    shutil.copy(Path(__file__).parent / "mine.py", tmp_path)
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True, text=True, cwd=tmp_path, env=environment() | {"HOME": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert not ended.stderr
+    path, said = ended.stdout.splitlines()
+    assert Path(path).parent == tmp_path / "runs"
+    best, epochs, tensors, *rates = re.split(r"[ ,\[\]]+", said.strip("]"))
+    assert (int(best) in (1, 2), epochs, tensors) == (True, "2", "11")
+    assert [float(rate) for rate in rates] == [rate * float(rates[0]) for rate in (1.0, 1.0)]
+    code, out, _ = command("replay", path, "--verify", cwd=tmp_path)
+    assert (code, "1 of 1 updates agree" in out) == (0, True)
+
+
+@pytest.mark.ray
+def test_a_run_of_one_s_own_network_and_strategy_resumes_and_replays(own_config: Config, local_ray: None) -> None:
+    whole, _ = run_here(own_config)
+    assert sum(row["accepted"] for row in metrics(whole) if row["kind"] == "evolve") > 0
+    lost = Path(shutil.copytree(whole, whole.parent / "lost"))
+    (lost / "final.safetensors").unlink()
+    for path in (lost / "checkpoints").glob("epoch-*.sha256"):
+        if path.stem > "epoch-000001":
+            path.unlink()
+    run_here(change(own_config, cluster={"workers": 2}), folder=lost)
+    assert same_result(lost, whole)
+    replay = Replay(whole, print)
+    assert [replay.verify(generation) for generation in replay.generations] == [True, True]
+    for member in range(6):  # of the second half some descend from a parent that the first half made
+        recorded, scored = replay.descendant(4, member, whole / "descendant.safetensors")
+        assert recorded == scored
+
+
+def test_the_strategy_of_the_docs_is_one() -> None:
+    text = (ROOT / "docs" / "strategies.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len([line for line in program.splitlines() if line.strip()]) <= 32
+    names: dict[str, Any] = {}
+    exec(program, names)
+    strategy: Strategy = names["Elite"](40, sigma=0.05)
+    assert isinstance(strategy, Strategy)
+    inputs_NI = torch.linspace(-1, 1, 60).view(20, 3)
+    network = torch.nn.Linear(3, 1)
+    torch.nn.init.zeros_(network.weight)
+    torch.nn.init.zeros_(network.bias)
+
+    def closeness(network: torch.nn.Module, case_N: torch.Tensor) -> torch.Tensor:
+        error_N: torch.Tensor = (network(inputs_NI[case_N]) - 3).abs().squeeze(1)
+        return -error_N
+
+    population = Population(network, closeness, cases=20)
+    outcomes = [population.step(strategy) for _ in range(8)]
+    assert outcomes[0].before == -3
+    assert outcomes[-1].after > -2.9
+    assert all(outcome.after >= outcome.before for outcome in outcomes)
+
+
+@pytest.mark.parametrize(("name", "more", "said"), [
+    ("mine:Halves", {"lr": 0.5}, r"evolution\.lr \(0\.5\) has no effect: mine:Halves takes population, sigma"),
+    ("mine:Nothing", {}, r"evolution\.strategy \(mine:Nothing\): mine has no Nothing"),
+    ("nowhere:Halves", {}, r"evolution\.strategy \(nowhere:Halves\): cannot import nowhere: ModuleNotFoundError: .*"),
+    ("mine:Small", {}, r"evolution\.strategy \(mine:Small\): .*num_classes.*"),
+    ("collections:Counter", {}, r"evolution\.strategy \(collections:Counter\): expected population, case_sets and .*"),
+])  # fmt: skip
+def test_a_strategy_that_cannot_be_used_is_one_line(name: str, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=f"^{said}$") as caught:
+        make_strategy(Evolution(strategy=name, **more), 10)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["es2", "a b:C", "mine:", ":C", "mine:a.b"])
+def test_a_name_that_is_none_is_refused_with_the_field(name: str) -> None:
+    with pytest.raises(InputError, match=r"^parent\.model \('.*'\): expected resnet18, convnet, or package"):
+        Parent(model=name)
+    with pytest.raises(InputError, match=r"^evolution\.strategy \('.*'\): expected es, random-gradients, none, or "):
+        Evolution(strategy=name)
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("torch.nn:Linear", "cannot be made with num_classes=10: TypeError: .*"),
+    ("builtins:dict", r"made a dict: expected an nn\.Module"),
+    ("mine:Nothing", "mine has no Nothing"),
+    ("torchvision.models:alexnet", r"cannot take images of 32 x 32 pixels \(data\.image_size\): RuntimeError: .*"),
+    ("torch.nn:Identity", r"returns \(2, 3, 32, 32\) for 2 images: expected \(2, 10\)"),
+])  # fmt: skip
+def test_a_network_that_cannot_be_used_is_one_line(name: str, said: str) -> None:
+    config = Parent(model=name)
+    with pytest.raises(InputError, match=rf"^parent\.model \({name}\): {said}$") as caught:
+        refuse_unfit(initial_model(config, 10, 0)[0], config, 32, 10)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mine:Small", "torchvision.models:shufflenet_v2_x0_5"])
+def test_a_network_of_another_package_trains_to_the_same_bits_again(name: str) -> None:
+    """Whatever it draws while it trains, here by dropout, is a function of the seed and the epoch."""
+    config = Parent(model=name, batch_size=16)
+    digests = set()
+    for _ in range(2):
+        torch.rand(3)
+        model = FlatModel(initial_model(config, 10, 0)[0], CPU)
+        before = model.digest()
+        trainer = Trainer(config, model, SPLITS.sgd[slice(0, 32)], NORMALISE, 0, False)
+        trainer.train_epoch(1, lambda count: None)
+        digests.add(model.digest())
+    assert len(digests) == 1
+    assert before not in digests
+
+
+def test_images_have_the_size_that_is_asked_for() -> None:
+    """Digits of four by four equal pixels: eight by eight, of which those at the edges are blurred."""
+    small, large = (load_splits(Data(name="digits", image_size=size), 0) for size in (32, 64))
+    assert large.sgd.pixels_NHWC.shape[1:] == (64, 64, 3)
+    assert torch.equal(large.sgd.labels_N, small.sgd.labels_N)
+    assert torch.equal(large.sgd.pixels_NHWC[:, 3::8, 3::8], small.sgd.pixels_NHWC[:, 1::4, 1::4])
+
+
+def test_the_cosine_falls_from_the_first_epoch_to_nearly_nothing() -> None:
+    assert [lr_factor("constant", epoch, 4) for epoch in (1, 4)] == [1.0, 1.0]
+    factors = [lr_factor("cosine", epoch, 4) for epoch in range(1, 6)]
+    assert factors == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466, 0.0])
+    trainer = Trainer(
+        Parent(model="convnet", lr=0.3, schedule="cosine"),
+        FlatModel(initial_model(Parent(model="convnet"), 10, 0)[0], CPU),
+        SPLITS.sgd[slice(0, 8)], NORMALISE, 0, False, 4,
+    )  # fmt: skip
+    trainer.train_epoch(3, lambda count: None)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.15)
