@@ -1,0 +1,59 @@
+"""CartPole: a policy of 58 parameters, evolved on episodes by two workers until it balances the pole.
+
+    pip install spartan-ray[examples]
+    python examples/cartpole.py
+"""
+
+import time
+
+import gymnasium
+import torch
+from torch import nn
+
+import spartan_ray as sr
+
+SOLVED = 475.0  # mean return over 100 episodes, of 500 at most
+
+
+class Return(sr.Fitness):
+    """The return of an episode. A case is the seed of one."""
+
+    cases = 1_000_000
+
+    def prepare(self, case_N):
+        """Environments for these seeds, which all members of a generation use."""
+        return gymnasium.make_vec("CartPole-v1", num_envs=len(case_N), vectorization_mode="sync"), case_N.tolist()
+
+    def __call__(self, network, batch):
+        environments, seeds = batch
+        observation, _ = environments.reset(seed=seeds)
+        return_N, alive_N = torch.zeros(len(seeds)), torch.ones(len(seeds), dtype=torch.bool)
+        while alive_N.any():
+            action_N = network(torch.from_numpy(observation)).argmax(1)
+            observation, reward, ended, cut, _ = environments.step(action_N.numpy())
+            return_N += torch.from_numpy(reward) * alive_N
+            alive_N &= ~torch.from_numpy(ended | cut)
+        return return_N
+
+
+def main(workers=2):
+    """The mean return over 100 episodes that no generation has seen."""
+    torch.manual_seed(0)
+    network, fitness = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), Return()
+    strategy = sr.EvolutionStrategies(64, sigma=0.5, lr=0.5, shaping="centered-rank", mirrored=True)
+    started = time.perf_counter()
+    with sr.Population(network, fitness, fitness_cases=4, workers=workers) as population:
+        for generation in range(1, 201):
+            outcome = population.step(strategy)
+            print(f"generation {generation}: return {outcome.after:.0f}", flush=True)
+            if outcome.after >= SOLVED:
+                with torch.inference_mode():
+                    mean = float(fitness(network, fitness.prepare(torch.arange(1_000_000, 1_000_100))).mean())
+                print(f"{mean:.1f} over 100 new episodes, after {time.perf_counter() - started:.0f} s")
+                if mean >= SOLVED:
+                    return mean
+    return 0.0
+
+
+if __name__ == "__main__":
+    main()
