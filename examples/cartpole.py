@@ -1,7 +1,7 @@
 """CartPole: a policy of 58 parameters, evolved on episodes by two workers until it balances the pole.
 
-    pip install spartan-ray[examples]
-    python examples/cartpole.py
+pip install spartan-ray[examples]
+python examples/cartpole.py
 """
 
 import time

@@ -1,6 +1,6 @@
 """F1 as the fitness: an unbalanced task, eights among all digits, whose measure is no mean over images.
 
-    python examples/f1.py
+python examples/f1.py
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Evolution inside Lightning: the module's optimizer evolves it every hundredth step.
 
-    pip install spartan-ray[examples]
-    python examples/lightning_digits.py
+pip install spartan-ray[examples]
+python examples/lightning_digits.py
 """
 
 import lightning
@@ -14,7 +14,8 @@ import spartan_ray as sr
 
 PIXELS_NI, LABELS_N = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
 INPUTS_NI = (PIXELS_NI / 16).float()
-SGD, EVOLUTION, TEST = (TensorDataset(INPUTS_NI[part], LABELS_N[part]) for part in (slice(0, 600), slice(600, 1000), slice(1000, None)))
+PARTS = slice(0, 600), slice(600, 1000), slice(1000, None)
+SGD, EVOLUTION, TEST = (TensorDataset(INPUTS_NI[part], LABELS_N[part]) for part in PARTS)
 
 
 def accuracy(network, case_N):
@@ -45,7 +46,7 @@ class Classifier(lightning.LightningModule):
 def main():
     """Accuracy on the test images, and the phases that there were."""
     lightning.seed_everything(0, verbose=False)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     trainer, classifier = lightning.Trainer(max_steps=500, accelerator="cpu", devices=1, **quiet), Classifier()
     trainer.fit(classifier, DataLoader(SGD, batch_size=32, shuffle=True))
     phases = trainer.optimizers[0].population.generation

@@ -1,6 +1,6 @@
 """Evolution as a part of the optimizer: a training loop as any other, that evolves the network every hundredth step.
 
-    python examples/plain_loop.py
+python examples/plain_loop.py
 """
 
 import torch

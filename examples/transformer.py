@@ -1,5 +1,5 @@
-"""A small transformer reads numbers in words. Adam trains it on cross-entropy, evolution on exact matches, which have no
-gradient: whether all three digits are right.
+"""A small transformer reads numbers in words. Adam trains it on cross-entropy, evolution on exact matches: whether all
+three digits are right, which has no gradient.
 
     python examples/transformer.py
 """
@@ -9,12 +9,12 @@ from torch import nn
 
 import spartan_ray as sr
 
-ONES = "zero one two three four five six seven eight nine".split()
-TENS = "_ ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TENS = ["_", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 DIGITS_N3 = torch.cartesian_prod(*[torch.arange(10)] * 3)
 WORDS = [f"{ONES[h]} hundred {TENS[t]} {ONES[o]}".ljust(30) for h, t, o in DIGITS_N3.tolist()]  # "four hundred _ two"
 TEXT_NL = torch.tensor([list(words.encode()) for words in WORDS])
-ADAM, EVOLUTION, TEST = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).split([400, 300, 300])
+ADAM, EVOLUTION, TEST = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).split([300, 500, 200])
 
 
 class Reader(nn.Module):
@@ -44,11 +44,12 @@ def main():
         nn.functional.cross_entropy(network(TEXT_NL[index_B]).flatten(0, 1), DIGITS_N3[index_B].flatten()).backward()
         adam.step()
     before = float(exact(network.eval(), TEST).mean())
-    population = sr.Population(network, lambda network, case_N: exact(network, EVOLUTION[case_N]), cases=300)
     strategy = sr.EvolutionStrategies(100, sigma=0.01, mirrored=True, shaping="centered-rank", step="ratio")
-    for _ in range(20):
-        outcome = population.step(strategy)
-        print(f"generation {population.generation}: {outcome.before:.3f} -> {outcome.after:.3f}", flush=True)
+    fitness = lambda network, case_N: exact(network, EVOLUTION[case_N])  # noqa: E731
+    with sr.Population(network, fitness, cases=500, workers=2) as population:
+        for _ in range(20):
+            outcome = population.step(strategy)
+            print(f"generation {population.generation}: {outcome.before:.3f} -> {outcome.after:.3f}", flush=True)
     after = float(exact(network, TEST).mean())
     print(f"exact matches of the test numbers: {before:.3f} -> {after:.3f}")
     return before, after
