@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 import torch
 from local import CPU, NORMALISE, SPLITS
-from whole_runs import ROOT, change, command, environment, metrics, run_here, same_result
+from safetensors.torch import load_file
+from whole_runs import ROOT, change, command, environment, metrics, parse_config, run_here, same_result
 
+import spartan_ray as sr
 from spartan_ray import InputError, Population, Strategy
 from spartan_ray.engine.flat import FlatModel
+from spartan_ray.run.checkpoint import load_checkpoint, load_network
 from spartan_ray.run.config import Config, Evolution
 from spartan_ray.run.loading import configuration
 from spartan_ray.run.replay import Replay
-from spartan_ray.run.setup import make_strategy
+from spartan_ray.run.setup import make_fitness, make_strategy
 from spartan_ray.vision.config import Data, Parent
 from spartan_ray.vision.data import load_splits
-from spartan_ray.vision.models import initial_model, refuse_unfit
+from spartan_ray.vision.models import build_model, initial_model, refuse_unfit
 from spartan_ray.vision.training import Trainer, lr_factor
 
 PROGRAM = """
@@ -89,6 +92,35 @@ def test_a_run_of_one_s_own_network_and_strategy_resumes_and_replays(own_config:
     for member in range(6):  # of the second half some descend from a parent that the first half made
         recorded, scored = replay.descendant(4, member, whole / "descendant.safetensors")
         assert recorded == scored
+
+
+def test_the_command_line_and_the_library_make_the_same_bytes(local_ray: None, tmp_path: Path) -> None:
+    """An epoch of SGD and a phase; then that phase alone, by a population and by an optimizer."""
+    config = parse_config(
+        ["--data.name", "digits", "--data.sgd-images", "200", "--data.evolution-images", "300", "--parent.model",
+         "convnet", "--parent.threads", "1", "--evolution.every", "2", "--evolution.population", "10", "--run.epochs",
+         "2", "--evolution.mirrored", "--evolution.optimizer", "momentum", "--evolution.step", "ratio", "--run.out",
+         str(tmp_path), "--cluster.workers", "2"]
+    )  # fmt: skip
+    folder, _ = run_here(config)
+    ends = {load_file(folder / "final.safetensors")["0.weight"].numpy().tobytes()}
+    assert metrics(folder)[-1]["accepted"]
+    splits = load_splits(config.data, config.run.seed)
+    before, settings = load_checkpoint(folder / "checkpoints", 1), config.evolution
+    for workers in ("local", 1, 2, "optimizer"):
+        network = build_model(config.parent, 10)
+        load_network(network, before)
+        strategy = sr.EvolutionStrategies(10, mirrored=True, optimizer="momentum", step="ratio")
+        given: Any = "local" if workers == "optimizer" else workers
+        with Population(network, make_fitness(settings, splits), workers=given, threads=1) as population:
+            population.generation = 1
+            if workers == "optimizer":
+                base = torch.optim.SGD(network.parameters(), lr=0.1)
+                sr.EvolutionOptimizer(base, population, strategy).evolve()
+            else:
+                population.step(strategy)
+        ends.add(network.state_dict()["0.weight"].contiguous().numpy().tobytes())
+    assert len(ends) == 1
 
 
 def test_the_strategy_of_the_docs_is_one() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import os
 import pickle
+import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,6 +83,61 @@ def test_phases_are_the_same_on_one_worker_on_two_and_in_this_process(local_ray:
         assert population.generation == 3
         ends.add(FlatModel(net, CPU).digest())
     assert len(ends) == 1
+
+
+class Deadly(WithLoss):
+    """Kills the process of a worker that scores with it, as often as there are files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home = folder, os.getpid()
+
+    def __call__(self, network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        if os.getpid() != self.home:
+            for path in self.folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # the other worker was faster
+                    path.unlink()
+                    os.kill(os.getpid(), signal.SIGKILL)
+        return likelihood(network, batch)
+
+
+def test_workers_killed_by_a_fitness_of_the_user_s_own_change_no_bit(local_ray: None, tmp_path: Path) -> None:
+    ends, notes = set(), list[str]()
+    for workers in ("local", 2):
+        net = network()
+        for name in ("first", "second"):
+            (tmp_path / name).touch()
+        with Population(net, Deadly(tmp_path), workers=workers, note=notes.append) as population:
+            for _ in range(2):
+                population.step(STRATEGIES["es"]())
+        ends.add(FlatModel(net, CPU).digest())
+    assert len(ends) == 1
+    assert not list(tmp_path.iterdir())
+    assert sum("was lost and is replaced" in note for note in notes) == 2
+
+
+@pytest.mark.parametrize("strategy", ["es", "search"])
+def test_a_phase_is_resumed_and_its_members_are_scored_again_to_the_bit(strategy: str) -> None:
+    net = network()
+    population = Population(net, WithLoss(), seed=3, fitness_cases=20, confirm_cases=20)
+    population.step(STRATEGIES[strategy]())
+    weights, state = copy.deepcopy(net.state_dict()), copy.deepcopy(population.state_dict())
+    outcome = population.step(STRATEGIES[strategy]())
+    case_N = population.case_sets["fitness"]
+
+    other = network(1)
+    resumed = Population(other, WithLoss(), seed=3, fitness_cases=20, confirm_cases=20)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    scale: Any = "rms" if strategy == "search" else None
+    again = resumed.score(outcome.members, case_N, scale)
+    assert again.fitness_K.tobytes() == outcome.fitness_K.tobytes()
+    assert resumed.score().cases_K.tolist() == [60]
+    assert resumed.score(case_N=case_N).fitness_K.tolist() == [outcome.before]
+    resumed.step(STRATEGIES[strategy]())
+    assert FlatModel(other, CPU).digest() == FlatModel(net, CPU).digest()
+    for wrong in ([60], [-1], []):
+        with pytest.raises(InputError, match=r"^case_N: expected numbers below 60$"):
+            resumed.score(case_N=np.array(wrong, int))
 
 
 def test_what_is_sent_to_a_worker_is_the_network_once() -> None:

@@ -11,10 +11,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from spartan_ray.engine.draws import draw_cases, gradient_cases, share_cases
@@ -23,6 +24,7 @@ from spartan_ray.engine.executor import Executor, LocalExecutor
 from spartan_ray.engine.fitness import Fitness, as_fitness
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.strategies.requests import (
+    PARENT,
     CaseSet,
     Members,
     OptimizerKind,
@@ -141,14 +143,34 @@ class Population:
         outcome.counts = {name: count - counts[name] for name, count in self.executor.counts.items()}
         return outcome
 
+    def score(
+        self,
+        members: Members = PARENT,
+        case_N: NDArray[np.int64] | None = None,
+        scale: Literal["rms", "gradient"] | None = None,
+    ) -> Scores:
+        """The scores of members of the parent as it is now, of the parent itself by default, on all cases or on those
+        given. `scale` is what their strategy multiplies noise by. To score a member of a phase again, be where the
+        phase began and take its cases: `population.score(outcome.members[3:4], population.case_sets["fitness"])`."""
+        case_N = np.arange(self.fitness.cases) if case_N is None else np.asarray(case_N)
+        outside = (case_N < 0) | (case_N >= self.fitness.cases)
+        refuse(len(case_N) == 0 or bool(outside.any()), f"case_N: expected numbers below {self.fitness.cases}")
+        self._set_out({"fitness": case_N}, self.generation)
+        if scale:
+            self.answer(SetScale(scale))
+        return self._score(Score(members))
+
     def begin(self, sets: tuple[CaseSet, ...], generation: int) -> None:
         """Be before a generation: draw what it is scored on."""
+        counts = share_cases(sets, self.fitness_cases, self.confirm_cases, self.fitness.cases)
+        self._set_out(draw_cases(counts, self.fitness.cases, self.seed, generation), generation)
+
+    def _set_out(self, case_sets: dict[CaseSet, NDArray[np.int64]], generation: int) -> None:
+        """Take the network as it is now for the parent, and these cases."""
         self.model.read()
-        self.generation_begun = generation
+        self.generation_begun, self.case_sets = generation, case_sets
         self.cases_scored, self.mutation_norm = 0, 0.0
         self.seconds = dict.fromkeys(("scoring", "update", "gradient"), 0.0)
-        counts = share_cases(sets, self.fitness_cases, self.confirm_cases, self.fitness.cases)
-        self.case_sets = draw_cases(counts, self.fitness.cases, self.seed, generation)
         self.scale = None if self.mutated_T.all() else self.mutated_T
         self.scale_is_gradient = False
         self.parent_changed = self.scale_changed = True
