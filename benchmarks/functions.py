@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,11 +49,11 @@ def start(seed: int) -> torch.Tensor:
 
 def ours(function: Function, seed: int, members: int = 100) -> float:
     """Mirrored, ranks, Adam; sigma and the learning rate fall to a hundredth."""
-    point = Point(start(seed))
-    population = Population(
-        point, lambda network, case_N: -function(network.x_D).expand(len(case_N)), cases=1, seed=seed,
-        noise="gaussian", batch_members=members,
-    )  # fmt: skip
+
+    def fitness(network: Any, case_N: torch.Tensor) -> torch.Tensor:
+        return -function(network.x_D).expand(len(case_N))
+
+    population = Population(Point(start(seed)), fitness, cases=1, seed=seed, noise="gaussian", batch_members=members)
     generations = EVALUATIONS // (members + 2)  # the parent and the update are scored too
     decay = 0.01 ** (1 / generations)
     strategy = EvolutionStrategies(

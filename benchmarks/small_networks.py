@@ -62,7 +62,8 @@ def evotorchs(inputs_NI: torch.Tensor) -> Callable[[], object]:
         problem, popsize=MEMBERS, center_learning_rate=0.0001, stdev_learning_rate=0.0, stdev_init=SIGMA,
         ranking_method="centered", optimizer="sgd",
     )  # fmt: skip
-    return searcher.step
+    step: Callable[[], object] = searcher.step
+    return step
 
 
 def main() -> None:

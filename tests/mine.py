@@ -26,6 +26,27 @@ class Small(nn.Module):
         return (logits_NC, self.aux(maps_NCHW.mean((2, 3)))) if self.training else logits_NC
 
 
+class Branches(nn.Module):
+    """Convolutions whose output goes into BatchNorm alone, also elsewhere, twice through one layer, and with a bias."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.alone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1, bias=True), nn.BatchNorm2d(8))
+        self.beside = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.twice = nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8))
+        self.grouped = nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8))
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, images_NCHW: torch.Tensor) -> Any:
+        maps_NCHW = self.alone(images_NCHW).relu()
+        inner_NCHW = self.beside[0](maps_NCHW)
+        maps_NCHW = (self.beside[1](inner_NCHW) + inner_NCHW).relu()
+        maps_NCHW = self.grouped(maps_NCHW)
+        for _ in range(3):  # down to a map of one pixel
+            maps_NCHW = self.twice(maps_NCHW)
+        return self.fc(maps_NCHW.mean((2, 3)))
+
+
 class Halves:
     """The best of each half of the members becomes the parent if it is better, one half after the other."""
 

@@ -190,7 +190,7 @@ def test_a_run_that_is_ended_in_a_hurry_says_how_to_go_on(
     """A second Ctrl-C while the first is waited for, a signal that ended the driver too, output that nobody reads."""
     watches: list[float] = []
     monkeypatch.setattr(supervisor, "Supervisor", lambda config, folder: EndedFromOutside(error, watches))
-    for part, name in ((train, "_check_paths"), (train, "start_ray"), (ray, "shutdown")):
+    for part, name in ((train, "check_paths"), (train, "start_ray"), (ray, "shutdown")):
         monkeypatch.setattr(part, name, lambda *arguments, **named: None)
     monkeypatch.setattr(train, "reach_ray", lambda flag: ("local", "cluster.address"))
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -25,6 +26,8 @@ from spartan_ray.run.replay import Replay
 from spartan_ray.run.setup import make_fitness, make_strategy
 from spartan_ray.vision.config import Data, Parent
 from spartan_ray.vision.data import load_splits
+from spartan_ray.vision.folding import Folding
+from spartan_ray.vision.leaves import Leaves
 from spartan_ray.vision.models import build_model, initial_model, refuse_unfit
 from spartan_ray.vision.training import Trainer, lr_factor
 
@@ -196,6 +199,35 @@ def test_a_network_of_another_package_trains_to_the_same_bits_again(name: str) -
         digests.add(model.digest())
     assert len(digests) == 1
     assert before not in digests
+
+
+@pytest.mark.parametrize(("name", "folded"), [
+    ("mine:Branches", 1), ("torchvision.models:resnet18", 20), ("torchvision.models:shufflenet_v2_x0_5", 37),
+])  # fmt: skip
+def test_a_network_of_another_package_computes_as_it_does_there_in_less_time(name: str, folded: int) -> None:
+    """Its outputs folded and not, and its gradients, are those of torch's own layers."""
+    network, _ = initial_model(Parent(model=name), 10, 0)
+    module, attribute = name.split(":")
+    plain = getattr(importlib.import_module(module), attribute)(num_classes=10)
+    chance = torch.Generator().manual_seed(0)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+                assert tensor is not None
+                tensor.data.uniform_(0.5, 1.5, generator=chance)
+    plain.load_state_dict(network.state_dict())
+    images_NCHW = torch.randn(8, 3, 32, 32, generator=chance)
+    folding = Folding(network, images_NCHW[:1])
+    assert len(folding.pairs) == folded
+    expected_NC = plain.eval()(images_NCHW)
+    with folding(torch.float32), torch.inference_mode():
+        torch.testing.assert_close(network(images_NCHW), expected_NC.detach(), rtol=1e-4, atol=1e-4)
+    leaves, other = Leaves(FlatModel(network, CPU), images_NCHW[:1]), FlatModel(plain, CPU)
+    with leaves():
+        for one in (network, plain):
+            torch.nn.functional.cross_entropy(one.train()(images_NCHW), torch.arange(8)).backward()
+    for leaf, expected in zip(leaves.tensors, leaves.parts(other.gradient()), strict=True):
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-3, atol=1e-5 + 1e-3 * float(expected.abs().max()))
 
 
 def test_images_have_the_size_that_is_asked_for() -> None:

@@ -126,3 +126,15 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return input if self.folded else super().forward(input)
+
+
+def hasten(network: nn.Module) -> None:
+    """Make torch's own layers of a network these ones, which compute the same, where they can be."""
+    for layer in network.modules():
+        if type(layer) is nn.BatchNorm2d and layer.affine and layer.track_running_stats:
+            layer.__class__ = FoldedBatchNorm2d
+        elif type(layer) is nn.Conv2d:
+            plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+            own = "weight" in layer._parameters and not layer._forward_pre_hooks  # and not made from another one
+            if plain and own and not isinstance(layer.padding, str):
+                layer.__class__ = LiveConv2d

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,8 +25,10 @@ class Leaves:
     def __init__(self, model: FlatModel, image_NCHW: torch.Tensor) -> None:
         self.model = model
         self.live: dict[torch.Tensor, tuple[LiveConv2d, tuple[slice, slice]]] = {}
-        for conv, input_NCHW, _ in calls(model.module, image_NCHW):
-            if isinstance(conv, LiveConv2d):
+        seen, _ = calls(model.module, image_NCHW)
+        times = Counter(call.layer.weight for call in seen)
+        for conv, input_NCHW, _ in seen:
+            if isinstance(conv, LiveConv2d) and times[conv.weight] == 1:
                 rows, columns = conv.live_taps(input_NCHW.shape[2:])
                 if (rows.stop - rows.start, columns.stop - columns.start) != conv.kernel_size:
                     self.live[conv.weight] = conv, (rows, columns)

@@ -13,7 +13,7 @@ from spartan_ray.errors import InputError, one_line
 from spartan_ray.naming import imported
 from spartan_ray.vision.config import Parent
 from spartan_ray.vision.data import Splits
-from spartan_ray.vision.layers import FoldedBatchNorm2d, LiveConv2d
+from spartan_ray.vision.layers import FoldedBatchNorm2d, LiveConv2d, hasten
 from spartan_ray.vision.resnet import ResNet18
 from spartan_ray.vision.weights import imagenet_file, load_weights, read_weights
 
@@ -34,6 +34,7 @@ def build_model(config: Parent, classes: int) -> nn.Module:
         raise InputError(f"{said}: cannot be made with num_classes={classes}: {reason}") from error
     if not isinstance(network, nn.Module):
         raise InputError(f"{said}: made a {type(network).__name__}: expected an nn.Module")
+    hasten(network)
     network.register_forward_hook(_logits)
     return network
 
