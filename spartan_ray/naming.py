@@ -25,10 +25,11 @@ def imported(field: str, text: str) -> Any:
     """The object that a field names. Raises InputError when there is none."""
     module, name = text.split(":")
     try:
-        return getattr(importlib.import_module(module), name)
-    except AttributeError:
-        raise InputError(f"{field} ({text}): {module} has no {name}") from None
+        found = importlib.import_module(module)
     except Exception as error:  # whatever the module does when it is imported
         raise InputError(
             f"{field} ({text}): cannot import {module}: {one_line(f'{type(error).__name__}: {error}')}"
         ) from error
+    if not hasattr(found, name):
+        raise InputError(f"{field} ({text}): {module} has no {name}")
+    return getattr(found, name)

@@ -129,7 +129,7 @@ def test_a_phase_is_resumed_and_its_members_are_scored_again_to_the_bit(strategy
     other.load_state_dict(weights)
     resumed.load_state_dict(state)
     scale: Any = "rms" if strategy == "search" else None
-    again = resumed.score(outcome.members, case_N, scale)
+    again = resumed.score(outcome.members, case_N, scale=scale)
     assert again.fitness_K.tobytes() == outcome.fitness_K.tobytes()
     assert resumed.score().cases_K.tolist() == [60]
     assert resumed.score(case_N=case_N).fitness_K.tolist() == [outcome.before]
@@ -141,7 +141,7 @@ def test_a_phase_is_resumed_and_its_members_are_scored_again_to_the_bit(strategy
 
 
 def test_what_is_sent_to_a_worker_is_the_network_once() -> None:
-    """Of the specification, since the network's own parameters are views of one vector by then."""
+    """Views of one vector would each bring the whole of it."""
     sent: list[EvaluatorSpec] = []
 
     def executor(spec: EvaluatorSpec) -> Executor:
@@ -151,7 +151,7 @@ def test_what_is_sent_to_a_worker_is_the_network_once() -> None:
     net = nn.Sequential(*[nn.Linear(50, 50) for _ in range(20)])
     alone = len(pickle.dumps(net))
     EnginePopulation(net, WithLoss(), executor=executor)
-    assert len(pickle.dumps(sent[0])) < alone + 1000
+    assert len(pickle.dumps(sent[0])) < 1.1 * alone
 
 
 def test_what_cannot_be_sent_is_one_error(local_ray: None) -> None:
@@ -359,7 +359,7 @@ def test_a_member_for_which_the_fitness_raises_is_the_worst_and_the_parent_s_err
     said = (
         f"the member of seed {outcome.members.seed_K[worst]} failed and is scored worst: ArithmeticError: out of range"
     )
-    assert said in notes
+    assert any(note.startswith(said) for note in notes)
     level = math.inf
     with pytest.raises(RunError, match=r"^the member of seed 0 failed: ArithmeticError: out of range$"):
         population.step(EvolutionStrategies(20))

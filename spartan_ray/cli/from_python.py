@@ -13,7 +13,7 @@ from spartan_ray.cli.flags import with_absolute_paths
 from spartan_ray.cli.follow import follow
 from spartan_ray.cli.train import STOP_SECONDS, check_paths
 from spartan_ray.distributed.start import reach_ray, start_ray
-from spartan_ray.errors import InputError, RunError
+from spartan_ray.errors import InputError, RunError, one_line
 from spartan_ray.run.config import Config
 from spartan_ray.run.loading import configuration, load_config, override
 
@@ -62,7 +62,7 @@ def train(
 
     Raises InputError for what cannot be used, by the name of the field, and RunError for a run that cannot go on."""
     import ray
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError, RayTaskError
 
     from spartan_ray.report.reading import read_run
     from spartan_ray.run.supervisor import Supervisor
@@ -95,6 +95,8 @@ def train(
         if isinstance(error.cause, InputError | RunError):
             raise error.cause from None
         raise
+    except RayError as error:
+        raise RunError(f"the driver was lost: {one_line(str(error))}") from error
     finally:
         if supervisor:
             supervisor.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from typing import Any, Literal
@@ -12,10 +13,11 @@ from torch import nn
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.pool import Pool
-from spartan_ray.distributed.start import reach_ray, start_ray
+from spartan_ray.distributed.start import SETS, reach_ray, start_ray
 from spartan_ray.engine import population
 from spartan_ray.engine.evaluator import EvaluatorSpec
 from spartan_ray.engine.fitness import Fitness
+from spartan_ray.engine.strategies.requests import refuse
 from spartan_ray.errors import InputError, one_line
 from spartan_ray.noise.contract import NoiseKind
 
@@ -66,7 +68,7 @@ class Population(population.Population):
         threads          torch's CPU threads while a descendant is scored; the bits depend on it
         batch_members    descendants of a pass: faster for small networks, where `torch.func.vmap` can run the fitness;
                          the bits depend on it
-        cluster          more settings of the workers: CPUs, GPUs, timeouts, retries
+        cluster          more settings of the workers: GPUs, timeouts, chunks, address
         note             takes one-line messages; by default they are warnings of the logger `spartan_ray`
 
         Raises InputError for what cannot be used, by its name."""
@@ -75,6 +77,14 @@ class Population(population.Population):
             "confirm_cases": confirm_cases, "gradient": gradient, "gradient_cases": gradient_cases,
             "factory": factory, "threads": threads, "batch_members": batch_members, "note": note,
         }  # fmt: skip
+        refuse(
+            cluster is not None and cluster.workers not in ("auto", workers),
+            f"workers ({workers}) and cluster.workers ({cluster and cluster.workers}) differ",
+        )
+        refuse(
+            cluster is not None and cluster.cpus_per_worker not in (1, threads),
+            f"threads ({threads}) and cluster.cpus_per_worker ({cluster and cluster.cpus_per_worker}) differ",
+        )
         self.started_ray = False
 
         def pool(spec: EvaluatorSpec) -> Pool:
@@ -91,6 +101,7 @@ class Population(population.Population):
         import ray
 
         if not ray.is_initialized():
+            self.environment = {name: os.environ.get(name) for name in SETS}
             address, named_by = reach_ray(cluster.address)
             start_ray(address, named_by)
             self.started_ray = True
@@ -119,3 +130,6 @@ class Population(population.Population):
 
             ray.shutdown()
             self.started_ray = False
+            for name, value in self.environment.items():
+                if value is None:
+                    os.environ.pop(name, None)

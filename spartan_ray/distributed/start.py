@@ -12,6 +12,9 @@ from typing import Any
 from spartan_ray.distributed.address import check_address, check_token, ray_address
 from spartan_ray.errors import InputError
 
+# What is set in the environment where the user has not set it.
+SETS = ("RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
+
 
 def reach_ray(flag: str | None) -> tuple[str, str]:
     """The address of the Ray that a flag or RAY_ADDRESS names, which answers, or `local`; and what named it. Ray and

@@ -7,11 +7,12 @@ M statistics, R ranges of parameters.
 from __future__ import annotations
 
 import copy
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from spartan_ray.engine.fitness import Fitness
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.stack import Stack
 from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part, Scores
-from spartan_ray.errors import one_line
+from spartan_ray.errors import InputError, one_line
 from spartan_ray.noise.contract import NoiseKind
 from spartan_ray.noise.kernels import kernel_for
 
@@ -33,11 +34,13 @@ DEVICE_ERRORS = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
 @dataclass(frozen=True)
 class ParentState:
-    """The parent as it is broadcast, with the cases that its descendants are scored on."""
+    """The parent as it is broadcast, with the cases that its descendants are scored on, and the seed of the random
+    numbers that their fitness may draw from torch."""
 
     theta_D: NDArray[np.float32]
     buffers: list[torch.Tensor]
     case_sets: dict[CaseSet, NDArray[np.int64]]
+    seed: int = 0
 
 
 # What multiplies noise and offset: one factor per parameter tensor, or per element; None means 1.
@@ -46,17 +49,25 @@ Scale = NDArray[np.float32] | None
 
 @dataclass(frozen=True)
 class EvaluatorSpec:
-    """What an evaluator is made from; sent to each worker once. A function makes the network, or it is copied."""
+    """What an evaluator is made from; sent to each worker once. A function makes the network, or it is copied; the
+    layout is the parent's."""
 
     network: nn.Module | Callable[[], nn.Module]
     fitness: Fitness
     noise: NoiseKind
     threads: int | None = None
     batch_members: int = 1
+    layout: dict[str, str] | None = None
 
     def make(self, device: torch.device) -> Evaluator:
         network = copy.deepcopy(self.network) if isinstance(self.network, nn.Module) else self.network()
-        return Evaluator(network, copy.copy(self.fitness), self.noise, device, self.batch_members)
+        evaluator = Evaluator(network, copy.copy(self.fitness), self.noise, device, self.batch_members)
+        if self.layout:
+            there = {name: said.rpartition(" on ")[0] for name, said in self.layout.items()}
+            here = {name: said.rpartition(" on ")[0] for name, said in evaluator.model.layout.items()}
+            if here != there:
+                raise InputError("factory: makes a network with other trainable parameters than the population's")
+        return evaluator
 
 
 class Evaluator:
@@ -76,6 +87,7 @@ class Evaluator:
         self.scale_D: torch.Tensor | None = None
         self.case_sets: dict[CaseSet, NDArray[np.int64]] = {}
         self.prepared: dict[tuple[CaseSet, Part], tuple[int, list[Any]]] = {}
+        self.random = torch.Generator().get_state()
 
     @property
     def device_name(self) -> str:
@@ -87,7 +99,8 @@ class Evaluator:
     def load(self, parent: ParentState) -> None:
         """Take a new parent. On a CPU its parameters stay where they are, shared with other workers."""
         self.theta_D = _tensor(parent.theta_D, self.device)
-        self.model.load_buffers(parent.buffers)
+        self.parent, self.buffers, self.versions = parent, self.model.buffers, list[int]()
+        self.random = torch.Generator().manual_seed(parent.seed).get_state()
         self.case_sets = parent.case_sets
         self.prepared.clear()
 
@@ -120,17 +133,22 @@ class Evaluator:
         sums: list[torch.Tensor | None] = []
         failed: dict[int, str] = {}
         cases_K = np.zeros(len(members), np.int64)
-        for first in range(0, len(members), size):
-            stop = min(first + size, len(members))
-            try:
-                sum_BM, cases_B = self._score(members, first, stop, batches, count, threshold)
-                sums.append(sum_BM if size == 1 else sum_BM[: stop - first])
-                cases_K[first:stop] = cases_B[: stop - first]
-            except DEVICE_ERRORS:  # the worker's fault, or that of what runs beside it
-                raise
-            except Exception as error:
-                sums += [None] * (stop - first)
-                failed |= dict.fromkeys(range(first, stop), one_line(f"{type(error).__name__}: {error}"))
+        passes = [(first, min(first + size, len(members))) for first in range(0, len(members), size)][::-1]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            while passes:
+                first, stop = passes.pop()
+                try:
+                    sum_BM, cases_B = self._score(members, first, stop, batches, count, threshold)
+                    sums.append(sum_BM if size == 1 else sum_BM[: stop - first])
+                    cases_K[first:stop] = cases_B[: stop - first]
+                except DEVICE_ERRORS:  # the worker's fault, or that of what runs beside it
+                    raise
+                except Exception as error:
+                    if stop - first > 1:  # one of them has raised it: each by itself
+                        passes += [(k, k + 1) for k in reversed(range(first, stop))]
+                    else:
+                        sums.append(None)
+                        failed[first] = f"{one_line(f'{type(error).__name__}: {error}')}{_where(error)}"
         known = next((sum_BM for sum_BM in sums if sum_BM is not None), torch.empty(1, 0))
         nothing_1M = torch.full_like(known[:1], torch.nan)
         # One wait for the device a call.
@@ -150,7 +168,17 @@ class Evaluator:
         threshold: float,
     ) -> tuple[torch.Tensor, list[int]]:
         """The sums of the statistics of members [first, stop), B x M in float64, and on how many cases; B is one, or
-        as many as the stack has rows, the last of which stands in the rows that are left."""
+        as many as the stack has rows, the last of which stands in the rows that are left.
+
+        Whatever the fitness does to the network or draws, the next member finds what this one found."""
+        if self.model.module.training:
+            self.model.module.eval()
+        if self.versions != [buffer._version for buffer in self.buffers]:
+            self.model.load_buffers(self.parent.buffers)
+            self.versions = [buffer._version for buffer in self.buffers]
+        torch.default_generator.set_state(self.random)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(self.parent.seed)
         if self.stack:
             row_B = np.minimum(first + np.arange(self.stack.size), stop - 1)
             factors = members.seed_K[row_B], members.offset_K[row_B], members.gain_K[row_B]
@@ -215,6 +243,16 @@ def values(fitness: Fitness, mean_KM: NDArray[np.float64]) -> NDArray[np.float64
     return fitness_K
 
 
+def _where(error: Exception) -> str:
+    """The last line of the user's own code that an error came through."""
+    lines = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(part in frame.filename for part in ("site-packages", "spartan_ray/engine"))
+    ]
+    return f" ({Path(lines[-1].filename).name}:{lines[-1].lineno})" if lines else ""
+
+
 def batched(case_N: torch.Tensor, largest: int | None) -> Iterator[torch.Tensor]:
     """Cases in batches of equal size (to one), so that no small remainder has statistics of its own."""
     passes = -(-len(case_N) // largest) if largest else 1
@@ -227,14 +265,3 @@ def _tensor(array: NDArray[np.float32], device: torch.device) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
         return torch.from_numpy(array).to(device)
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """torch with so many threads, None as it is: its bits depend on them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spartan_ray.engine.evaluator import Evaluator, EvaluatorSpec, ParentState, Scale, threads
+from spartan_ray.engine.evaluator import Evaluator, EvaluatorSpec, ParentState, Scale
+from spartan_ray.engine.process import as_in_a_worker
 from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part, Scores
 from spartan_ray.errors import RunError
 
@@ -54,7 +55,8 @@ class Executor(Protocol):
 def given_up(members: Members, k: int, tries: int, reason: str, stop: bool = False) -> str:
     """What is said of a member that could not be scored, and is the worst. Raises RunError to stop, and for one without
     noise, which is the parent or its update: there is no phase without its score."""
-    said = f"the member of seed {members.seed_K[k]} failed" + f" on {tries} workers" * (tries > 1)
+    who = f"the member of seed {members.seed_K[k]}" if members.gain_K[k] else "the parent, or its update,"
+    said = f"{who} failed" + f" on {tries} workers" * (tries > 1)
     if stop or not members.gain_K[k]:
         raise RunError(f"{said}: {reason}")
     return f"{said} and is scored worst: {reason}"
@@ -83,7 +85,7 @@ class LocalExecutor:
     def evaluate(
         self, members: Members, cases: CaseSet = "fitness", threshold: float = -math.inf, part: Part = WHOLE
     ) -> Scores:
-        with threads(self.threads):
+        with as_in_a_worker(self.threads, self.evaluator.device):
             scores, failed = self.evaluator.evaluate(members, cases, threshold, part)
         for k, text in failed.items():
             self.counts["members_failed"] += 1

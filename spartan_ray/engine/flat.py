@@ -17,31 +17,33 @@ BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class FlatModel:
-    """A network whose trainable parameters are views of one float32 vector, theta_D.
+    """A network and one float32 vector of its trainable parameters, theta_D.
 
     The parameters come in `named_parameters()` order, tied ones once and those that require no gradient not at all;
-    the weights of 2-D convolutions are stored channels-last, which is how the noise contract counts them. Writing
-    theta_D writes the network, but for parameters in half precision, which `write` casts. `buffers` are what goes
-    along: the network's buffers in `named_buffers()` order."""
+    the weights of 2-D convolutions are stored channels-last, which is how the noise contract counts them. With
+    `views` the parameters are views of theta_D, so that to write one is to write the other. Without, and where they are
+    in half precision, they keep their memory: `read` and `write` copy."""
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, views: bool = True) -> None:
         """Raises InputError for a network without a parameter to move, or with parameters that are not real numbers."""
         self.module = module.to(device)
-        named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        named = _trained(module)
         if not named:
             raise InputError("the network has no parameter that requires a gradient: there is nothing to evolve")
-        for name, parameter in named:
+        for name, parameter in named.items():
             if not parameter.is_floating_point() or parameter.itemsize > 4:
                 raise InputError(f"the network's {name} is {parameter.dtype}: expected float32, bfloat16 or float16")
-        self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        self.names, self.parameters = list(named), list(named.values())
         self.shapes = [parameter.shape for parameter in self.parameters]
+        self.layout = _layout(named)
         weights = [layer.weight for layer in module.modules() if isinstance(layer, CONVOLUTIONS)]
         self.channels_last = [any(parameter is weight for weight in weights) for parameter in self.parameters]
-        self.theta_D = torch.empty(sum(shape.numel() for shape in self.shapes), device=device)
-        self.half = [parameter.dtype != torch.float32 for parameter in self.parameters]
-        for parameter, view, half in zip(self.parameters, self.views(self.theta_D), self.half, strict=True):
+        self.theta_D = torch.empty(sum(shape.numel() for shape in self.shapes), dtype=torch.float32, device=device)
+        self.half = any(parameter.dtype != torch.float32 for parameter in self.parameters)
+        self.copied = [not views or parameter.dtype != torch.float32 for parameter in self.parameters]
+        for parameter, view, copied in zip(self.parameters, self.views(self.theta_D), self.copied, strict=True):
             view.copy_(parameter.detach())
-            if not half:
+            if not copied:
                 parameter.data = view
 
     def _parts(self, vector_D: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -61,23 +63,37 @@ class FlatModel:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Make the network's parameters in half precision those of theta_D; the others are by themselves."""
-        if any(self.half):
-            for parameter, view, half in zip(self.parameters, self.views(self.theta_D), self.half, strict=True):
-                if half:
+        """Make the parameters that keep their memory those of theta_D; the others are by themselves."""
+        if any(self.copied):
+            for parameter, view, copied in zip(self.parameters, self.views(self.theta_D), self.copied, strict=True):
+                if copied:
                     parameter.copy_(view)
 
     @torch.no_grad()
     def read(self) -> None:
-        """Take over what others did to the network: parameters that were given other memory, as by `to` or
-        `load_state_dict(assign=True)`, and those in half precision that were trained."""
-        for parameter, view, half in zip(self.parameters, self.views(self.theta_D), self.half, strict=True):
-            if half:
+        """Take over what others did to the network, as training and `load_state_dict` do, also by other objects.
+
+        Raises InputError for a network whose trainable parameters are others, or elsewhere."""
+        named = _trained(self.module)
+        self.refuse_other(_layout(named))
+        self.parameters = list(named.values())
+        for parameter, view, copied in zip(self.parameters, self.views(self.theta_D), self.copied, strict=True):
+            if copied and parameter.dtype != torch.float32:
                 changed = view.to(parameter.dtype) != parameter
                 view.copy_(torch.where(changed, parameter.float(), view))
+            elif copied:
+                view.copy_(parameter)
             elif parameter.data_ptr() != view.data_ptr():
                 view.copy_(parameter.detach())
                 parameter.data = view
+
+    def refuse_other(self, layout: dict[str, str]) -> None:
+        """Raises InputError when a layout is not this network's."""
+        if layout != self.layout:
+            names = [*self.layout, *(layout.keys() - self.layout.keys())]
+            name = next((name for name in names if layout.get(name) != self.layout.get(name)), names[0])
+            was, now = (found.get(name, "not trained, or not there") for found in (self.layout, layout))
+            raise InputError(f"the network's {name} is {now}; when the population was made it was {was}")
 
     def gradient(self) -> torch.Tensor:
         """The parameters' gradients in theta_D's layout."""
@@ -116,7 +132,9 @@ class FlatModel:
 
     @property
     def buffers(self) -> list[torch.Tensor]:
-        return list(self.module.buffers())
+        """What goes along: the network's buffers, and its parameters that require no gradient."""
+        frozen = [parameter for parameter in self.module.parameters() if not parameter.requires_grad]
+        return [*self.module.buffers(), *frozen]
 
     @torch.no_grad()
     def load_buffers(self, buffers: Sequence[torch.Tensor]) -> None:
@@ -135,5 +153,20 @@ class FlatModel:
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights as torchvision lays them out, on the CPU."""
-        return {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
+        """The weights as torchvision lays them out, on the CPU, and each in memory of its own."""
+        own: dict[str, torch.Tensor] = {}
+        taken = set()
+        for name, value in self.module.state_dict().items():
+            value = value.detach().cpu().contiguous()
+            own[name] = value.clone() if value.data_ptr() in taken else value  # tied
+            taken.add(value.data_ptr())
+        return own
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _layout(named: dict[str, nn.Parameter]) -> dict[str, str]:
+    """What each parameter is, by its name and in their order."""
+    return {name: f"{tuple(p.shape)} of {p.dtype} on {p.device}" for name, p in named.items()}

@@ -13,7 +13,8 @@ from spartan_ray.engine.population import Population
 from spartan_ray.engine.strategies.requests import Outcome, Strategy, refuse
 
 # State tensors of torch's optimizers that go with a power of the gradient.
-MOMENT_POWERS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+MOMENT_POWERS = {"momentum_buffer": 1, "exp_avg": 1, "exp_inf": 1, "grad_avg": 1}
+MOMENT_POWERS |= {"exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2}
 
 
 def rescale_moments(
@@ -24,9 +25,10 @@ def rescale_moments(
     by the root of the old one's smaller squares."""
     ratio_T = torch.where((before_T > 0) & (after_T > 0), after_T / before_T, torch.ones_like(after_T))
     for parameter, ratio in zip(parameters, ratio_T.tolist(), strict=True):
-        state = optimizer.state[parameter]
+        state = optimizer.state.get(parameter, {})  # none of what it does not train
         for name in MOMENT_POWERS.keys() & state.keys():
-            state[name] *= ratio ** MOMENT_POWERS[name]
+            if state[name] is not None:
+                state[name] *= ratio ** MOMENT_POWERS[name]
 
 
 class EvolutionOptimizer(Optimizer):
@@ -67,6 +69,9 @@ class EvolutionOptimizer(Optimizer):
     @property
     def state(self) -> Any:  # type: ignore[override]
         return self.base.state
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("an EvolutionOptimizer cannot be copied or pickled: copy its state_dict")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The base's."""

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spartan_ray.engine.draws import draw_cases, gradient_cases, share_cases
+from spartan_ray.engine.draws import draw_cases, gradient_cases, random_key, share_cases
 from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale, batched, values
 from spartan_ray.engine.executor import Executor, LocalExecutor
 from spartan_ray.engine.fitness import Fitness, as_fitness
@@ -26,6 +26,7 @@ from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.strategies.requests import (
     PARENT,
     CaseSet,
+    Generation,
     Members,
     OptimizerKind,
     Outcome,
@@ -44,6 +45,8 @@ from spartan_ray.noise.kernels import kernel_for
 
 # Cases of the gradient, if there are so many.
 GRADIENT_CASES = 512
+# Purpose of the key of what a fitness draws from torch, beside the seed.
+RANDOM_OF_GENERATION = 1 << 42
 
 Gradient = Callable[[nn.Module, int], None]
 LOG = logging.getLogger("spartan_ray")
@@ -56,7 +59,7 @@ class Population:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: nn.Module | FlatModel,
         fitness: Fitness | Callable[[nn.Module, torch.Tensor], torch.Tensor],
         *,
         cases: int | None = None,
@@ -74,7 +77,8 @@ class Population:
         note: Callable[[str], None] = LOG.warning,
     ) -> None:
         """`fitness` is a Fitness, or a function of a network and case numbers (N) that returns one number a case (N)
-        or M statistics a case (N x M), with `cases` the number of cases.
+        or M statistics a case (N x M), with `cases` the number of cases. A network's parameters keep their memory; a
+        FlatModel's are used as they are, and its evaluators are made by the `factory`.
 
         mutate           what evolution moves: all, no-batchnorm, or a pattern of parameter names
         fitness_cases    how many cases score a generation, and `confirm_cases` how many others choose a length or
@@ -95,11 +99,21 @@ class Population:
             batch_members > 1 and not fitness.vmap,
             f"batch_members ({batch_members}): {type(fitness).__name__} does not say vmap = True",
         )
-        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-        network = getattr(network, "_orig_mod", network)
-        # A copy from before its parameters are views of one vector: pickled, each of them would bring the whole of it.
-        spec = EvaluatorSpec(factory or copy.deepcopy(network), fitness, noise, threads, batch_members)
-        self.model = FlatModel(network, device)
+        for name, count in (
+            ("fitness_cases", fitness_cases), ("confirm_cases", confirm_cases), ("gradient_cases", gradient_cases)
+        ):  # fmt: skip
+            refuse(count is not None and count < 1, f"{name} ({count}) must be at least 1")
+        refuse(not 0 <= seed < 2**63, f"seed ({seed}) must be at least 0 and below 2^63")
+        if isinstance(network, FlatModel):
+            self.model = network
+        else:
+            network = getattr(network, "_orig_mod", network)
+            device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+            self.model = FlatModel(network, device, views=False)
+            factory = factory or copy.deepcopy(network)
+        assert factory, "a FlatModel comes with one"
+        device = self.model.theta_D.device
+        spec = EvaluatorSpec(factory, fitness, noise, threads, batch_members, self.model.layout)
         self.seed, self.noise = seed, noise
         self.fitness_cases, self.confirm_cases = fitness_cases, confirm_cases
         self.gradient, self.gradient_cases = gradient or self._loss_gradient, gradient_cases
@@ -111,30 +125,34 @@ class Population:
         self.executor: Executor = pool or here
         self.here: LocalExecutor | None = here
         self.fitness = here.evaluator.fitness
-        self.generation = 0
+        self.generation, self.closed = 0, False
         self.optimizer: tuple[OptimizerKind, torch.optim.Optimizer] | None = None
+        self.parent_changed = self.scale_changed = self.scale_is_gradient = self.scale_is_update = False
+        # What multiplies noise, and what multiplies all that is added now: the same, or the update.
+        self.noise_scale: torch.Tensor | None = None
+        self.scale: torch.Tensor | None = None
 
     def step(self, strategy: Strategy, generation: int | None = None) -> Outcome:
         """One evolve phase: the network moves as the strategy says. Returns the account of it.
 
         Generations are numbered from 1; what a generation draws is a function of the seed and its number. Raises
-        Diverged when the parent's own fitness is not finite."""
+        Diverged when the parent's own fitness is not finite. After an error all is as it was before the phase."""
         number = self.generation + 1 if generation is None else generation
         counts = dict(self.executor.counts)
         self.begin(strategy.case_sets, number)
-        theta_D = self.model.theta_D.clone()
-        phase, answer = strategy.generation(self.seed, number), None
-        with keeping_modes(self.model.module):
-            while True:
-                try:
-                    request = phase.send(answer)
-                except StopIteration as end:
-                    outcome: Outcome = end.value
-                    break
-                answer = self.answer(request)
-
-        if not math.isfinite(outcome.before):
-            raise Diverged(f"the parent's own fitness in generation {number} is not finite")
+        theta_D, buffers = self.model.theta_D.clone(), [buffer.clone() for buffer in self.model.buffers]
+        moments = self._moments()
+        try:
+            with keeping_modes(self.model.module):
+                outcome = self._run(strategy.generation(self.seed, number))
+            if not math.isfinite(outcome.before):
+                raise Diverged(f"the parent's own fitness in generation {number} is not finite")
+        except BaseException:
+            self.model.theta_D.copy_(theta_D)
+            self.model.write()
+            self.model.load_buffers(buffers)
+            self._load_moments(moments)
+            raise
         self.generation = number
         moved = norm(theta_D.sub_(self.model.theta_D))
         outcome.step_ratio = moved / self.mutation_norm if self.mutation_norm else 0.0
@@ -143,22 +161,37 @@ class Population:
         outcome.counts = {name: count - counts[name] for name, count in self.executor.counts.items()}
         return outcome
 
+    def _run(self, phase: Generation) -> Outcome:
+        """Answer what a phase asks until it ends."""
+        answer = None
+        while True:
+            try:
+                request = phase.send(answer)
+            except StopIteration as end:
+                outcome: Outcome = end.value
+                return outcome
+            answer = self.answer(request)
+
     def score(
         self,
         members: Members = PARENT,
         case_N: NDArray[np.int64] | None = None,
+        *,
         scale: Literal["rms", "gradient"] | None = None,
+        generation: int | None = None,
     ) -> Scores:
         """The scores of members of the parent as it is now, of the parent itself by default, on all cases or on those
-        given. `scale` is what their strategy multiplies noise by. To score a member of a phase again, be where the
-        phase began and take its cases: `population.score(outcome.members[3:4], population.case_sets["fitness"])`."""
+        given. `scale` is what their strategy multiplies noise by, with the gradient of a generation. To score a member
+        of a phase again, be where the phase began and give its cases and its number:
+        `population.score(outcome.members[3:4], case_N, generation=7)`."""
         case_N = np.arange(self.fitness.cases) if case_N is None else np.asarray(case_N)
         outside = (case_N < 0) | (case_N >= self.fitness.cases)
         refuse(len(case_N) == 0 or bool(outside.any()), f"case_N: expected numbers below {self.fitness.cases}")
-        self._set_out({"fitness": case_N}, self.generation)
-        if scale:
-            self.answer(SetScale(scale))
-        return self._score(Score(members))
+        self._set_out({"fitness": case_N}, self.generation if generation is None else generation)
+        with keeping_modes(self.model.module):
+            if scale:
+                self.answer(SetScale(scale))
+            return self._score(Score(members))
 
     def begin(self, sets: tuple[CaseSet, ...], generation: int) -> None:
         """Be before a generation: draw what it is scored on."""
@@ -167,13 +200,13 @@ class Population:
 
     def _set_out(self, case_sets: dict[CaseSet, NDArray[np.int64]], generation: int) -> None:
         """Take the network as it is now for the parent, and these cases."""
+        refuse(self.closed, "the population is closed: its workers have ended")
         self.model.read()
         self.generation_begun, self.case_sets = generation, case_sets
         self.cases_scored, self.mutation_norm = 0, 0.0
         self.seconds = dict.fromkeys(("scoring", "update", "gradient"), 0.0)
-        self.scale = None if self.mutated_T.all() else self.mutated_T
-        self.scale_is_gradient = False
-        self.parent_changed = self.scale_changed = True
+        self.parent_changed = True
+        self._set_scale("none")
 
     def answer(self, request: Request) -> Scores | float | None:
         """Do what the strategy asks."""
@@ -182,30 +215,34 @@ class Population:
                 scores = self._score(request)
                 return scores if request.onto is None else self._pooled(request.onto, scores)
             case SetScale(kind):
-                self.scale_is_gradient = kind == "gradient"
-                if not self.scale_is_gradient:
-                    self.scale = self._rms()
-                self.scale_changed = True
+                self._set_scale(kind)
             case SetDirection():
+                if self.scale_changed:
+                    self.take_gradient()
                 with self._timed("update"):
                     self.scale, factor = self._direction(request)
-                self.scale_changed = True
+                self.scale_is_update = self.scale_changed = True
                 return factor
             case Take(member):
                 with self._timed("update"):
                     self._take(member)
                 self.parent_changed = True
-                self.scale_changed = self.scale_changed or self.scale_is_gradient
+                if self.scale_is_update or self.scale_is_gradient:
+                    self.scale, self.scale_is_update, self.scale_changed = self.noise_scale, False, True
         return None
+
+    def _set_scale(self, kind: Literal["none", "rms", "gradient"]) -> None:
+        """What multiplies noise from here on; the gradient is taken when it is needed."""
+        self.scale_is_gradient, self.scale_is_update, self.scale_changed = kind == "gradient", False, True
+        plain = None if self.mutated_T.all() else self.mutated_T
+        self.scale = self.noise_scale = self._rms() if kind == "rms" else plain
 
     def gradient_norms(self) -> torch.Tensor:
         """The norm of each parameter tensor's gradient, T in float64, on the same cases every time."""
         module, self.case_sets = self.model.module, {"fitness": np.arange(self.fitness.cases)}
-        with keeping_modes(module):
-            module.zero_grad(set_to_none=True)
+        with keeping_modes(module), keeping_gradients(module):
             self.gradient(module, 0)
             gradient_D = self.model.gradient()
-            module.zero_grad(set_to_none=True)
         return torch.stack([norm_tensor(view) for view in self.model.views(gradient_D)])
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,23 +251,30 @@ class Population:
         in float32 where the network's are in half precision."""
         return {
             "generation": self.generation,
-            "optimizer": self.optimizer and (self.optimizer[0], self.optimizer[1].state_dict()),
-            "theta_D": self.model.theta_D.clone() if any(self.model.half) else None,
+            "optimizer": self._moments(),
+            "theta_D": self.model.theta_D.clone() if self.model.half else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken, with the network as it was there."""
-        self.generation, self.optimizer = state["generation"], None
-        if state["optimizer"]:
-            kind, moments = state["optimizer"]
-            self.optimizer_of(kind).load_state_dict(moments)
+        self.generation = state["generation"]
+        self._load_moments(state["optimizer"])
         self.model.read()
         if state["theta_D"] is not None:
             self.model.theta_D.copy_(state["theta_D"])
             self.model.write()
 
+    def _moments(self) -> tuple[OptimizerKind, dict[str, Any]] | None:
+        return self.optimizer and (self.optimizer[0], copy.deepcopy(self.optimizer[1].state_dict()))
+
+    def _load_moments(self, moments: tuple[OptimizerKind, dict[str, Any]] | None) -> None:
+        self.optimizer = None
+        if moments:
+            self.optimizer_of(moments[0]).load_state_dict(moments[1])
+
     def close(self) -> None:
         """End the workers. The network keeps its parameters."""
+        self.closed = True
         self.executor.close()
 
     def __enter__(self) -> Self:
@@ -281,16 +325,14 @@ class Population:
 
     def take_gradient(self) -> None:
         """Where the scale is the gradient: make it that of the parent as it is now."""
-        if not self.scale_is_gradient:
+        if not self.scale_is_gradient or self.scale_is_update:
             return
-        with self._timed("gradient"):
-            module = self.model.module
-            module.zero_grad(set_to_none=True)
-            self.gradient(module, self.generation_begun)
-            self.scale = self.model.gradient()
-            module.zero_grad(set_to_none=True)
-            if not self.mutated_T.all():
-                self.model.multiply(self.scale, self.mutated_T)
+        with self._timed("gradient"), keeping_gradients(self.model.module):
+            self.gradient(self.model.module, self.generation_begun)
+            gradient_D = self.model.gradient()
+        if not self.mutated_T.all():
+            self.model.multiply(gradient_D, self.mutated_T)
+        self.noise_scale = self.scale = gradient_D
 
     def _loss_gradient(self, network: nn.Module, generation: int) -> None:
         """Of the fitness cases of a generation, since those that confirm must have chosen nothing."""
@@ -304,7 +346,10 @@ class Population:
 
     def _parent_state(self) -> ParentState:
         return ParentState(
-            self.model.theta_D.cpu().numpy(), [buffer.cpu() for buffer in self.model.buffers], self.case_sets
+            self.model.theta_D.cpu().numpy(),
+            [buffer.detach().cpu() for buffer in self.model.buffers],
+            self.case_sets,
+            random_key(self.seed, RANDOM_OF_GENERATION + self.generation_begun),
         )
 
     def optimizer_of(self, kind: OptimizerKind) -> torch.optim.Optimizer:
@@ -324,8 +369,10 @@ class Population:
         theta_D = self.model.theta_D
         sum_D = self.executor.weighted_sum(wanted.seed_U, wanted.weight_U, theta_D.numel())
         estimate_D = torch.from_numpy(sum_D).to(theta_D.device)
-        if self.scale is not None:
-            self.model.multiply(estimate_D, self.scale)
+        if self.noise_scale is not None and len(self.noise_scale) == len(theta_D):
+            estimate_D *= self.noise_scale
+        elif self.noise_scale is not None:
+            self.model.multiply(estimate_D, self.noise_scale)
         if not estimate_D.isfinite().all():  # the optimizer's moments would never be finite again
             return torch.full_like(estimate_D, math.nan), 1.0
         if wanted.weight_decay:
@@ -392,6 +439,19 @@ def keeping_modes(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, training in modes:
             layer.training = training
+
+
+@contextmanager
+def keeping_gradients(module: nn.Module) -> Iterator[None]:
+    """Within it the parameters have no gradients at first; afterwards they have those that they had."""
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 def norm_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numba
@@ -29,6 +30,25 @@ def set_up(threads: int | None = None, gpu: bool = False) -> torch.device:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda", 0)
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """torch with so many threads, None as it is: its bits depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def as_in_a_worker(count: int | None, device: torch.device) -> Iterator[None]:
+    """Compute as a process of its own would, whatever is set in this one: no autocast, so many threads, no TF32."""
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with threads(count), torch.autocast(device.type, enabled=False), exact:
+        yield
 
 
 def _keep_freed_memory() -> None:

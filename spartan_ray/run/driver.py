@@ -37,7 +37,7 @@ from spartan_ray.run.checkpoint import (
 from spartan_ray.run.config import Config
 from spartan_ray.run.journal import write_journal
 from spartan_ray.run.record import Row, RunFolder, lock_folder, phase_row
-from spartan_ray.run.setup import make_population, make_strategy
+from spartan_ray.run.setup import make_population, make_strategy, refuse_sets
 from spartan_ray.vision.classification import Normaliser, score
 from spartan_ray.vision.data import load_splits
 from spartan_ray.vision.models import describe, initial_model, refuse_unfit
@@ -226,6 +226,7 @@ class Driver:
         self.description = describe(config.parent, splits)
         self.strategy = make_strategy(config.evolution, len(splits.classes))
         if self.strategy:
+            refuse_sets(config, self.strategy, len(splits.evolution))
             module = module.to(self.device)
             self.population = make_population(config, splits, module, self._note, self._start_workers)
             self.at_end.callback(self.population.close)

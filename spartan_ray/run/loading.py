@@ -83,6 +83,8 @@ def override(base: Config, sections: dict[str, Any]) -> Config:
     for name, fields in sections.items():
         if name not in Config.model_fields:
             raise InputError(f"{name}: unknown section{perhaps(name, Config.model_fields)}")
+        if not isinstance(fields, dict):
+            raise InputError(f"{name}: expected fields and their values, got {reprlib.repr(fields)}")
         section = getattr(base, name)
         changed[name] = type(section)(**section.model_dump() | fields)
     return Config(**{name: getattr(base, name) for name in Config.model_fields} | changed)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spartan_ray.engine.evaluator import threads
 from spartan_ray.engine.executor import LocalExecutor
+from spartan_ray.engine.process import threads
 from spartan_ray.engine.strategies.es import EvolutionStrategies
 from spartan_ray.engine.strategies.requests import Members, Score, Scores, SetScale, Take, line, merge_seeds, parts
 from spartan_ray.errors import InputError

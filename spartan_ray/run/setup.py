@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from spartan_ray.engine.draws import gradient_cases
+from spartan_ray.engine.draws import gradient_cases, share_cases
 from spartan_ray.engine.evaluator import EvaluatorSpec
 from spartan_ray.engine.executor import Executor
+from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.population import GRADIENT_CASES, Population
 from spartan_ray.engine.strategies.es import EvolutionStrategies
 from spartan_ray.engine.strategies.random_gradients import RandomGradients
 from spartan_ray.engine.strategies.requests import CaseSet, Strategy
-from spartan_ray.errors import InputError
+from spartan_ray.errors import InputError, one_line
 from spartan_ray.naming import imported, is_named
 from spartan_ray.run.config import Config, Evolution
 from spartan_ray.vision.classification import (
@@ -71,7 +72,10 @@ def _strategy_of_name(config: Evolution) -> Strategy:
     None. Raises InputError for a field that was set and goes nowhere."""
     said = f"evolution.strategy ({config.strategy})"
     make = imported("evolution.strategy", config.strategy)
-    taken = inspect.signature(make).parameters
+    try:
+        taken = inspect.signature(make).parameters
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{said}: {error}") from None
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
         if value != info.default and name not in AROUND | taken.keys():
@@ -79,11 +83,20 @@ def _strategy_of_name(config: Evolution) -> Strategy:
     values = {name: getattr(config, name) for name in taken if name in type(config).model_fields}
     try:
         strategy = make(**{name: value for name, value in values.items() if value is not None})
-    except TypeError as error:
-        raise InputError(f"{said}: {error}") from None
+    except Exception as error:
+        raise InputError(f"{said}: {one_line(f'{type(error).__name__}: {error}')}") from error
     if not isinstance(strategy, Strategy):
         raise InputError(f"{said}: expected population, case_sets and generation(seed, number)")
     return strategy
+
+
+def refuse_sets(config: Config, strategy: Strategy, evolution_images: int) -> None:
+    """Raises InputError for sets of images that a strategy asks for and cannot have."""
+    evolution, sets = config.evolution, strategy.case_sets
+    share_cases(sets, evolution.fitness_images, evolution.confirm_images, evolution_images)
+    if config.data.sgd_on_evolution and len(sets) > 1:
+        needs = f"evolution.strategy ({evolution.strategy})"
+        raise InputError(f"{needs} needs images that SGD does not see, and data.sgd_on_evolution shows it all")
 
 
 def make_fitness(config: Evolution, splits: Splits) -> Classification:
@@ -116,7 +129,7 @@ def make_population(
         mean_gradient(network, sgd[index_N], normalise, kind)
 
     return Population(
-        network,
+        FlatModel(network, device),
         fitness,
         seed=seed,
         noise=evolution.noise,

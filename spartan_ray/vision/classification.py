@@ -18,7 +18,7 @@ from torch import nn
 
 from spartan_ray.engine.evaluator import batched
 from spartan_ray.engine.fitness import Fitness
-from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.flat import BATCHNORMS, FlatModel
 from spartan_ray.vision.data import Images
 from spartan_ray.vision.folding import Folding
 from spartan_ray.vision.leaves import Leaves
@@ -52,7 +52,7 @@ def statistics_of(module: nn.Module, kind: BatchNormKind) -> Iterator[None]:
     """The module in evaluation mode; within it, with kind batch, BatchNorm normalises by the statistics of
     the batch and keeps nothing of them, else by its own."""
     module.eval()
-    layers = _batchnorms(module) if kind == "batch" else []
+    layers = batchnorms(module) if kind == "batch" else []
     for layer in layers:
         layer.training, layer.track_running_stats = True, False
     try:
@@ -62,15 +62,17 @@ def statistics_of(module: nn.Module, kind: BatchNormKind) -> Iterator[None]:
             layer.training, layer.track_running_stats = False, True
 
 
-def _batchnorms(module: nn.Module) -> list[nn.BatchNorm2d]:
-    return [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+def batchnorms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The layers that have statistics of their own."""
+    found = [layer for layer in module.modules() if isinstance(layer, BATCHNORMS)]
+    return [layer for layer in found if layer.track_running_stats]
 
 
 @torch.inference_mode()
 def recalibrate(module: nn.Module, images_NCHW: torch.Tensor) -> None:
     """Make BatchNorm's running statistics those of the images, whatever they were."""
     module.eval()
-    layers = _batchnorms(module)
+    layers = batchnorms(module)
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()

@@ -54,6 +54,8 @@ def refuse_unfit(network: nn.Module, config: Parent, size: int, classes: int) ->
         raise InputError(
             f"parent.model ({config.model}): cannot take images of {size} x {size} pixels (data.image_size): {reason}"
         ) from error
+    if any(parameter.dtype != torch.float32 for parameter in network.parameters() if parameter.requires_grad):
+        raise InputError(f"parent.model ({config.model}): is in half precision: that is parent.precision's to say")
     if shape != (2, classes):
         raise InputError(f"parent.model ({config.model}): returns {shape} for 2 images: expected (2, {classes})")
 

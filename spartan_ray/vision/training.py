@@ -114,8 +114,8 @@ class Trainer:
         weight_1 = np.array([noise_deviation(self.config.gradient_noise, self.steps)], np.float32)
         noise_D = self.noise_kernel.accumulate(seed_1, weight_1, 0, self.model.theta_D.numel())
         for leaf, noise in zip(self.leaves.tensors, self.leaves.parts(noise_D), strict=True):
-            assert leaf.grad is not None
-            leaf.grad += noise
+            if leaf.grad is not None:  # of an output that the loss does not use
+                leaf.grad += noise
 
     def gradient_norms(self) -> torch.Tensor:
         """The norm of each parameter tensor's gradient, T, on the same SGD images every time and with

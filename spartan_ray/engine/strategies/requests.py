@@ -106,17 +106,17 @@ class Score:
 @dataclass(frozen=True)
 class SetScale:
     """From here on what is added to the parent is multiplied, elementwise, by the parent's gradient, taken anew after
-    each `Take`, or by the root mean square of each parameter tensor."""
+    each `Take`, by the root mean square that each parameter tensor has now, or, none, by 1 again."""
 
-    kind: Literal["gradient", "rms"]
+    kind: Literal["gradient", "rms", "none"]
 
 
 @dataclass(frozen=True)
 class SetDirection:
-    """Make the update the scale: what the optimizer makes, at a learning rate, of the estimated gradient
-    scale * sum_u weight_u * noise(seed_u). With a ratio the update is multiplied by the factor that makes its norm so
-    many times the norm of one mutation; answered with the factor. The optimizer keeps its moments from one generation
-    to the next."""
+    """Make the update the scale, up to the next `Take` or `SetScale`: what the optimizer makes, at a learning rate, of
+    the estimated gradient scale * sum_u weight_u * noise(seed_u), with the scale that noise has. With a ratio the
+    update is multiplied by the factor that makes its norm so many times the norm of one mutation; answered with the
+    factor. The optimizer keeps its moments from one generation to the next."""
 
     seed_U: NDArray[np.uint64]
     weight_U: NDArray[np.float32]
