@@ -24,6 +24,7 @@ from spartan_ray.run.config import Config, Evolution
 from spartan_ray.run.loading import configuration
 from spartan_ray.run.replay import Replay
 from spartan_ray.run.setup import make_fitness, make_strategy
+from spartan_ray.vision.classification import recalibrate, statistics_of
 from spartan_ray.vision.config import Data, Parent
 from spartan_ray.vision.data import load_splits
 from spartan_ray.vision.folding import Folding
@@ -251,3 +252,24 @@ def test_the_cosine_falls_from_the_first_epoch_to_nearly_nothing() -> None:
     )  # fmt: skip
     trainer.train_epoch(3, lambda count: None)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.15)
+
+
+def test_statistics_of_batchnorm_of_every_kind_are_those_that_are_asked_for() -> None:
+    network = torch.nn.Sequential(
+        torch.nn.Flatten(2), torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3, track_running_stats=False)
+    )
+    images_NCHW = torch.randn(40, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    recalibrate(network, images_NCHW)
+    torch.testing.assert_close(network[1].running_mean, images_NCHW.mean((0, 2, 3)))
+    with statistics_of(network, "batch"):
+        torch.testing.assert_close(network(images_NCHW).mean((0, 2)), torch.zeros(3), atol=1e-5, rtol=0)
+    assert [layer.track_running_stats for layer in network[1:]] == [True, False]
+
+
+def test_gradient_noise_leaves_an_output_that_the_loss_does_not_use() -> None:
+    config = Parent(model="mine:Small", gradient_noise=0.1, batch_size=16)
+    model = FlatModel(initial_model(config, 10, 0)[0], CPU)
+    before = {name: parameter.clone() for name, parameter in model.module.named_parameters()}
+    Trainer(config, model, SPLITS.sgd[slice(0, 32)], NORMALISE, 0, False).train_epoch(1, lambda count: None)
+    moved = {name for name, parameter in model.module.named_parameters() if not torch.equal(parameter, before[name])}
+    assert before.keys() - moved == {"aux.weight", "aux.bias"}
