@@ -33,15 +33,27 @@ from spartan_ray.vision.models import build_model, initial_model, refuse_unfit
 from spartan_ray.vision.training import Trainer, lr_factor
 
 PROGRAM = """
+import os
 import ray  # before the token is known
+import torch
 import spartan_ray as sr
 
+before = set(os.environ)
 result = sr.train(
     {"data": {"name": "digits", "sgd_images": 200, "evolution_images": 60, "validation_images": 60}},
     progress=False, run={"epochs": 4}, data={"image_size": 40},
     parent={"model": "mine:Small", "schedule": "cosine"},
     evolution={"strategy": "mine:Halves", "every": 2, "population": 6},
 )
+assert not ray.is_initialized()
+assert not {name for name in os.environ if name.startswith("RAY_")} - before
+with sr.Population(torch.nn.Linear(2, 1), lambda network, case_N: network(torch.ones(len(case_N), 2))[:, 0], cases=3,
+                   workers=1) as population:
+    assert population.step(sr.EvolutionStrategies(4, sigma=0.1)).accepted
+try:
+    population.score()
+except sr.InputError as error:
+    assert "closed" in str(error)
 assert not ray.is_initialized()
 print(result.path)
 print(result.best_epoch, len(result.metrics), len(result.weights), result.metrics["lr"].tolist())

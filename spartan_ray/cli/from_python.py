@@ -12,7 +12,8 @@ from rich.console import Console
 from spartan_ray.cli.flags import with_absolute_paths
 from spartan_ray.cli.follow import follow
 from spartan_ray.cli.train import STOP_SECONDS, check_paths
-from spartan_ray.distributed.start import reach_ray, start_ray
+from spartan_ray.distributed.address import ray_address
+from spartan_ray.distributed.start import join_ray
 from spartan_ray.errors import InputError, RunError, one_line
 from spartan_ray.run.config import Config
 from spartan_ray.run.loading import configuration, load_config, override
@@ -71,14 +72,12 @@ def train(
         config = load_config(str(config)) if isinstance(config, str | Path) else configuration(dict(config or {}))
     chosen = with_absolute_paths(override(config, sections))
     console = Console(quiet=not progress)
-    started, supervisor = False, None
+    leave, supervisor = None, None
     try:
         if not ray.is_initialized():
-            address, named_by = reach_ray(chosen.cluster.address)
-            if address == "local":
+            if ray_address(chosen.cluster.address)[0] == "local":
                 check_paths(chosen, new=True)
-            start_ray(address, named_by)
-            started = True
+            leave = join_ray(chosen.cluster.address)
         supervisor = Supervisor(chosen)
         try:
             follow(supervisor, console)
@@ -100,5 +99,5 @@ def train(
     finally:
         if supervisor:
             supervisor.close()
-        if started:
-            ray.shutdown()
+        if leave:
+            leave()

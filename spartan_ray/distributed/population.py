@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from torch import nn
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.pool import Pool
-from spartan_ray.distributed.start import SETS, reach_ray, start_ray
+from spartan_ray.distributed.start import join_ray
 from spartan_ray.engine import population
 from spartan_ray.engine.evaluator import EvaluatorSpec
 from spartan_ray.engine.fitness import Fitness
@@ -85,7 +84,7 @@ class Population(population.Population):
             cluster is not None and cluster.cpus_per_worker not in (1, threads),
             f"threads ({threads}) and cluster.cpus_per_worker ({cluster and cluster.cpus_per_worker}) differ",
         )
-        self.started_ray = False
+        self.leave_ray: Callable[[], None] | None = None
 
         def pool(spec: EvaluatorSpec) -> Pool:
             values = (cluster or Cluster()).model_dump() | {"workers": workers, "cpus_per_worker": threads}
@@ -101,10 +100,7 @@ class Population(population.Population):
         import ray
 
         if not ray.is_initialized():
-            self.environment = {name: os.environ.get(name) for name in SETS}
-            address, named_by = reach_ray(cluster.address)
-            start_ray(address, named_by)
-            self.started_ray = True
+            self.leave_ray = join_ray(cluster.address)
         from spartan_ray.distributed.transport import RayTransport, nodes_here_first
 
         nodes = [node["Resources"] for node in nodes_here_first()]
@@ -125,11 +121,6 @@ class Population(population.Population):
         self._end_ray()
 
     def _end_ray(self) -> None:
-        if self.started_ray:
-            import ray
-
-            ray.shutdown()
-            self.started_ray = False
-            for name, value in self.environment.items():
-                if value is None:
-                    os.environ.pop(name, None)
+        if self.leave_ray:
+            self.leave_ray()
+            self.leave_ray = None

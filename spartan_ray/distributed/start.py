@@ -6,14 +6,12 @@ import contextlib
 import logging
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from spartan_ray.distributed.address import check_address, check_token, ray_address
 from spartan_ray.errors import InputError
-
-# What is set in the environment where the user has not set it.
-SETS = ("RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
 
 
 def reach_ray(flag: str | None) -> tuple[str, str]:
@@ -45,6 +43,23 @@ def start_ray(address: str, named_by: str) -> None:
             ray.init(address=address, **quiet)
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise InputError(f"{named_by} {address}: {error.__cause__ or error}") from None
+
+
+def join_ray(flag: str | None) -> Callable[[], None]:
+    """Join the Ray that a flag or RAY_ADDRESS names, or start one; what leaves it, or ends it, with the environment as
+    it was before."""
+    before = dict(os.environ)
+    start_ray(*reach_ray(flag))
+
+    def leave() -> None:
+        import ray
+
+        ray.shutdown()
+        for name in os.environ.keys() - before.keys():
+            if name.startswith("RAY_"):
+                del os.environ[name]
+
+    return leave
 
 
 def make_token() -> None:
