@@ -59,7 +59,7 @@ class WatchedPool(LocalExecutor):
 
     def broadcast(self, parent: ParentState) -> None:
         """A copy that cannot be written to, as in Ray's shared memory."""
-        buffers = [buffer.clone() for buffer in parent.buffers]
+        buffers = [buffer.copy() for buffer in parent.buffers]
         parent = replace(parent, theta_D=parent.theta_D.copy(), buffers=buffers)
         parent.theta_D.flags.writeable = False
         self.broadcasts.append(parent)

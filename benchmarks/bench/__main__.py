@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.command import bench
 from bench.figures import table
-from spartan_ray.distributed.start import make_token
+from spartan_ray.distributed.start import make_token, read_token_mode
 from spartan_ray.errors import InputError
 
 
@@ -33,6 +33,7 @@ def main() -> None:
 
     try:
         make_token()
+        read_token_mode()
         results = bench(arguments.folder, arguments.full, arguments.peers, arguments.write_docs, say)
     except InputError as error:
         say(f"bench: {error}")

@@ -23,7 +23,7 @@ from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.pool import Pool
 from spartan_ray.distributed.transport import RayTransport
 from spartan_ray.distributed.worker import Worker
-from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale
+from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale, packed
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.population import Population
 from spartan_ray.engine.strategies.requests import CaseSet, Members, Part, Scores, Strategy, noisy
@@ -73,7 +73,8 @@ class Generation:
         self.model = FlatModel(initial_model(parent, 10, 0)[0], CPU)
 
     def state(self, images: int) -> ParentState:
-        return ParentState(self.model.theta_D.numpy(), self.model.buffers, {"fitness": np.arange(images)})
+        buffers = [packed(buffer) for buffer in self.model.buffers]
+        return ParentState(self.model.theta_D.numpy(), buffers, {"fitness": np.arange(images)})
 
     def pool(self, workers: int, kind: type[Worker] = Worker) -> Pool:
         cluster = resolve_cluster(Cluster(workers=workers), [node["Resources"] for node in ray.nodes()])

@@ -28,12 +28,9 @@ def reach_ray(flag: str | None) -> tuple[str, str]:
 def start_ray(address: str, named_by: str) -> None:
     """Join the Ray at an address, or start one of this machine that takes nobody in without its token."""
     import ray
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
     from ray.exceptions import RayError
 
-    # What Ray read of the token's mode when it was imported, which a user may have done long ago.
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    read_token_mode()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     try:
@@ -43,6 +40,14 @@ def start_ray(address: str, named_by: str) -> None:
             ray.init(address=address, **quiet)
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise InputError(f"{named_by} {address}: {error.__cause__ or error}") from None
+
+
+def read_token_mode() -> None:
+    """Have Ray read again what it read of its token when it was imported, which may be long ago."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def join_ray(flag: str | None) -> Callable[[], None]:

@@ -38,7 +38,7 @@ class ParentState:
     numbers that their fitness may draw from torch."""
 
     theta_D: NDArray[np.float32]
-    buffers: list[torch.Tensor]
+    buffers: list[Any]  # as `packed` has them
     case_sets: dict[CaseSet, NDArray[np.int64]]
     seed: int = 0
 
@@ -100,6 +100,7 @@ class Evaluator:
         """Take a new parent. On a CPU its parameters stay where they are, shared with other workers."""
         self.theta_D = _tensor(parent.theta_D, self.device)
         self.parent, self.buffers, self.versions = parent, self.model.buffers, list[int]()
+        self.parent_buffers = [_tensor(buffer, self.device) for buffer in parent.buffers]
         self.random = torch.Generator().manual_seed(parent.seed).get_state()
         self.case_sets = parent.case_sets
         self.prepared.clear()
@@ -174,7 +175,7 @@ class Evaluator:
         if self.model.module.training:
             self.model.module.eval()
         if self.versions != [buffer._version for buffer in self.buffers]:
-            self.model.load_buffers(self.parent.buffers)
+            self.model.load_buffers(self.parent_buffers)
             self.versions = [buffer._version for buffer in self.buffers]
         torch.default_generator.set_state(self.random)
         if self.device.type == "cuda":
@@ -260,8 +261,14 @@ def batched(case_N: torch.Tensor, largest: int | None) -> Iterator[torch.Tensor]
         yield case_N[start:stop]
 
 
-def _tensor(array: NDArray[np.float32], device: torch.device) -> torch.Tensor:
+def packed(buffer: torch.Tensor) -> Any:
+    """A tensor as it is sent: as an array if numpy has its type, which takes a tenth of the time."""
+    buffer = buffer.detach().cpu()
+    return buffer if buffer.dtype == torch.bfloat16 else buffer.numpy()
+
+
+def _tensor(array: Any, device: torch.device) -> torch.Tensor:
     """Memory that is shared is read-only, and so is what is done with the tensor."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
-        return torch.from_numpy(array).to(device)
+        return torch.as_tensor(array).to(device)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from spartan_ray.engine.draws import draw_cases, gradient_cases, random_key, share_cases
-from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale, batched, values
+from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale, batched, packed, values
 from spartan_ray.engine.executor import Executor, LocalExecutor
 from spartan_ray.engine.fitness import Fitness, as_fitness
 from spartan_ray.engine.flat import FlatModel
@@ -347,7 +347,7 @@ class Population:
     def _parent_state(self) -> ParentState:
         return ParentState(
             self.model.theta_D.cpu().numpy(),
-            [buffer.detach().cpu() for buffer in self.model.buffers],
+            [packed(buffer) for buffer in self.model.buffers],
             self.case_sets,
             random_key(self.seed, RANDOM_OF_GENERATION + self.generation_begun),
         )
