@@ -58,6 +58,18 @@ def test_frozen_weights_that_are_loaded_later_are_scored() -> None:
     assert scored(population) == pytest.approx(real(net), abs=1e-6)
 
 
+def test_a_factory_s_own_frozen_weights_are_not_scored() -> None:
+    net = network()
+    net[0].requires_grad_(False)
+
+    def factory() -> nn.Module:
+        other = network(9)
+        other[0].requires_grad_(False)
+        return other
+
+    assert scored(Population(net, WithLoss(), factory=factory)) == pytest.approx(real(net), abs=1e-6)
+
+
 def test_a_factory_of_other_parameters_is_refused() -> None:
     def factory() -> nn.Module:
         return network().requires_grad_(False).append(nn.Linear(2, 2))
