@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -115,6 +116,11 @@ class FlatModel:
         for part, value in zip(self._parts(vector_D), value_T, strict=True):
             part.mul_(value)
 
+    def rms(self) -> torch.Tensor:
+        """The root mean square of each parameter tensor, T."""
+        views = self.views(self.theta_D)
+        return torch.stack([norm_tensor(view) / math.sqrt(view.numel()) for view in views]).float()
+
     def mutated(self, which: str) -> torch.Tensor:
         """1 for the parameter tensors that evolution moves, 0 for the others.
 
@@ -170,3 +176,14 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 def _layout(named: dict[str, nn.Parameter]) -> dict[str, str]:
     """What each parameter is, by its name and in their order."""
     return {name: f"{tuple(p.shape)} of {p.dtype} on {p.device}" for name, p in named.items()}
+
+
+def norm_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The Euclidean norm, summed in float64."""
+    root: torch.Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    return root
+
+
+def norm(tensor: torch.Tensor) -> float:
+    """The Euclidean norm, summed in float64."""
+    return float(norm_tensor(tensor))

@@ -22,7 +22,8 @@ from spartan_ray.engine.draws import draw_cases, gradient_cases, random_key, sha
 from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale, batched, packed, values
 from spartan_ray.engine.executor import Executor, LocalExecutor
 from spartan_ray.engine.fitness import Fitness, as_fitness
-from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.flat import FlatModel, norm, norm_tensor
+from spartan_ray.engine.guards import keeping_gradients, keeping_modes
 from spartan_ray.engine.strategies.requests import (
     PARENT,
     CaseSet,
@@ -235,7 +236,7 @@ class Population:
         """What multiplies noise from here on; the gradient is taken when it is needed."""
         self.scale_is_gradient, self.scale_is_update, self.scale_changed = kind == "gradient", False, True
         plain = None if self.mutated_T.all() else self.mutated_T
-        self.scale = self.noise_scale = self._rms() if kind == "rms" else plain
+        self.scale = self.noise_scale = self.model.rms() * self.mutated_T if kind == "rms" else plain
 
     def gradient_norms(self) -> torch.Tensor:
         """The norm of each parameter tensor's gradient, T in float64, on the same cases every time."""
@@ -402,11 +403,6 @@ class Population:
         self.model.write()
         self.fitness.moved(self.model.module)
 
-    def _rms(self) -> torch.Tensor:
-        """The root mean square of each parameter tensor, 0 for those that evolution leaves."""
-        views = self.model.views(self.model.theta_D)
-        return torch.stack([norm_tensor(view) / math.sqrt(view.numel()) for view in views]).float() * self.mutated_T
-
     def _mutation_norm(self, members: Members) -> float:
         """The norm to expect of scale * (offset + gain * noise) for members with noise."""
         with_noise = np.flatnonzero(members.gain_K)
@@ -428,38 +424,3 @@ class Population:
         started = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - started
-
-
-@contextmanager
-def keeping_modes(module: nn.Module) -> Iterator[None]:
-    """Within it the network may be set to evaluation mode; afterwards each layer has the mode that it had."""
-    modes = [(layer, layer.training) for layer in module.modules()]
-    try:
-        yield
-    finally:
-        for layer, training in modes:
-            layer.training = training
-
-
-@contextmanager
-def keeping_gradients(module: nn.Module) -> Iterator[None]:
-    """Within it the parameters have no gradients at first; afterwards they have those that they had."""
-    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-
-
-def norm_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The Euclidean norm, summed in float64."""
-    root: torch.Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
-    return root
-
-
-def norm(tensor: torch.Tensor) -> float:
-    """The Euclidean norm, summed in float64."""
-    return float(norm_tensor(tensor))
