@@ -90,7 +90,11 @@ def test_train_from_python_runs_what_the_command_line_runs(tmp_path: Path) -> No
     accuracy = [row["validation_accuracy"] for row in rows]
     assert (int(best), epochs, tensors) == (accuracy.index(max(accuracy)) + 1, "4", "11")
     assert [float(rate) for rate in rates] == pytest.approx([0.01, 0.01, 0.005, 0.005])  # no SGD in the second, fourth
-    code, out, _ = command("replay", path, "--verify", cwd=tmp_path)
+    for arguments in (("replay", path, "--verify"), ("resume", path), ("train", "--config", path)):
+        code, _, said = command(*arguments, cwd=tmp_path)
+        assert (code, said.count("\n")) == (2, 1)
+        assert "its configuration names code, mine:Small, which would be run: " in said
+    code, out, _ = command("replay", path, "--verify", "--code", cwd=tmp_path)
     assert (code, "2 of 2 updates agree" in out) == (0, True)
 
 

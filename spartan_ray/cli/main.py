@@ -19,6 +19,7 @@ from spartan_ray.errors import InputError, RunError
 from spartan_ray.section import no_url
 
 DESCRIPTION = """Spartan training: SGD alternated with evolution, the population scored on Ray."""
+CODE = "run the package.module:Name that the run's configuration names"
 # The file descriptor of standard output.
 STDOUT = 1
 
@@ -64,9 +65,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "resume",
         help="go on with a run that was stopped or lost, to the same result",
         description="Go on with a run from its last checkpoint. Nothing but what follows can change.",
-        usage="spartan resume RUN [--run.keep INT] [--cluster.FIELD VALUE ...]",
+        usage="spartan resume RUN [--code] [--run.keep INT] [--cluster.FIELD VALUE ...]",
     )
     resume.add_argument("run", type=_path("RUN"), metavar="RUN", help="a run folder")
+    resume.add_argument("--code", action="store_true", help=CODE)
     add_fields(resume, shown=("run.keep", "cluster"))
     report = commands.add_parser("report", help="tables and pictures of one run, or of several compared")
     report.add_argument("runs", nargs="+", type=_path("RUN"), metavar="RUN", help="a run folder")
@@ -84,6 +86,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     replay.add_argument(
         "--verify", action="store_true", help="make every next parent again and compare it with its digest on record"
     )
+    replay.add_argument("--code", action="store_true", help=CODE)
     replay.add_argument("--generation", type=int, metavar="G", help="the epoch of the evolve phase")
     replay.add_argument("--member", type=int, metavar="K", help="the member, counted from 0")
     replay.add_argument(
@@ -148,8 +151,11 @@ def replay_run(arguments: argparse.Namespace) -> int:
     import torch
 
     from spartan_ray.engine.process import set_up
+    from spartan_ray.run.loading import load_run_config, refuse_code
     from spartan_ray.run.replay import Replay, ran_on_gpu
 
+    if not arguments.code:
+        refuse_code(arguments.run, load_run_config(arguments.run), "add --code if you trust it")
     device = set_up(gpu=ran_on_gpu(arguments.run) and torch.cuda.is_available())
     replay = Replay(arguments.run, print, device)
     if arguments.verify:

@@ -20,7 +20,7 @@ from spartan_ray.distributed.start import reach_ray, start_ray
 from spartan_ray.errors import Diverged, InputError, RunError
 from spartan_ray.naming import imported, is_named
 from spartan_ray.run.config import Config
-from spartan_ray.run.loading import differences, load_run_config
+from spartan_ray.run.loading import differences, load_run_config, refuse_code
 
 # Seconds that Ray may take to start, and a stopping run to stop.
 START_SECONDS = 300.0
@@ -38,6 +38,8 @@ def resume_run(arguments: argparse.Namespace) -> int:
     from spartan_ray.run.record import lock_folder
 
     before = load_run_config(folder)
+    if not arguments.code:
+        refuse_code(folder, before, "add --code if you trust it")
     config = take_fields(before, arguments)
     with lock_folder(folder, LOCK_PATIENCE):  # a run in progress is said before Ray starts
         warnings: list[str] = []

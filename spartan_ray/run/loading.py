@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from spartan_ray.errors import InputError
+from spartan_ray.naming import is_named
 from spartan_ray.run.config import Config
 from spartan_ray.section import perhaps
 
@@ -27,7 +28,9 @@ def load_config(name_or_file: str) -> Config:
     if name_or_file in preset_names():
         text = (PRESETS / f"{name_or_file}.yaml").read_text()
     elif Path(name_or_file).is_dir():
-        return load_run_config(Path(name_or_file))
+        config = load_run_config(Path(name_or_file))
+        refuse_code(Path(name_or_file), config, f"give {Path(name_or_file) / 'config.yaml'} if you trust it")
+        return config
     else:
         try:
             text = Path(name_or_file).read_text()
@@ -46,6 +49,13 @@ def load_run_config(folder: Path) -> Config:
         raise InputError(f"{folder}: not a run folder: {error}") from None
     config = _parse(text, str(folder / "config.yaml"))
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": None})})
+
+
+def refuse_code(folder: Path, config: Config, hint: str) -> None:
+    """Raises InputError for a run folder whose configuration names code, since to read a folder runs none."""
+    for name in (config.parent.model, config.evolution.strategy):
+        if is_named(name):
+            raise InputError(f"{folder}: its configuration names code, {name}, which would be run: {hint}")
 
 
 def _parse(text: str, source: str) -> Config:

@@ -91,8 +91,10 @@ def _strategy_of_name(config: Evolution) -> Strategy:
 
 
 def refuse_sets(config: Config, strategy: Strategy, evolution_images: int) -> None:
-    """Raises InputError for sets of images that a strategy asks for and cannot have."""
+    """Raises InputError for sets of images that a strategy of the user's own asks for and cannot have."""
     evolution, sets = config.evolution, strategy.case_sets
+    if not is_named(evolution.strategy):
+        return
     share_cases(sets, evolution.fitness_images, evolution.confirm_images, evolution_images)
     if config.data.sgd_on_evolution and len(sets) > 1:
         needs = f"evolution.strategy ({evolution.strategy})"
