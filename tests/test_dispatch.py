@@ -295,7 +295,7 @@ def test_a_member_that_kills_again_and_again_is_named_and_scored_worst(room: int
     assert sorted(said) == sorted(
         f"the member of seed {seed} failed on 3 workers and is scored worst: out of memory" for seed in seeds
     )
-    with pytest.raises(RunError, match="the member of seed 5 failed on 3 workers: out of memory"):
+    with pytest.raises(RunError, match="the parent, or its update, failed on 3 workers: out of memory"):
         # What has no noise is the parent, or its update: without its score there is no phase.
         Team(Scripted(room, killer(5))).pool.evaluate(noisy(np.array([5], np.uint64), 0.0, 0.0))
 

@@ -305,3 +305,65 @@ def test_an_error_in_the_user_s_fitness_says_where() -> None:
 
     with pytest.raises(RunError, match=r"NameError: name 'undefined' is not defined \(test_guards\.py:\d+\)$"):
         Population(network(), wrong, cases=60).score()
+
+
+class Wrong:
+    """A strategy with one mistake."""
+
+    case_sets: tuple[CaseSet, ...] = ("fitness",)
+    population = 4
+
+    def __init__(self, mistake: str) -> None:
+        self.mistake = mistake
+
+    def generation(self, seed: int, number: int) -> Any:
+        members = noisy(member_seeds(seed, number, 4), 0.0, 0.1)
+        if self.mistake == "members":
+            yield members
+        if self.mistake == "set":
+            yield Score(members, cases="search")
+        scores = yield Score(joined(PARENT, members))
+        if self.mistake == "take":
+            yield Take(members)
+        if self.mistake == "row":
+            yield Take(members[2])  # type: ignore[index]
+        if self.mistake == "outcome":
+            return None
+        return Outcome(members, scores.fitness_K, scores.cases_K[1:], np.ones(4), 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("mistake", "said"), [
+    ("members", r"the strategy yielded Members\(.*: expected Score, Take, SetScale, SetDirection"),
+    ("set", r"cases 'search': not in the strategy's case_sets"),
+    ("take", r"Take: expected one member, got 4: members\[k : k \+ 1\] is one"),
+    ("row", r"rows of a table: \[2 : 3\] is a table of one row, \[2\] is none"),
+    ("outcome", r"the strategy's generation did not return an Outcome"),
+    ("sizes", r"the strategy's Outcome has \[4, 5, 4, 4\] members, fitnesses, cases and weights"),
+])  # fmt: skip
+def test_a_mistake_in_a_strategy_is_one_line(mistake: str, said: str) -> None:
+    net = network()
+    before = FlatModel(copy.deepcopy(net), CPU).digest()
+    with pytest.raises(InputError, match=f"^{said}$"):
+        Population(net, WithLoss()).step(Wrong(mistake))
+    assert FlatModel(net, CPU).digest() == before
+
+
+def test_what_is_no_strategy_no_fitness_or_another_network_s_optimizer_is_said() -> None:
+    population: Any = Population(network(), WithLoss())
+    for wrong in (Wrong, object()):
+        with pytest.raises(InputError, match="is no strategy: it needs population, case_sets and generation"):
+            population.step(wrong)
+    with pytest.raises(InputError, match=r"^WithLoss is a class: give an object, WithLoss\(\)$"):
+        Population(network(), WithLoss)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^noise \('normal'\) must be one of uniform, "):
+        Population(network(), WithLoss(), noise="normal")  # type: ignore[arg-type]
+    base = torch.optim.SGD(network().parameters(), lr=0.1)
+    with pytest.raises(InputError, match=r"^the optimizer has none of the parameters of the population's network$"):
+        EvolutionOptimizer(base, population, EvolutionStrategies(4))
+    mine = EvolutionOptimizer(
+        torch.optim.SGD(population.model.module.parameters(), lr=0.1), population, EvolutionStrategies(4)
+    )
+    with pytest.raises(InputError, match="has no 'evolution'"):
+        mine.load_state_dict(mine.base.state_dict())
+    with pytest.raises(RunError, match="TypeError: the fitness returned a float: expected a tensor with a row a case"):
+        Population(network(), lambda network, case_N: 0.5, cases=60).score()  # type: ignore[arg-type, return-value]

@@ -111,6 +111,8 @@ def test_a_run_of_one_s_own_network_and_strategy_resumes_and_replays(own_config:
     assert same_result(lost, whole)
     replay = Replay(whole, print)
     assert [replay.verify(generation) for generation in replay.generations] == [True, True]
+    code, _, said = command("report", str(whole), cwd=whole.parent)
+    assert (code, said) == (0, "")
     for member in range(6):  # of the second half some descend from a parent that the first half made
         recorded, scored = replay.descendant(4, member, whole / "descendant.safetensors")
         assert recorded == scored

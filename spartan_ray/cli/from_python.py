@@ -56,7 +56,11 @@ def train(
 
     config      a preset, a YAML file, a run folder, or sections of fields as in a file (default: the defaults)
     progress    show a progress bar in a terminal or a notebook, lines elsewhere
-    sections    fields that override those of the config: run, data, parent, evolution, cluster
+    sections    fields that override those of the config: run, data, parent, evolution, cluster. A network or strategy
+                of your own is named: parent={"model": "my_module:Net"}
+
+    The Result has the run's folder (`path`), a row an epoch (`metrics`), the state dict at the end (`weights`) and
+    `best_epoch`, by validation accuracy.
 
     Runs on the Ray that this process is connected to, else on that of `cluster.address` or RAY_ADDRESS, else on a new
     one of this machine. Interrupted, the run ends with a checkpoint: `spartan resume` goes on.

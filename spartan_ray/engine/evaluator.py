@@ -192,7 +192,7 @@ class Evaluator:
         )
         self.model.write()
         with fitness.ready(network):
-            return self._sum(lambda batch: fitness(network, batch).unsqueeze(0), batches, count, threshold)
+            return self._sum(lambda batch: _tensor_of(fitness(network, batch))[None], batches, count, threshold)
 
     def _sum(
         self, score: Callable[[Any], torch.Tensor], batches: Sequence[tuple[int, Any]], count: int, threshold: float
@@ -242,6 +242,12 @@ def values(fitness: Fitness, mean_KM: NDArray[np.float64]) -> NDArray[np.float64
     for k in np.flatnonzero(np.isfinite(mean_KM).all(1)) if mean_KM.shape[1] else ():
         fitness_K[k] = fitness.value(mean_KM[k])
     return fitness_K
+
+
+def _tensor_of(statistic_NM: Any) -> torch.Tensor:
+    if not isinstance(statistic_NM, torch.Tensor):
+        raise TypeError(f"the fitness returned a {type(statistic_NM).__name__}: expected a tensor with a row a case")
+    return statistic_NM
 
 
 def _where(error: Exception) -> str:

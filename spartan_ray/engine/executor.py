@@ -55,7 +55,8 @@ class Executor(Protocol):
 def given_up(members: Members, k: int, tries: int, reason: str, stop: bool = False) -> str:
     """What is said of a member that could not be scored, and is the worst. Raises RunError to stop, and for one without
     noise, which is the parent or its update: there is no phase without its score."""
-    said = f"the member of seed {members.seed_K[k]} failed" + f" on {tries} workers" * (tries > 1)
+    who = f"the member of seed {members.seed_K[k]}" if members.gain_K[k] else "the parent, or its update,"
+    said = f"{who} failed" + f" on {tries} workers" * (tries > 1)
     if stop or not members.gain_K[k]:
         raise RunError(f"{said}: {reason}")
     return f"{said} and is scored worst: {reason}"

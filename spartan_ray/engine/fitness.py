@@ -19,7 +19,15 @@ class Fitness:
     """What a network is scored by, over numbered cases: images, seeds of episodes, prompts. Higher is better.
 
     A subclass says how many `cases` there are and defines `__call__`; all else has a default. It is pickled and sent
-    to each worker once."""
+    to each worker once. Networks are scored in evaluation mode, in `torch.inference_mode` (which
+    `torch.inference_mode(False)` lifts within it); what it draws from torch's global generator is the same for all
+    members of a generation.
+
+    cases    how many there are; a case is a number below it
+    batch    cases of a call at most (default: all at once)
+    best     an array of the most that a case can have in each statistic, where `value` falls with none of them: a
+             member that cannot win any more is then left early by strategies that ask for it (default: None, never)
+    vmap     True where `torch.func.vmap` can run it, which `batch_members` needs"""
 
     cases: int
     """How many there are; a case is a number below it."""
@@ -38,7 +46,7 @@ class Fitness:
         raise NotImplementedError(f"{type(self).__name__} defines no __call__(network, batch)")
 
     def value(self, mean_M: NDArray[np.float64]) -> float:
-        """The fitness of a network whose statistics have these means over the cases."""
+        """The fitness of a network whose statistics have these means over the cases: by default the first of them."""
         return float(mean_M[0])
 
     def to(self, device: torch.device) -> None:
@@ -80,10 +88,14 @@ class FunctionFitness(Fitness):
 def as_fitness(fitness: Fitness | Callable[[nn.Module, torch.Tensor], torch.Tensor], cases: int | None) -> Fitness:
     """A fitness of `cases` cases, whether an object or a function was given. Raises InputError when nobody says how
     many cases there are."""
+    if isinstance(fitness, type):
+        raise InputError(f"{fitness.__name__} is a class: give an object, {fitness.__name__}()")
     if not isinstance(fitness, Fitness):
         if cases is None:
             raise InputError("cases: a function does not say how many cases there are: give cases=")
         fitness = FunctionFitness(fitness, cases)
+    elif not hasattr(fitness, "cases"):
+        raise InputError(f"{type(fitness).__name__} does not say how many cases there are: it needs `cases`")
     elif cases is not None and cases != fitness.cases:
         raise InputError(f"cases ({cases}): the fitness has {fitness.cases}")
     if fitness.cases < 1:

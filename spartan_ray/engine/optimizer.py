@@ -55,6 +55,9 @@ class EvolutionOptimizer(Optimizer):
         Raises InputError for a setting that cannot be used."""
         refuse(every is not None and every < 1, f"every ({every}) must be at least 1")
         refuse(moments not in ("keep", "reset", "rescale"), f"moments ({moments!r}) must be keep, reset or rescale")
+        trained = {id(parameter) for group in base.param_groups for parameter in group["params"]}
+        other = not any(id(parameter) in trained for parameter in population.model.module.parameters())
+        refuse(other, "the optimizer has none of the parameters of the population's network")
         self.base, self.population, self.strategy = base, population, strategy
         self.every, self.moments = every, moments
         self.steps = 0
@@ -104,7 +107,9 @@ class EvolutionOptimizer(Optimizer):
         return self.base.state_dict() | {"evolution": {"steps": self.steps, "population": self.population.state_dict()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, with the network that was saved beside it."""
+        """Go on where `state_dict` was taken, with the network that was saved beside it. For a state of the base alone
+        load that into the base."""
+        refuse("evolution" not in state_dict, "the state is not of an EvolutionOptimizer: it has no 'evolution'")
         evolution = state_dict["evolution"]
         self.base.load_state_dict({name: value for name, value in state_dict.items() if name != "evolution"})
         self.steps = evolution["steps"]

@@ -40,7 +40,7 @@ from spartan_ray.engine.strategies.requests import (
     Take,
     refuse,
 )
-from spartan_ray.errors import Diverged
+from spartan_ray.errors import Diverged, InputError
 from spartan_ray.noise.contract import RMS, NoiseKind
 from spartan_ray.noise.kernels import kernel_for
 
@@ -138,6 +138,10 @@ class Population:
 
         Generations are numbered from 1; what a generation draws is a function of the seed and its number. Raises
         Diverged when the parent's own fitness is not finite. After an error all is as it was before the phase."""
+        refuse(
+            isinstance(strategy, type) or not isinstance(strategy, Strategy),
+            f"{strategy!r:.60} is no strategy: it needs population, case_sets and generation(seed, number)",
+        )
         number = self.generation + 1 if generation is None else generation
         counts = dict(self.executor.counts)
         self.begin(strategy.case_sets, number)
@@ -170,6 +174,10 @@ class Population:
                 request = phase.send(answer)
             except StopIteration as end:
                 outcome: Outcome = end.value
+                refuse(not isinstance(outcome, Outcome), "the strategy's generation did not return an Outcome")
+                columns = (outcome.fitness_K, outcome.cases_K, outcome.weight_K)
+                sizes = [len(outcome.members), *map(len, columns)]
+                refuse(len(set(sizes)) > 1, f"the strategy's Outcome has {sizes} members, fitnesses, cases and weights")
                 return outcome
             answer = self.answer(request)
 
@@ -213,6 +221,7 @@ class Population:
         """Do what the strategy asks."""
         match request:
             case Score():
+                refuse(request.cases not in self.case_sets, f"cases {request.cases!r}: not in the strategy's case_sets")
                 scores = self._score(request)
                 return scores if request.onto is None else self._pooled(request.onto, scores)
             case SetScale(kind):
@@ -225,11 +234,14 @@ class Population:
                 self.scale_is_update = self.scale_changed = True
                 return factor
             case Take(member):
+                refuse(len(member) != 1, f"Take: expected one member, got {len(member)}: members[k : k + 1] is one")
                 with self._timed("update"):
                     self._take(member)
                 self.parent_changed = True
                 if self.scale_is_update or self.scale_is_gradient:
                     self.scale, self.scale_is_update, self.scale_changed = self.noise_scale, False, True
+            case _:
+                raise InputError(f"the strategy yielded {request!r:.60}: expected Score, Take, SetScale, SetDirection")
         return None
 
     def _set_scale(self, kind: Literal["none", "rms", "gradient"]) -> None:

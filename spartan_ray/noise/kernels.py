@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spartan_ray.noise.contract import NoiseKind, noise
+from spartan_ray.errors import InputError
+from spartan_ray.noise.contract import RMS, NoiseKind, noise
 
 
 class Kernel(Protocol):
@@ -52,6 +53,8 @@ class Kernel(Protocol):
 def kernel_for(kind: NoiseKind, device: torch.device) -> Kernel:
     """The fastest kernel for the device: numba on CPU, Triton on CUDA, integer tensor operations elsewhere
     and where PyTorch came without Triton."""
+    if kind not in RMS:
+        raise InputError(f"noise ({kind!r}) must be one of {', '.join(RMS)}")
     if device.type == "cpu":
         from spartan_ray.noise.cpu import CpuKernel
 

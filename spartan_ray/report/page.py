@@ -76,8 +76,8 @@ def _setup(run: RunRecord) -> str:
     text += _changed(parent, exclude={"model", "optimizer", "lr", "threads"})
     if evolution.strategy != "none":
         text += f"; {evolution.strategy} every {evolution.every} epochs: {evolution.population} members"
-        text += f" by {evolution.fitness}, accept {evolution.accept}"
-        text += f", lr {evolution.lr:g}" if evolution.step == "lr" else ""
+        text += f" by {evolution.fitness}" + f", accept {evolution.accept}" * bool(evolution.accept)
+        text += f", lr {evolution.lr:g}" if evolution.lr and evolution.step == "lr" else ""
         text += _changed(evolution, exclude={"strategy", "every", "population", "fitness", "accept", "lr", "wave"})
     return f"{text}; {run.environment.processor}, torch {run.environment.versions.get('torch')}"
 

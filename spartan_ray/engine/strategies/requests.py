@@ -33,6 +33,8 @@ class Columns:
         return len(next(iter(vars(self).values())))
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> Self:
+        if isinstance(rows, int | np.integer):
+            raise InputError(f"rows of a table: [{rows} : {rows + 1}] is a table of one row, [{rows}] is none")
         return type(self)(*(column_K[rows] for column_K in vars(self).values()))
 
 
@@ -138,8 +140,10 @@ Request = Score | SetScale | SetDirection | Take
 
 @dataclass
 class Outcome:
-    """The account of a phase. A member's weight is what it has in the new parent; all zero: the parent
-    stays, and `note` says why."""
+    """The account of a phase, which goes into the record. A member's weight is what it has in the new parent: any
+    number but 0 of one that was taken, what `SetDirection` was given of one in an update. All zero: the parent stays,
+    and `note` says why. A strategy that takes several members one after another says so by `chosen`, the last of
+    them; `accepted` then counts the weights that are not 0."""
 
     members: Members
     fitness_K: NDArray[np.float64]
