@@ -15,7 +15,7 @@ EXAMPLES = ROOT / "examples"
 SHOWS: dict[str, Callable[..., bool]] = {
     "plain_loop": lambda loss, accuracy: loss < 0.6 and accuracy > 0.88,
     "f1": lambda before, after: after > before - 0.02 and after > 0.75,
-    "transformer": lambda before, after: after > before,
+    "transformer": lambda before, after: after > before - 0.03,  # a few of 200; what it evolved on is below
     "lightning_digits": lambda accuracy, steps, phases: accuracy > 0.88 and (steps, phases) == (500, 5),
     "cartpole": lambda mean, episodes, seconds: mean >= 475 and episodes == 100,
 }
@@ -36,3 +36,6 @@ def test_an_example_shows_what_it_is_for(name: str) -> None:
     assert ended.returncode == 0, ended.stderr
     numbers = [float(number) for number in re.findall(r"\b\d+(?:\.\d+)?", ended.stdout.splitlines()[-1])]
     assert SHOWS[name](*numbers), ended.stdout
+    if name == "transformer":
+        phases = re.findall(r"generation \d+: (\S+) -> (\S+)", ended.stdout)
+        assert float(phases[-1][1]) > float(phases[0][0]) + 0.02

@@ -27,8 +27,8 @@ STDOUT = 1
 def main() -> None:
     """Run the command line and exit with its code."""
     code: int | str | None
-    if os.getcwd() not in sys.path:  # for modules of the user's own, as with `python -m spartan_ray`
-        sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in sys.path:  # for modules of the user's own; last, since one may stand in a folder of others
+        sys.path.append(os.getcwd())
     try:
         try:
             code = _command()
