@@ -291,3 +291,12 @@ def test_gradient_noise_leaves_an_output_that_the_loss_does_not_use() -> None:
     Trainer(config, model, SPLITS.sgd[slice(0, 32)], NORMALISE, 0, False).train_epoch(1, lambda count: None)
     moved = {name for name, parameter in model.module.named_parameters() if not torch.equal(parameter, before[name])}
     assert before.keys() - moved == {"aux.weight", "aux.bias"}
+
+
+def test_a_module_in_the_directory_of_a_command_stands_for_no_installed_one(tmp_path: Path) -> None:
+    """Such as a run folder of somebody else's, where a report is made."""
+    (tmp_path / "pandas.py").write_text("raise SystemExit('ran')")
+    program = str(Path(sys.executable).parent / "spartan")
+    ended = subprocess.run([program, "report", "."], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "not readable as a run folder" in ended.stderr
