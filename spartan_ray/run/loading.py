@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import reprlib
+import stat
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -109,10 +111,16 @@ def refuse_links(folder: Path) -> None:
     """Raises InputError for what does not belong in a run folder: a link that leads out of it, as what is
     written there would be elsewhere, and pipes and devices, which may never end."""
     for entry in folder.rglob("*"):
-        target = Path(os.path.realpath(entry))
-        if entry.is_symlink() and not target.is_relative_to(os.path.realpath(folder)):
+        link = entry.is_symlink()
+        if link and not Path(os.path.realpath(entry)).is_relative_to(os.path.realpath(folder)):
             raise InputError(f"{entry}: a link out of the run folder")
-        if not target.is_file() and not target.is_dir():
+        try:
+            mode = entry.stat().st_mode
+        except OSError as error:
+            if error.errno == errno.ENOENT and not link:  # its writer renamed or deleted it since it was listed
+                continue
+            mode = 0
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise InputError(f"{entry}: neither a file nor a folder")
 
 

@@ -252,6 +252,16 @@ def test_a_run_that_is_named_like_a_preset_is_read_itself(run: Path, monkeypatch
     assert load_run_config(Path("sgd")) != load_config("sgd")
 
 
+def test_a_file_that_is_renamed_while_the_folder_is_looked_through_is_no_fault(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that writes a run renames its files while another one asks for the lock, or reads."""
+    listed = [*run.rglob("*"), run / "checkpoints" / "epoch-000009.safetensors.tmp"]
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: iter(listed))
+    lock_folder(run).close()
+    assert read_run(run).config.run.name == "run"
+
+
 def test_no_link_leads_out_of_a_run_folder(run: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("keep me")
     (run / "metrics.jsonl").unlink()
