@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spartan_ray.cli.from_python import train
+    from spartan_ray.cli.from_python import Result, train
     from spartan_ray.distributed.population import Population
     from spartan_ray.engine.fitness import Fitness
     from spartan_ray.engine.optimizer import EvolutionOptimizer
@@ -24,6 +24,7 @@ __all__ = [
     "Outcome",
     "Population",
     "RandomGradients",
+    "Result",
     "RunError",
     "Strategy",
     "train",
@@ -38,6 +39,7 @@ _HOMES = {
     "Outcome": "engine.strategies.requests",
     "Population": "distributed.population",
     "RandomGradients": "engine.strategies.random_gradients",
+    "Result": "cli.from_python",
     "RunError": "errors",
     "Strategy": "engine.strategies.requests",
     "train": "cli.from_python",

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spartan_ray.distributed.config import Cluster
-from spartan_ray.distributed.dispatch import Lost
 from spartan_ray.distributed.joining import WorkerInfo, versions
 from spartan_ray.distributed.pool import Pool
+from spartan_ray.distributed.protocol import Lost
 from spartan_ray.engine.strategies.requests import Members, Scores
 from spartan_ray.noise.contract import noise
-from spartan_ray.noise.kernels import FINGERPRINT_SEED, FINGERPRINT_SLICES
+from spartan_ray.noise.fingerprint import FINGERPRINT_SEED, FINGERPRINT_SLICES
 
 FINGERPRINT = np.concatenate([noise("uniform", FINGERPRINT_SEED, *ends) for ends in FINGERPRINT_SLICES])
 START_SECONDS, MEMBER_SECONDS, ELEMENT_SECONDS = 3.0, 0.125, 0.001

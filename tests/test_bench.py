@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ from bench.measure import (
 from hypothesis import given
 from hypothesis import strategies as st
 from local import CPU, Phase, make_spec, trained
+from whole_runs import ROOT
 
 from spartan_ray.distributed.pool import Pool
 from spartan_ray.distributed.spans import ANSWERS_PER_SECOND, CHUNK_SECONDS, chunk_size, workers_worth
@@ -323,3 +325,13 @@ def test_the_documents_have_the_tables_of_the_results() -> None:
     assert results["targets"] == figures.targets(results)
     for name in ("machine", "limit", "scoring", "update", "dispatch", "broadcast", "memory", "peers", "simulation"):
         assert results[name]
+
+
+def test_a_simulated_worker_needs_no_torch() -> None:
+    """Dozens of them are to fit a machine: with torch each takes 300 MB, and Ray kills what exceeds the memory."""
+    program = "import sys, bench.sleeper; sys.exit('torch' in sys.modules)"
+    path = f"{ROOT / 'benchmarks'}{os.pathsep}{ROOT}"
+    assert (
+        subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, check=False).returncode
+        == 0
+    )

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import CHUNK, Answer, Process, Scripted, Team, scores, weighted_sum, without
 
-from spartan_ray.distributed.dispatch import FAILURES_PER_WORKER, TRIES, Failed, Lost, PoolError, Slot, backoff, may_do
+from spartan_ray.distributed.dispatch import FAILURES_PER_WORKER, TRIES, PoolError, backoff
 from spartan_ray.distributed.joining import versions
+from spartan_ray.distributed.protocol import Failed, Lost
+from spartan_ray.distributed.slots import Slot, may_do
 from spartan_ray.distributed.spans import Span
 from spartan_ray.engine.strategies.requests import Members, Scores, noisy
 from spartan_ray.errors import RunError

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from spartan_ray.noise import portable
 from spartan_ray.noise.contract import RMS, NoiseKind, member_seeds, noise, philox4x32_10
 from spartan_ray.noise.cpu import CpuKernel
-from spartan_ray.noise.kernels import Kernel, fingerprint, fingerprint_agrees, kernel_for
+from spartan_ray.noise.fingerprint import fingerprint, fingerprint_agrees
+from spartan_ray.noise.kernels import Kernel, kernel_for
 from spartan_ray.noise.portable import PortableKernel
 
 KINDS: tuple[NoiseKind, ...] = ("uniform", "gaussian", "rademacher")

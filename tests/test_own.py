@@ -192,6 +192,11 @@ def test_a_name_that_is_none_is_refused_with_the_field(name: str) -> None:
         Evolution(strategy=name)
 
 
+def test_a_field_that_is_given_as_on_the_command_line_is_said_how_to_write() -> None:
+    with pytest.raises(InputError, match=r'^run\.epochs: write run=\{"epochs": \.\.\.\}$'):
+        sr.train("quickstart", **{"run.epochs": 3})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("name", "said"), [
     ("torch.nn:Linear", "cannot be made with num_classes=10: TypeError: .*"),
     ("builtins:dict", r"made a dict: expected an nn\.Module"),

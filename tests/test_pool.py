@@ -16,9 +16,10 @@ import torch
 from local import make_spec
 
 from spartan_ray.distributed.config import Cluster
-from spartan_ray.distributed.dispatch import Failed, Lost, PoolError
+from spartan_ray.distributed.dispatch import PoolError
 from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.pool import Pool
+from spartan_ray.distributed.protocol import Failed, Lost
 from spartan_ray.distributed.transport import RayTransport
 from spartan_ray.engine.evaluator import ParentState
 from spartan_ray.engine.flat import FlatModel

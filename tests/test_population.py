@@ -368,6 +368,34 @@ def test_a_member_for_which_the_fitness_raises_is_the_worst_and_the_parent_s_err
         population.step(EvolutionStrategies(20))
 
 
+def test_a_value_that_raises_or_is_no_number_is_that_member_s_answer_alone() -> None:
+    class Odd(WithLoss):
+        def value(self, mean_M: NDArray[np.float64]) -> float:
+            if mean_M[0] < level:
+                raise ZeroDivisionError("no positives")
+            return None if math.isinf(level) else super().value(mean_M)  # type: ignore[return-value]
+
+    level, notes = -1e9, list[str]()
+    calm = Population(network(), Odd()).step(EvolutionStrategies(20, sigma=0.3))
+    level = float(np.median(calm.fitness_K))
+    outcome = Population(network(), Odd(), note=notes.append).step(EvolutionStrategies(20, sigma=0.3))
+    assert np.isnan(outcome.fitness_K).tolist() == (calm.fitness_K < level).tolist()
+    assert len(notes) == 10
+    assert all("is scored worst: ZeroDivisionError: no positives (test_population.py:" in note for note in notes)
+    level = -math.inf
+    with pytest.raises(RunError, match=r"failed: TypeError: value\(mean_M\) returned None: expected a number"):
+        Population(network(), Odd()).score()
+
+
+def test_a_loss_that_is_not_one_number_is_said() -> None:
+    class Each(WithLoss):
+        def loss(self, network: nn.Module, case_N: torch.Tensor) -> torch.Tensor:
+            return -likelihood(network, case_N)
+
+    with pytest.raises(InputError, match=r"^loss of \d+ cases is \(\d+,\): expected their mean$"):
+        Population(network(), Each()).step(RandomGradients(4))
+
+
 def trained(
     steps: int, saved: list[Any], from_: Any = None, moments: Any = "keep", half: bool = False
 ) -> tuple[nn.Module, EvolutionOptimizer]:

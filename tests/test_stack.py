@@ -171,7 +171,11 @@ def test_a_fitness_that_vmap_cannot_run_is_said() -> None:
         return score_N - score_N.max().item()
 
     population = Population(network(), counting, cases=CASES, batch_members=4)
-    with pytest.raises(RunError, match=r"RuntimeError: vmap: It looks like you're calling \.item\(\)"):
+    with pytest.raises(
+        RunError,
+        match=r"RuntimeError: vmap: It looks like you're calling \.item\(\).* \(test_stack\.py:\d+\); "
+        r"with batch_members=4 it runs under torch\.func\.vmap$",
+    ):
         population.step(EvolutionStrategies(4))
     plain = as_fitness(Close(), None)
     plain.vmap = False

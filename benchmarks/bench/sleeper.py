@@ -12,7 +12,7 @@ import ray
 from spartan_ray.distributed.joining import WorkerInfo, versions
 from spartan_ray.engine.strategies.requests import CaseSet, Members, Part, Scores
 from spartan_ray.noise.contract import noise
-from spartan_ray.noise.kernels import FINGERPRINT_SEED, FINGERPRINT_SLICES
+from spartan_ray.noise.fingerprint import FINGERPRINT_SEED, FINGERPRINT_SLICES
 
 SECONDS_A_MEMBER = 0.02
 SLOW_FACTOR = 5.0

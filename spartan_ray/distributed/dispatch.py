@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.joining import WorkerInfo
-from spartan_ray.distributed.spans import Range, Span
+from spartan_ray.distributed.protocol import Failed, Lost, Transport
+from spartan_ray.distributed.slots import End, Slot, Task, may_do
+from spartan_ray.distributed.spans import Blame, Range, Span
 from spartan_ray.errors import RunError
 
 # Tasks on a worker: one that runs and one that is ready when it ends.
@@ -41,78 +42,6 @@ class PoolError(RunError):
     """The workers cannot do the work; the message says why."""
 
 
-class Lost(Exception):
-    """A worker's process was killed, or cannot be reached. That says nothing of its work."""
-
-
-class Failed(Exception):
-    """What a worker's own code raised, at its start or in its work."""
-
-
-class Transport(Protocol):
-    """What starts the workers and carries tasks to them. A reference stands for an answer that is to come."""
-
-    def start(self) -> tuple[Any, Any]:
-        """A new worker, and the reference of the WorkerInfo that it sends when it is there."""
-
-    def wait(self, references: list[Any], seconds: float) -> list[Any]:
-        """The references that are ready, as soon as one is, or none after so many seconds."""
-
-    def put(self, value: Any) -> Any:
-        """What stands for a value in the arguments of tasks: it is sent to each node once."""
-
-    def submit(self, worker: Any, method: str, *arguments: Any) -> Any:
-        """Have a worker do something after what it has to do already; the reference of its answer."""
-
-    def result(self, reference: Any) -> Any:
-        """The answer behind a reference that is ready. Raises Lost or Failed."""
-
-    def kill(self, worker: Any) -> None:
-        """End a worker, in whatever state it is."""
-
-    def now(self) -> float:
-        """Seconds on a clock that never goes back."""
-
-    def room(self) -> tuple[int, set[str]]:
-        """How many workers there are to be now, and the names of the nodes that are up."""
-
-
-@dataclass(eq=False)
-class Slot:
-    """A worker of the pool."""
-
-    worker: Any
-    place: int  # in the pool; a worker that replaces another one takes its place
-    failures: int = 0  # in its place, since the last success there
-    info: WorkerInfo | None = None  # None until it joined
-    doubted: WorkerInfo | None = None  # it had to join again
-    tasks: list[Task] = field(default_factory=list)  # in the order in which it does them
-    heard: float = -math.inf  # when it last answered
-    since: float = 0.0  # the same, or when it began to have something to answer
-    late: bool = False  # as it was when somebody last looked
-    seconds_per_member: float | None = None  # in the last chunk that it scored
-
-
-@dataclass(eq=False)
-class Task:
-    """A span on a worker."""
-
-    slot: Slot
-    reference: Any
-    range: Range | None  # None: the worker is joining
-    span: Span
-
-
-@dataclass
-class End:
-    """A task that ended: with a result, or with its worker, and then it is at fault or not."""
-
-    task: Task
-    result: Any = None
-    error: Exception | None = None
-    running: bool = False
-
-
 class Dispatcher:
     """The workers of a pool and what they have to do. `note` takes one-line messages for the user, `advance` is called
     again and again and may raise to end the run, after which the dispatcher is to be closed. `refuse` says why a
@@ -135,7 +64,7 @@ class Dispatcher:
         self.refused: list[str] = []  # nodes, one for each worker that was refused there
         self.counts: dict[str, float] = {"retries": 0, "late_results": 0}
         self.failures_in_a_row = 0
-        self.deaths_elsewhere = 0  # of workers at nothing that is suspected
+        self.blame = Blame()
         self.last_reason = ""
         now = transport.now()
         self.nodes_seen = self.tend_at = now  # when the nodes were last looked at, and the workers are next
@@ -386,7 +315,7 @@ class Dispatcher:
     def _fail(self, slot: Slot, error: Lost | Failed) -> list[End]:
         """Replace a worker that failed or is gone at what it was doing; its tasks, which end with it."""
         if slot in self.slots:
-            self._blame(slot, error)
+            self._hold_against_its_work(slot, error)
         return self._replace(slot, error)
 
     def _replace(self, slot: Slot, error: Lost | Failed) -> list[End]:
@@ -405,31 +334,21 @@ class Dispatcher:
         self.note(f"{who} was lost and is replaced{when}: {error}")
         return self._remove(slot, error)
 
-    def _blame(self, slot: Slot, error: Lost | Failed) -> None:
-        """Hold the end of a worker against what it was doing. Work that raises an error is to blame. A killed process
-        is no evidence, unless it dies at the same element again and again, and none dies elsewhere meanwhile."""
+    def _hold_against_its_work(self, slot: Slot, error: Lost | Failed) -> None:
+        """Hold the end of a worker against what it was doing."""
         task, now = slot.tasks[0] if slot.tasks else None, self.transport.now()
         if not task or not task.range:
-            self.deaths_elsewhere += 1
+            self.blame.deaths_elsewhere += 1
             return
-        span, alone = task.span, len(task.span) <= task.range.smallest
-        span.failed_on.append(slot.place)
+        alone = len(task.span) <= task.range.smallest
+        task.span.failed_on.append(slot.place)
         if isinstance(error, Failed):
-            span.failures += alone
+            task.span.failures += alone
             return
         if now - slot.since > LONGEST_BACKOFF_SECONDS:
             self.progress = now  # it was long at work, and not waited for
-        span.suspected = True
-        if not alone or slot.heard <= self.began:  # the latter may have been dead before it was asked
-            self.deaths_elsewhere += 1
-        elif slot.heard > span.died:  # else it may have died with the last one
-            if span.others is None:
-                self.deaths_elsewhere += 1  # to all others
-            elif span.others != self.deaths_elsewhere:
-                span.failures = 0
-            span.failures += 1
-            span.others = self.deaths_elsewhere
-        span.died = now
+        # One that was not heard of since the range began may have been dead before it was asked.
+        self.blame.died_at(task.span, alone and slot.heard > self.began, slot.heard, now)
 
     def _remove(self, slot: Slot, error: Exception | None = None) -> list[End]:
         """Take a worker out of the pool; the tasks that it had."""
@@ -443,12 +362,3 @@ class Dispatcher:
 def backoff(failures: int) -> float:
     """Seconds before a worker is replaced in a place where so many failed before it without a success."""
     return min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** (failures - 1)) if failures else 0.0
-
-
-def may_do(span: Span, slot: Slot, fit: list[Slot]) -> bool:
-    """Whether a worker may have a span: one that failed in its place, or that it made doubtful, is for others
-    of those that are fit."""
-    if span.unconfirmed is slot:  # what was contradicted before is not believed alone
-        return not slot.doubted and all(other is slot for other in fit)
-    others = (other for other in fit if other is not span.unconfirmed)
-    return slot.place not in span.failed_on or all(other.place in span.failed_on for other in others)

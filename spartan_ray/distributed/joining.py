@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spartan_ray.noise.contract import NoiseKind
-from spartan_ray.noise.kernels import fingerprint_agrees
+from spartan_ray.noise.fingerprint import fingerprint_agrees
 from spartan_ray.origin import sources
 
 

@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spartan_ray.distributed.config import Cluster
-from spartan_ray.distributed.dispatch import TRIES, Dispatcher, PoolError, Slot, Transport
+from spartan_ray.distributed.dispatch import TRIES, Dispatcher, PoolError
 from spartan_ray.distributed.joining import WorkerInfo, objections
+from spartan_ray.distributed.protocol import Transport
+from spartan_ray.distributed.slots import Slot
 from spartan_ray.distributed.spans import Range, Span, chunk_size, workers_worth
 from spartan_ray.engine.evaluator import ParentState, Scale
 from spartan_ray.engine.executor import given_up

@@ -101,3 +101,26 @@ class Range:
                 span = Span(span.start, span.start + size)
             return span
         return None
+
+
+@dataclass
+class Blame:
+    """Whether it is a span that kills workers. A killed process is no evidence, unless it dies at the same span again
+    and again, and none dies elsewhere meanwhile."""
+
+    deaths_elsewhere: int = 0  # of workers at nothing that is suspected
+
+    def died_at(self, span: Span, evidence: bool, heard: float, now: float) -> None:
+        """A worker that last answered at `heard` was killed at a span. It is no evidence where it may have died
+        before, or where the span is more than the smallest."""
+        span.suspected = True
+        if not evidence:
+            self.deaths_elsewhere += 1
+        elif heard > span.died:  # else it may have died with the last one
+            if span.others is None:
+                self.deaths_elsewhere += 1  # to all others
+            elif span.others != self.deaths_elsewhere:
+                span.failures = 0
+            span.failures += 1
+            span.others = self.deaths_elsewhere
+        span.died = now

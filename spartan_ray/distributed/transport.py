@@ -10,8 +10,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from spartan_ray.distributed.config import Cluster
-from spartan_ray.distributed.dispatch import Failed, Lost
 from spartan_ray.distributed.placement import workers_that_fit
+from spartan_ray.distributed.protocol import Failed, Lost
 from spartan_ray.distributed.worker import Worker
 
 

@@ -15,7 +15,7 @@ from spartan_ray.distributed.joining import WorkerInfo, versions
 from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale
 from spartan_ray.engine.process import set_up
 from spartan_ray.engine.strategies.requests import CaseSet, Members, Part, Scores
-from spartan_ray.noise.kernels import fingerprint
+from spartan_ray.noise.fingerprint import fingerprint
 
 
 def claim_device(threads: int | None) -> torch.device:

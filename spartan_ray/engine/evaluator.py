@@ -7,6 +7,7 @@ M statistics, R ranges of parameters.
 from __future__ import annotations
 
 import copy
+import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -149,14 +150,22 @@ class Evaluator:
                         passes += [(k, k + 1) for k in reversed(range(first, stop))]
                     else:
                         sums.append(None)
-                        failed[first] = f"{one_line(f'{type(error).__name__}: {error}')}{_where(error)}"
+                        failed[first] = _said(error)
+                        if self.stack:
+                            failed[first] += f"; with batch_members={size} it runs under torch.func.vmap"
         known = next((sum_BM for sum_BM in sums if sum_BM is not None), torch.empty(1, 0))
         nothing_1M = torch.full_like(known[:1], torch.nan)
         # One wait for the device a call.
         sum_KM = torch.cat([nothing_1M if sum_BM is None else sum_BM for sum_BM in sums]).cpu().numpy()
         mean_KM = sum_KM / np.maximum(cases_K, 1)[:, None]
         mean_KM[~np.isfinite(mean_KM).all(1)] = np.nan
-        return Scores(mean_KM, values(self.fitness, mean_KM), cases_K), failed
+        fitness_K = np.full(len(members), np.nan)
+        for k in _finite(mean_KM):
+            try:
+                fitness_K[k] = _value(self.fitness, mean_KM[k])
+            except Exception as error:
+                mean_KM[k], failed[int(k)] = np.nan, _said(error)
+        return Scores(mean_KM, fitness_K, cases_K), failed
 
     @torch.inference_mode()
     def _score(
@@ -236,12 +245,35 @@ class Evaluator:
         return self.kernel.accumulate(seed_K, weight_K, start, stop).cpu().numpy()
 
 
-def values(fitness: Fitness, mean_KM: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The fitness of each member, K, from its mean statistics; NaN where they are not finite."""
-    fitness_K = np.full(len(mean_KM), np.nan)
-    for k in np.flatnonzero(np.isfinite(mean_KM).all(1)) if mean_KM.shape[1] else ():
-        fitness_K[k] = fitness.value(mean_KM[k])
-    return fitness_K
+def pooled(fitness: Fitness, first: Scores, second: Scores) -> Scores:
+    """The scores of the same members on the cases of both."""
+    cases_K = first.cases_K + second.cases_K
+    if first.mean_KM.shape != second.mean_KM.shape:  # none of them could be scored
+        return Scores(first.mean_KM * math.nan, np.full(len(cases_K), math.nan), cases_K)
+    sum_KM = first.mean_KM * first.cases_K[:, None] + second.mean_KM * second.cases_K[:, None]
+    mean_KM = sum_KM / np.maximum(cases_K, 1)[:, None]
+    fitness_K = np.full(len(cases_K), np.nan)
+    for k in _finite(mean_KM):
+        fitness_K[k] = _value(fitness, mean_KM[k])
+    return Scores(mean_KM, fitness_K, cases_K)
+
+
+def _finite(mean_KM: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The members whose mean statistics are all finite."""
+    return np.flatnonzero(np.isfinite(mean_KM).all(1) & (mean_KM.shape[1] > 0))
+
+
+def _value(fitness: Fitness, mean_M: NDArray[np.float64]) -> float:
+    value = fitness.value(mean_M)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"value(mean_M) returned {value!r:.40}: expected a number") from None
+
+
+def _said(error: Exception) -> str:
+    """An error of the fitness, in one line."""
+    return f"{one_line(f'{type(error).__name__}: {error}')}{_where(error)}"
 
 
 def _tensor_of(statistic_NM: Any) -> torch.Tensor:

@@ -116,6 +116,15 @@ class FlatModel:
         for part, value in zip(self._parts(vector_D), value_T, strict=True):
             part.mul_(value)
 
+    def scale_norm(self, scale: torch.Tensor | None) -> float:
+        """The norm of a scale as a vector of theta_D's layout: None is 1 everywhere, T numbers are one a tensor."""
+        if scale is None:
+            return math.sqrt(self.theta_D.numel())
+        if len(scale) == self.theta_D.numel():
+            return norm(scale)
+        size_T = [shape.numel() for shape in self.shapes]
+        return math.sqrt(sum(size * value**2 for size, value in zip(size_T, scale.tolist(), strict=True)))
+
     def rms(self) -> torch.Tensor:
         """The root mean square of each parameter tensor, T."""
         views = self.views(self.theta_D)

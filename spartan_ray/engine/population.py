@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from spartan_ray.engine.draws import draw_cases, gradient_cases, random_key, share_cases
-from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale, batched, packed, values
+from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale, batched, packed, pooled
 from spartan_ray.engine.executor import Executor, LocalExecutor
 from spartan_ray.engine.fitness import Fitness, as_fitness
 from spartan_ray.engine.flat import FlatModel, norm, norm_tensor
@@ -29,7 +29,6 @@ from spartan_ray.engine.strategies.requests import (
     CaseSet,
     Generation,
     Members,
-    OptimizerKind,
     Outcome,
     Request,
     Score,
@@ -40,6 +39,7 @@ from spartan_ray.engine.strategies.requests import (
     Take,
     refuse,
 )
+from spartan_ray.engine.updates import Updates
 from spartan_ray.errors import Diverged, InputError
 from spartan_ray.noise.contract import RMS, NoiseKind
 from spartan_ray.noise.kernels import kernel_for
@@ -127,7 +127,7 @@ class Population:
         self.here: LocalExecutor | None = here
         self.fitness = here.evaluator.fitness
         self.generation, self.closed = 0, False
-        self.optimizer: tuple[OptimizerKind, torch.optim.Optimizer] | None = None
+        self.updates = Updates(self.model.theta_D)
         self.parent_changed = self.scale_changed = self.scale_is_gradient = self.scale_is_update = False
         # What multiplies noise, and what multiplies all that is added now: the same, or the update.
         self.noise_scale: torch.Tensor | None = None
@@ -146,7 +146,7 @@ class Population:
         counts = dict(self.executor.counts)
         self.begin(strategy.case_sets, number)
         theta_D, buffers = self.model.theta_D.clone(), [buffer.clone() for buffer in self.model.buffers]
-        moments = self._moments()
+        moments = self.updates.moments()
         try:
             with keeping_modes(self.model.module):
                 outcome = self._run(strategy.generation(self.seed, number))
@@ -156,7 +156,7 @@ class Population:
             self.model.theta_D.copy_(theta_D)
             self.model.write()
             self.model.load_buffers(buffers)
-            self._load_moments(moments)
+            self.updates.load_moments(moments)
             raise
         self.generation = number
         moved = norm(theta_D.sub_(self.model.theta_D))
@@ -223,7 +223,7 @@ class Population:
             case Score():
                 refuse(request.cases not in self.case_sets, f"cases {request.cases!r}: not in the strategy's case_sets")
                 scores = self._score(request)
-                return scores if request.onto is None else self._pooled(request.onto, scores)
+                return scores if request.onto is None else pooled(self.fitness, request.onto, scores)
             case SetScale(kind):
                 self._set_scale(kind)
             case SetDirection():
@@ -264,26 +264,18 @@ class Population:
         in float32 where the network's are in half precision."""
         return {
             "generation": self.generation,
-            "optimizer": self._moments(),
+            "optimizer": self.updates.moments(),
             "theta_D": self.model.theta_D.clone() if self.model.half else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken, with the network as it was there."""
         self.generation = state["generation"]
-        self._load_moments(state["optimizer"])
+        self.updates.load_moments(state["optimizer"])
         self.model.read()
         if state["theta_D"] is not None:
             self.model.theta_D.copy_(state["theta_D"])
             self.model.write()
-
-    def _moments(self) -> tuple[OptimizerKind, dict[str, Any]] | None:
-        return self.optimizer and (self.optimizer[0], copy.deepcopy(self.optimizer[1].state_dict()))
-
-    def _load_moments(self, moments: tuple[OptimizerKind, dict[str, Any]] | None) -> None:
-        self.optimizer = None
-        if moments:
-            self.optimizer_of(moments[0]).load_state_dict(moments[1])
 
     def close(self) -> None:
         """End the workers. The network keeps its parameters."""
@@ -318,15 +310,6 @@ class Population:
         self.cases_scored += int(scores.cases_K.sum())
         return scores
 
-    def _pooled(self, first: Scores, second: Scores) -> Scores:
-        """The scores of the same members on the cases of both."""
-        cases_K = first.cases_K + second.cases_K
-        if first.mean_KM.shape != second.mean_KM.shape:  # none of them could be scored
-            return Scores(first.mean_KM * math.nan, np.full(len(cases_K), math.nan), cases_K)
-        sum_KM = first.mean_KM * first.cases_K[:, None] + second.mean_KM * second.cases_K[:, None]
-        mean_KM = sum_KM / np.maximum(cases_K, 1)[:, None]
-        return Scores(mean_KM, values(self.fitness, mean_KM), cases_K)
-
     def broadcast(self) -> None:
         """Give the executor what members are made and scored from now, as far as it changed."""
         if self.scale_changed:
@@ -352,7 +335,9 @@ class Population:
         case_N = gradient_cases(self.case_sets["fitness"], self.gradient_cases, self.seed, generation)
         network.eval()
         for batch_N in batched(torch.from_numpy(case_N).to(self.model.theta_D.device), self.fitness.batch):
-            (self.fitness.loss(network, batch_N) * (len(batch_N) / len(case_N))).backward()
+            loss = self.fitness.loss(network, batch_N)
+            refuse(loss.numel() != 1, f"loss of {len(batch_N)} cases is {tuple(loss.shape)}: expected their mean")
+            (loss * (len(batch_N) / len(case_N))).backward()
 
     def _scale(self) -> Scale:
         return None if self.scale is None else self.scale.cpu().numpy()
@@ -364,17 +349,6 @@ class Population:
             self.case_sets,
             random_key(self.seed, RANDOM_OF_GENERATION + self.generation_begun),
         )
-
-    def optimizer_of(self, kind: OptimizerKind) -> torch.optim.Optimizer:
-        """What turns the estimated gradient into the update. It moves a vector of zeros, so that the update
-        can be had alone; its moments are of all estimates, whether their update was taken or not."""
-        if self.optimizer is None or self.optimizer[0] != kind:
-            update_D = torch.zeros_like(self.model.theta_D)
-            if kind == "adam":
-                self.optimizer = kind, torch.optim.Adam([update_D])
-            else:
-                self.optimizer = kind, torch.optim.SGD([update_D], momentum=0.9 if kind == "momentum" else 0.0)
-        return self.optimizer[1]
 
     def _direction(self, wanted: SetDirection) -> tuple[torch.Tensor, float]:
         """The update, as long as the learning rate makes it or as the ratio that is wanted, and the factor of
@@ -392,14 +366,7 @@ class Population:
             decay_D = wanted.weight_decay * theta_D
             self.model.multiply(decay_D, self.mutated_T)
             estimate_D -= decay_D
-        optimizer = self.optimizer_of(wanted.optimizer)
-        (group,) = optimizer.param_groups
-        (update_D,) = group["params"]
-        group["lr"] = wanted.rate
-        update_D.zero_()
-        update_D.grad = estimate_D.neg_()
-        optimizer.step()
-        update_D.grad = None
+        update_D = self.updates.make(estimate_D, wanted.optimizer, wanted.rate)
         if wanted.ratio is None:
             return update_D, 1.0
         length = norm(update_D)
@@ -421,15 +388,7 @@ class Population:
         if not len(with_noise):
             return 0.0
         offset, gain = float(members.offset_K[with_noise[0]]), float(members.gain_K[with_noise[0]])
-        size = self.model.theta_D.numel()
-        if self.scale is None:
-            scale_norm = math.sqrt(size)
-        elif len(self.scale) == size:
-            scale_norm = norm(self.scale)
-        else:
-            size_T = [shape.numel() for shape in self.model.shapes]
-            scale_norm = math.sqrt(sum(n * scale**2 for n, scale in zip(size_T, self.scale.tolist(), strict=True)))
-        return math.hypot(offset, gain * RMS[self.noise]) * scale_norm
+        return math.hypot(offset, gain * RMS[self.noise]) * self.model.scale_norm(self.scale)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

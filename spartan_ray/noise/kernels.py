@@ -1,5 +1,5 @@
-"""The fused operations on noise, which of their kernels a device gets, and how a process shows that its kernel
-computes the contract. Shapes: K members, B rows, S elements of a slice, R ranges."""
+"""The fused operations on noise, and which of their kernels a device gets. Shapes: K members, B rows, S elements of a
+slice, R ranges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from spartan_ray.errors import InputError
-from spartan_ray.noise.contract import RMS, NoiseKind, noise
+from spartan_ray.noise.contract import RMS, NoiseKind
 
 
 class Kernel(Protocol):
@@ -67,23 +67,3 @@ def kernel_for(kind: NoiseKind, device: torch.device) -> Kernel:
     from spartan_ray.noise.portable import PortableKernel
 
     return PortableKernel(kind, device)
-
-
-FINGERPRINT_SEED = 0x0123456789ABCDEF
-FINGERPRINT_SLICES = ((0, 61), (11_000_003, 11_000_064))
-
-
-def fingerprint(kernel: Kernel) -> NDArray[np.float32]:
-    """A sample of what a kernel computes, which a worker shows when it joins."""
-    seed_1, weight_1 = np.array([FINGERPRINT_SEED], np.uint64), np.ones(1, np.float32)
-    slices = [kernel.accumulate(seed_1, weight_1, start, stop).cpu().numpy() for start, stop in FINGERPRINT_SLICES]
-    return np.concatenate(slices)
-
-
-def fingerprint_agrees(kind: NoiseKind, sample: NDArray[np.float32]) -> bool:
-    """Whether a sample is the definition's: to the bit, for gaussian to 1e-6."""
-    expected = np.concatenate([noise(kind, FINGERPRINT_SEED, start, stop) for start, stop in FINGERPRINT_SLICES])
-    if sample.shape != expected.shape:
-        return False
-    tolerance = 1e-6 if kind == "gaussian" else 0.0
-    return bool(np.all(np.abs(sample - expected) <= tolerance))

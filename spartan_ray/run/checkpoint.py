@@ -229,9 +229,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: TensorDict, rest: 
 
 def load_evolution(population: Population, checkpoint: Checkpoint) -> None:
     """Give a population the optimizer that makes its updates as it was at a checkpoint."""
-    population.optimizer = None
+    population.updates.load_moments(None)
     if rest := checkpoint.loop.optimizers.get("evolution"):
-        load_optimizer(population.optimizer_of(rest["kind"]), checkpoint.tensors["evolution"], rest)
+        load_optimizer(population.updates.optimizer_of(rest["kind"]), checkpoint.tensors["evolution"], rest)
 
 
 def _path(folder: Path, epoch: int, part: str) -> Path:

@@ -287,10 +287,9 @@ class Driver:
         tensors, optimizers = {"network": self.model.state_dict()}, {}
         tensors["optimizer"], optimizers["optimizer"] = optimizer_state(self.trainer.optimizer)
         tensors["evolution"] = {}
-        if self.population and self.population.optimizer:
-            kind, optimizer = self.population.optimizer
+        if self.population and (optimizer := self.population.updates.optimizer):
             tensors["evolution"], optimizers["evolution"] = optimizer_state(optimizer)
-            optimizers["evolution"]["kind"] = kind
+            optimizers["evolution"]["kind"] = self.population.updates.kind
         loop = Loop(
             epoch=epoch,
             generation=epoch // every * every if self.population else 0,

@@ -93,6 +93,9 @@ def override(base: Config, sections: dict[str, Any]) -> Config:
     """A configuration with fields of sections replaced."""
     changed: dict[str, Any] = {}
     for name, fields in sections.items():
+        head, dot, field = name.partition(".")
+        if dot and head in Config.model_fields:
+            raise InputError(f'{name}: write {head}={{"{field}": ...}}')
         if name not in Config.model_fields:
             raise InputError(f"{name}: unknown section{perhaps(name, Config.model_fields)}")
         if not isinstance(fields, dict):

@@ -1,0 +1,41 @@
+"""What carries tasks to workers, as the dispatcher sees it: Ray, or a scripted one of the tests."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Lost(Exception):
+    """A worker's process was killed, or cannot be reached. That says nothing of its work."""
+
+
+class Failed(Exception):
+    """What a worker's own code raised, at its start or in its work."""
+
+
+class Transport(Protocol):
+    """What starts the workers and carries tasks to them. A reference stands for an answer that is to come."""
+
+    def start(self) -> tuple[Any, Any]:
+        """A new worker, and the reference of the WorkerInfo that it sends when it is there."""
+
+    def wait(self, references: list[Any], seconds: float) -> list[Any]:
+        """The references that are ready, as soon as one is, or none after so many seconds."""
+
+    def put(self, value: Any) -> Any:
+        """What stands for a value in the arguments of tasks: it is sent to each node once."""
+
+    def submit(self, worker: Any, method: str, *arguments: Any) -> Any:
+        """Have a worker do something after what it has to do already; the reference of its answer."""
+
+    def result(self, reference: Any) -> Any:
+        """The answer behind a reference that is ready. Raises Lost or Failed."""
+
+    def kill(self, worker: Any) -> None:
+        """End a worker, in whatever state it is."""
+
+    def now(self) -> float:
+        """Seconds on a clock that never goes back."""
+
+    def room(self) -> tuple[int, set[str]]:
+        """How many workers there are to be now, and the names of the nodes that are up."""
