@@ -33,3 +33,29 @@ def imported(field: str, text: str) -> Any:
     if not hasattr(found, name):
         raise InputError(f"{field} ({text}): {module} has no {name}")
     return getattr(found, name)
+
+
+# Kinds of subspaces, with the most directions: each is a vector of parameters in the memory of every node.
+SUBSPACES = {"random": 1000, "trajectory": 1000, "guided": 1000}
+
+
+def kind_and_number(
+    field: str, text: str, counts: dict[str, int], shares: tuple[str, ...] = ()
+) -> tuple[str, float] | None:
+    """The kind and the number of a value such as `random:8`, None of `none`. `counts` are the kinds that take a whole
+    number, with the largest, `shares` those that take one between 0 and 1. Raises InputError for anything else."""
+    kind, _, number = text.partition(":")
+    if text == "none":
+        return None
+    if kind in counts and re.fullmatch(r"[1-9]\d{0,9}", number) and int(number) <= counts[kind]:
+        return kind, int(number)
+    if kind in shares and re.fullmatch(r"0?\.\d+", number) and float(number):
+        return kind, float(number)
+    known = [f"{kind}:1 to {kind}:{largest}" for kind, largest in counts.items()] + [f"{kind}:0.9" for kind in shares]
+    raise InputError(f"{field} ({text!r}): expected none, {', '.join(known)}")
+
+
+def checked_kind(field: str, counts: dict[str, int], shares: tuple[str, ...], text: str) -> str:
+    """The value of a field that `kind_and_number` can read. Raises InputError for another."""
+    kind_and_number(field, text, counts, shares)
+    return text

@@ -2,8 +2,11 @@
 
 from spartan_ray.engine.strategies.requests import (
     PARENT,
+    Compare,
+    DrawCases,
     Members,
     Outcome,
+    Request,
     Score,
     Scores,
     SetDirection,
@@ -21,8 +24,11 @@ from spartan_ray.noise.contract import member_seeds
 
 __all__ = [
     "PARENT",
+    "Compare",
+    "DrawCases",
     "Members",
     "Outcome",
+    "Request",
     "Score",
     "Scores",
     "SetDirection",

@@ -73,11 +73,16 @@ class WatchedPool(LocalExecutor):
         super().broadcast_scale(scale)
 
     def evaluate(
-        self, members: Members, cases: CaseSet = "fitness", threshold: float = -math.inf, part: Part = WHOLE
+        self,
+        members: Members,
+        cases: CaseSet = "fitness",
+        threshold: float = -math.inf,
+        part: Part = WHOLE,
+        own: int | None = None,
     ) -> Scores:
         self.asked.append((len(members), cases))
         if cases not in self.fitness:
-            return super().evaluate(members, cases, threshold, part)
+            return super().evaluate(members, cases, threshold, part, own)
         fitness_K = np.empty(len(members))
         for k, (seed, offset, gain) in enumerate(zip(members.seed_K, members.offset_K, members.gain_K, strict=True)):
             self.evaluator.descend(int(seed), offset, gain)
@@ -117,11 +122,11 @@ class Phase:
         assert strategy
         self.strategy = strategy
         run = Config(run=Run(seed=7), parent=PARENT, evolution=self.config)
-        self.population = make_population(run, splits, trained().module, print, WatchedPool)
+        self.model = trained()
+        self.population = make_population(run, splits, self.model, print, WatchedPool)
         self.population.here = None  # all that is scored is asked of the pool
         assert isinstance(self.population.executor, WatchedPool)
         self.pool: WatchedPool = self.population.executor
-        self.model = self.population.model
         self.generation = 0
 
     def evolve(self) -> tuple[Outcome, Row]:

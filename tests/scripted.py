@@ -21,7 +21,7 @@ from spartan_ray.noise.fingerprint import FINGERPRINT_SEED, FINGERPRINT_SLICES
 
 FINGERPRINT = np.concatenate([noise("uniform", FINGERPRINT_SEED, *ends) for ends in FINGERPRINT_SLICES])
 START_SECONDS, MEMBER_SECONDS, ELEMENT_SECONDS = 3.0, 0.125, 0.001
-CHUNK = 3  # where it is in the arguments of `evaluate`
+CHUNK = 4  # the place of the members in the arguments of `evaluate`
 
 
 @dataclass(eq=False)

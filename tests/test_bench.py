@@ -82,7 +82,7 @@ def test_memory_is_flat_over_a_hundred_thousand_members(local_ray: None) -> None
 
         def evaluate(self, *arguments: Any) -> tuple[Scores, dict[int, str], float, float]:
             scores, failed, loading, _ = super().evaluate(*arguments)
-            members = arguments[3]
+            members = arguments[4]
             return replace(scores, fitness_K=members.seed_K / 2**64), failed, loading, 1e-4 * len(members)
 
     small = Generation(SMALL, 2)
@@ -101,8 +101,9 @@ def test_memory_is_flat_over_a_hundred_thousand_members(local_ray: None) -> None
 
 
 def test_memory_is_the_peak_of_a_group_and_what_processes_share_counts_once(tmp_path: Path) -> None:
-    """A page that this process and another one map is half of each."""
-    size, here = 200_000_000, psutil.Process()
+    """A page that this process and another one map is half of each. Large, beside what this process shares with others
+    of the tests, which come and go."""
+    size, here = 800_000_000, psutil.Process()
     (tmp_path / "shared").write_bytes(bytes(size))
     share = "import mmap; f = open('shared'); m = mmap.mmap(f.fileno(), 0, prot=1); sum(m[::4096]); print(); input()"
     with (tmp_path / "shared").open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
@@ -116,14 +117,14 @@ def test_memory_is_the_peak_of_a_group_and_what_processes_share_counts_once(tmp_
             until = time.monotonic() + 20
             both = [here, psutil.Process(other.pid)]
             # Past the allocator, which reuses and keeps what is freed.
-            with peak_memory([here], both) as peaks, mmap.mmap(-1, size) as held:
-                for _ in range(size // 10**6):
+            with peak_memory([here], both) as peaks, mmap.mmap(-1, size // 4) as held:
+                for _ in range(size // 4 // 10**6):
                     held.write(b"x" * 10**6)
                 full = pss(here)
-                while (peaks[0] < full - 10 or peaks[1] < full + 90) and time.monotonic() < until:
+                while (peaks[0] < full - 10 or peaks[1] < full + 350) and time.monotonic() < until:
                     time.sleep(SAMPLE_SECONDS)
             assert pss(here) + 150 < peaks[0]
-            assert peaks[0] + 80 < peaks[1] < peaks[0] + 180
+            assert peaks[0] + 350 < peaks[1] < peaks[0] + 500
             other.communicate(b"\n")
 
 

@@ -36,7 +36,7 @@ def ends_well(team: Team) -> bool:
     """Every member counts once, and so does every element of an update."""
     team.done = 0
     right = same(team.pool.evaluate(MEMBERS), scores(MEMBERS)) and team.done == len(MEMBERS)
-    sum_D = team.pool.weighted_sum(SEEDS, WEIGHTS, SIZE)
+    sum_D = team.pool.weighted_sum(SEEDS, WEIGHTS, 0, SIZE)
     return right and sum_D.tobytes() == weighted_sum(SEEDS, WEIGHTS, SIZE).tobytes()
 
 
@@ -355,7 +355,7 @@ def test_kills_without_end_end_the_run_when_nothing_was_done_for_too_long(at_sta
     team.disturb = kill
     said = "no worker for 90 s" if at_start else "no worker got anything done for 90 s"
     with pytest.raises(PoolError, match=rf"^{said} \(cluster\.worker_timeout\); the last one: a signal$"):
-        team.pool.weighted_sum(SEEDS, WEIGHTS, 5000)
+        team.pool.weighted_sum(SEEDS, WEIGHTS, 0, 5000)
     assert 90 < team.transport.clock - began < 100
     assert any("no worker is there: waiting for 90 s" in note for note in team.notes)
 
@@ -481,5 +481,5 @@ def test_a_slow_worker_has_smaller_chunks_and_a_small_update_fewer_slices() -> N
     team.transport.sent.clear()
     for seconds_per_noise in (0.0, 1.0, 1e-12):
         pool.seconds_per_noise = seconds_per_noise
-        assert pool.weighted_sum(SEEDS, WEIGHTS, SIZE).tobytes() == weighted_sum(SEEDS, WEIGHTS, SIZE).tobytes()
+        assert pool.weighted_sum(SEEDS, WEIGHTS, 0, SIZE).tobytes() == weighted_sum(SEEDS, WEIGHTS, SIZE).tobytes()
     assert team.transport.sent == [("accumulate", size) for size in (51, 50, 51, 50, 101)]

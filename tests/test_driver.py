@@ -95,7 +95,7 @@ def test_the_update_is_made_again_from_the_journal_with_numpy(small_run: Path) -
         weight * gain * noise("uniform", int(seed), 0, len(before_D)).astype(np.float64)
         for seed, gain, weight in zip(journal["seed"], journal["gain"], journal["weight"], strict=True)
     )
-    expected_D = before_D + float(journal["rate"]) * float(journal["length"]) * update_D
+    expected_D = before_D + float(journal["rate"][0]) * float(journal["length"][0]) * update_D
     model.module.load_state_dict(load_file(small_run / "checkpoints" / "epoch-000002.safetensors"))
     np.testing.assert_allclose(model.theta_D.numpy(), expected_D, atol=1e-6)
     row = metrics(small_run)[1]

@@ -46,7 +46,7 @@ def rising() -> Callable[[NDArray[np.float32]], float]:
 
 def distance(phase: Phase, best: float = math.inf) -> Callable[[NDArray[np.float32]], float]:
     """A fitness of how far a descendant is from the parent as it is now: further is better, up to the best distance."""
-    start_D = phase.theta_D
+    start_D = phase.population.model.theta_D.numpy().copy()
     return lambda theta_D: min(moved := float(np.linalg.norm(theta_D - start_D)), 2 * best - moved)
 
 

@@ -333,7 +333,7 @@ class Wrong:
 
 
 @pytest.mark.parametrize(("mistake", "said"), [
-    ("members", r"the strategy yielded Members\(.*: expected Score, Take, SetScale, SetDirection"),
+    ("members", r"the strategy yielded Members\(.*: expected a request of spartan_ray\.strategies"),
     ("set", r"cases 'search': not in the strategy's case_sets"),
     ("take", r"Take: expected one member, got 4: members\[k : k \+ 1\] is one"),
     ("row", r"rows of a table: \[2 : 3\] is a table of one row, \[2\] is none"),

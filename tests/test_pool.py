@@ -117,7 +117,7 @@ def test_fitness_and_update_are_the_evaluator_s_own(running: Running) -> None:
     seed_K, weight_K = np.array([3, 9], np.uint64), np.array([0.5, -2], np.float32)
     size = running.state.theta_D.size
     expected = np.float32(0.5) * noise("uniform", 3, 0, size) + np.float32(-2) * noise("uniform", 9, 0, size)
-    assert running.pool.weighted_sum(seed_K, weight_K, size).tobytes() == expected.tobytes()
+    assert running.pool.weighted_sum(seed_K, weight_K, 0, size).tobytes() == expected.tobytes()
     assert not running.notes
 
 
@@ -128,7 +128,7 @@ def test_workers_killed_while_nobody_looked_are_replaced(running: Running) -> No
     assert running.pool.dispatcher.failures_in_a_row == 0
     assert "was lost and is replaced: The actor died" in running.notes[0]
     one = np.array([1], np.uint64), np.ones(1, np.float32)
-    assert running.pool.weighted_sum(*one, 9).tobytes() == noise("uniform", 1, 0, 9).tobytes()
+    assert running.pool.weighted_sum(*one, 0, 9).tobytes() == noise("uniform", 1, 0, 9).tobytes()
 
 
 def test_a_member_that_raises_on_three_workers_is_named_and_scored_worst(running: Running) -> None:

@@ -155,10 +155,14 @@ def thresholds_of(replay: Replay) -> list[float]:
     evaluate = replay.executor.evaluate
 
     def watched(
-        members: Members, cases: CaseSet = "fitness", threshold: float = -math.inf, part: Part = WHOLE
+        members: Members,
+        cases: CaseSet = "fitness",
+        threshold: float = -math.inf,
+        part: Part = WHOLE,
+        own: int | None = None,
     ) -> Scores:
         thresholds.append(threshold)
-        return evaluate(members, cases, threshold, part)
+        return evaluate(members, cases, threshold, part, own)
 
     replay.executor.evaluate = watched  # type: ignore[method-assign]
     return thresholds

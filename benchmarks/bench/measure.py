@@ -27,6 +27,7 @@ from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale, pack
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.population import Population
 from spartan_ray.engine.strategies.requests import CaseSet, Members, Part, Scores, Strategy, noisy
+from spartan_ray.engine.subspace import Basis
 from spartan_ray.run.config import Config, Evolution
 from spartan_ray.run.record import Row, phase_row
 from spartan_ray.run.setup import make_fitness, make_population, make_strategy
@@ -45,13 +46,15 @@ class FreeWorker(Worker):
 
     def evaluate(
         self,
-        keys: tuple[int, int],
+        keys: tuple[int, int, int],
         parent: ParentState,
         scale: Scale,
+        basis: Basis | None,
         members: Members,
         cases: CaseSet,
         threshold: float,
         part: Part,
+        own: int | None,
     ) -> tuple[Scores, dict[int, str], float, float]:
         zero_K = np.zeros(len(members))
         return Scores(zero_K[:, None], zero_K, np.ones(len(members), np.int64)), {}, 0.0, 1e-9
@@ -96,7 +99,7 @@ class Generation:
         """Seconds of a population's update."""
         seed_K, weight_K = np.arange(population, dtype=np.uint64), np.ones(population, np.float32)
         started = time.perf_counter()
-        pool.weighted_sum(seed_K, weight_K, self.model.theta_D.numel())
+        pool.weighted_sum(seed_K, weight_K, 0, self.model.theta_D.numel())
         return time.perf_counter() - started
 
     def phases(self, pool: Pool, population: int) -> Phases:
@@ -105,8 +108,7 @@ class Generation:
         config = Config(parent=self.parent, evolution=evolution)
         strategy = make_strategy(evolution, 10)
         assert strategy
-        around = make_population(config, self.splits, self.model.module, print, lambda spec: pool)
-        self.model = around.model
+        around = make_population(config, self.splits, self.model, print, lambda spec: pool)
         return Phases(around, strategy)
 
     def evolve(self, pool: Pool, population: int) -> Row:

@@ -31,13 +31,15 @@ class Sleeper:
 
     def evaluate(
         self,
-        keys: tuple[int, int],
+        keys: tuple[int, int, int],
         parent: object,
         scale: object,
+        basis: object,
         members: Members,
         cases: CaseSet,
         threshold: float,
         part: Part,
+        own: int | None,
     ) -> tuple[Scores, dict[int, str], float, float]:
         seconds = len(members) * self.seconds
         time.sleep(seconds)

@@ -25,6 +25,7 @@ from spartan_ray.distributed.spans import Range, Span, chunk_size, workers_worth
 from spartan_ray.engine.evaluator import ParentState, Scale
 from spartan_ray.engine.executor import given_up
 from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part, Scores
+from spartan_ray.engine.subspace import Basis
 from spartan_ray.noise.contract import NoiseKind
 
 # What a worker answers: scores, what the fitness raised by member, the seconds to load what was new and to score.
@@ -52,9 +53,10 @@ class Pool:
         self.dispatcher = Dispatcher(transport, cluster, note, advance, refuse)
         self.counts = self.dispatcher.counts
         self.counts |= {"broadcast_seconds": 0.0, "members_failed": 0}
-        self.keys = itertools.count()
+        self.keys = itertools.count(1)
         self.parent: tuple[int, Any]  # the last broadcast of each and its key
         self.scale: tuple[int, Any]
+        self.basis: tuple[int, Any] = 0, None
         self.seconds_per_member: float | None = None
         self.seconds_per_noise = 0.0  # an element of one noise vector, in the last update
 
@@ -88,25 +90,33 @@ class Pool:
         """Make this the scale of what is added to the parent."""
         self.scale = self._put(scale)
 
-    def _put(self, value: ParentState | Scale) -> tuple[int, Any]:
+    def broadcast_basis(self, basis: Basis | None) -> None:
+        """Make this the subspace of the noise; None is the whole space."""
+        self.basis = self._put(basis)
+
+    def _put(self, value: ParentState | Scale | Basis | None) -> tuple[int, Any]:
         started = self.transport.now()
         reference = self.transport.put(value)
         self.counts["broadcast_seconds"] += self.transport.now() - started
         return next(self.keys), reference
 
     def evaluate(
-        self, members: Members, cases: CaseSet = "fitness", threshold: float = -math.inf, part: Part = WHOLE
+        self,
+        members: Members,
+        cases: CaseSet = "fitness",
+        threshold: float = -math.inf,
+        part: Part = WHOLE,
+        own: int | None = None,
     ) -> Scores:
-        """The scores of every member on a part of the cases; one that can no longer exceed the threshold is left. A
-        member that no worker can score has NaN, or ends the run as `cluster.on_member_error` says."""
-        (parent_key, parent), (scale_key, scale) = self.parent, self.scale
-        keys = (parent_key, scale_key)
+        """The scores of every member on a part of the cases, or on its own; one that can no longer exceed the threshold
+        is left. A member that no worker can score has NaN, or ends the run as `cluster.on_member_error` says."""
+        keys, sent = zip(self.parent, self.scale, self.basis, strict=True)
         found: list[tuple[int, Scores]] = []  # from which member on; the later one counts
         slowest_load = 0.0
 
         def submit(worker: Any, start: int, stop: int) -> Any:
             chunk = members[start:stop]
-            return self.transport.submit(worker, "evaluate", keys, parent, scale, chunk, cases, threshold, part)
+            return self.transport.submit(worker, "evaluate", keys, *sent, chunk, cases, threshold, part, own)
 
         def give_up(start: int, reason: str) -> Answer:
             return Scores(np.empty((1, 0)), np.array([math.nan]), np.zeros(1, np.int64)), {0: reason}, 0.0, 0.0
@@ -155,16 +165,18 @@ class Pool:
         self.counts["members_failed"] += 1
 
     def weighted_sum(
-        self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], size_D: int
+        self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
     ) -> NDArray[np.float32]:
-        """sum_k weight_k * noise_k, D float32, computed by the workers in one slice each, or by as many as pay."""
+        """Elements [start, stop) of sum_k weight_k * noise_k, float32, computed by the workers in one slice each, or by
+        as many as pay."""
+        size_D, first = stop - start, start
         seeds, weights = self.transport.put(seed_K), self.transport.put(weight_K)
         usual = self.seconds_per_noise * len(seed_K) * size_D or math.inf
         slice_size = -(-size_D // workers_worth(usual, max(1, len(self.dispatcher.slots))))
         sum_D = np.empty(size_D, np.float32)
 
         def submit(worker: Any, start: int, stop: int) -> Any:
-            return self.transport.submit(worker, "accumulate", seeds, weights, start, stop)
+            return self.transport.submit(worker, "accumulate", seeds, weights, first + start, first + stop)
 
         def give_up(start: int, reason: str) -> NDArray[np.float32]:
             raise PoolError(f"the update failed on {TRIES} workers: {reason}")

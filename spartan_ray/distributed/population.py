@@ -16,6 +16,7 @@ from spartan_ray.distributed.start import join_ray
 from spartan_ray.engine import population
 from spartan_ray.engine.evaluator import EvaluatorSpec
 from spartan_ray.engine.fitness import Fitness
+from spartan_ray.engine.phase import Gradient
 from spartan_ray.engine.strategies.requests import refuse
 from spartan_ray.errors import InputError, one_line
 from spartan_ray.noise.contract import NoiseKind
@@ -40,9 +41,10 @@ class Population(population.Population):
         seed: int = 0,
         noise: NoiseKind = "uniform",
         mutate: str = "all",
+        subspace: str = "none",
         fitness_cases: int | None = None,
         confirm_cases: int | None = None,
-        gradient: population.Gradient | None = None,
+        gradient: Gradient | None = None,
         gradient_cases: int = population.GRADIENT_CASES,
         factory: Callable[[], nn.Module] | None = None,
         threads: int = 1,
@@ -58,7 +60,12 @@ class Population(population.Population):
                          else of a new one on this machine, which ends with `close`
         seed             of the noise, and of the cases that a generation draws
         noise            uniform, gaussian, rademacher
-        mutate           what evolution moves: all, no-batchnorm, or a pattern of parameter names
+        mutate           what evolution moves: all, batchnorm, no-batchnorm, classifier, biases, a pattern of
+                         parameter names, or several of these with commas between them; the noise of a member is as
+                         long as what is moved
+        subspace         directions that members differ in: none, the whole space; random:m; trajectory:m, the steps
+                         between the parents that `remember` was called for; guided:m, gradients and the whole space in
+                         equal parts (Guided ES). Each is a vector as long as what is moved in the memory of a node
         fitness_cases    how many cases score a generation, and `confirm_cases` how many others choose a length or
                          confirm; by default all cases, in equal shares
         gradient         `gradient(network, generation)` calls backward on the loss that random gradients descend; by
@@ -72,8 +79,9 @@ class Population(population.Population):
 
         Raises InputError for what cannot be used, by its name."""
         settings: dict[str, Any] = {
-            "cases": cases, "seed": seed, "noise": noise, "mutate": mutate, "fitness_cases": fitness_cases,
-            "confirm_cases": confirm_cases, "gradient": gradient, "gradient_cases": gradient_cases,
+            "cases": cases, "seed": seed, "noise": noise, "mutate": mutate, "subspace": subspace,
+            "fitness_cases": fitness_cases, "confirm_cases": confirm_cases,
+            "gradient": gradient, "gradient_cases": gradient_cases,
             "factory": factory, "threads": threads, "batch_members": batch_members, "note": note,
         }  # fmt: skip
         refuse(

@@ -15,6 +15,7 @@ from spartan_ray.distributed.joining import WorkerInfo, versions
 from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale
 from spartan_ray.engine.process import set_up
 from spartan_ray.engine.strategies.requests import CaseSet, Members, Part, Scores
+from spartan_ray.engine.subspace import Basis
 from spartan_ray.noise.fingerprint import fingerprint
 
 
@@ -29,7 +30,7 @@ class Worker:
     def __init__(self, spec: EvaluatorSpec) -> None:
         self.device = claim_device(spec.threads)
         self.evaluator = spec.make(self.device)
-        self.keys: tuple[int | None, int | None] = (None, None)
+        self.keys: tuple[int, int, int] = (0, 0, 0)
 
     def join(self) -> WorkerInfo:
         sample = fingerprint(self.evaluator.kernel)
@@ -38,25 +39,28 @@ class Worker:
 
     def evaluate(
         self,
-        keys: tuple[int, int],
+        keys: tuple[int, int, int],
         parent: ParentState,
         scale: Scale,
+        basis: Basis | None,
         members: Members,
         cases: CaseSet,
         threshold: float,
         part: Part,
+        own: int | None,
     ) -> tuple[Scores, dict[int, str], float, float]:
         """The members' scores, what the fitness raised for some, and the seconds it took to load what is new of
-        parent and scale, and to score them.
-        The keys say which parent and which scale these are."""
+        parent, scale and basis, and to score them. The keys say which these are."""
         start = time.perf_counter()
         if keys[0] != self.keys[0]:
             self.evaluator.load(parent)
         if keys[1] != self.keys[1]:
             self.evaluator.load_scale(scale)
+        if keys[2] != self.keys[2]:
+            self.evaluator.load_basis(basis)
         self.keys = keys
         loaded = time.perf_counter()
-        scores, failed = self.evaluator.evaluate(members, cases, threshold, part)
+        scores, failed = self.evaluator.evaluate(members, cases, threshold, part, own)
         return scores, failed, loaded - start, time.perf_counter() - loaded
 
     def accumulate(

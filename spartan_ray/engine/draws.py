@@ -12,6 +12,10 @@ from spartan_ray.errors import InputError
 # Keys of `permutation` for the cases of a generation.
 CASES_OF_GENERATION = 1 << 33
 GRADIENT_CASES_OF_GENERATION = 1 << 35
+# Keys of the draws after the first in a phase are so far apart.
+DRAWS_APART = 1 << 44
+# Beside the seed of a member.
+OWN_CASES = 1 << 43
 
 
 def random_key(*key: int) -> int:
@@ -43,10 +47,10 @@ def share_cases(
 
 
 def draw_cases(
-    counts: dict[CaseSet, int], available: int, seed: int, generation: int
+    counts: dict[CaseSet, int], available: int, seed: int, generation: int, draw: int = 0
 ) -> dict[CaseSet, NDArray[np.int64]]:
-    """Disjoint sets of cases, drawn anew for each generation."""
-    drawn_N = permutation(available, seed, CASES_OF_GENERATION + generation)
+    """Disjoint sets of cases, drawn anew for each generation, and for each draw in it."""
+    drawn_N = permutation(available, seed, CASES_OF_GENERATION + generation + draw * DRAWS_APART)
     parts = np.split(drawn_N, np.cumsum(list(counts.values())))
     return {name: np.sort(part) for name, part in zip(counts, parts, strict=False)}
 
@@ -54,3 +58,11 @@ def draw_cases(
 def gradient_cases(case_N: NDArray[np.int64], count: int, seed: int, generation: int) -> NDArray[np.int64]:
     """Some of the cases, drawn anew for the gradient of each generation."""
     return case_N[permutation(len(case_N), seed, GRADIENT_CASES_OF_GENERATION + generation)[:count]]
+
+
+def own_cases(case_N: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """Some of the cases, a function of the seed of a member: those with the smallest of as many random words."""
+    if count >= len(case_N):
+        return case_N
+    words_N = np.random.Philox(key=np.array((seed, OWN_CASES), np.uint64)).random_raw(len(case_N))
+    return np.sort(case_N[np.argpartition(words_N, count)[:count]])

@@ -7,6 +7,7 @@ M statistics, R ranges of parameters.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import traceback
 import warnings
@@ -20,11 +21,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils._pytree import tree_map
 
+from spartan_ray.engine.draws import own_cases
 from spartan_ray.engine.fitness import Fitness
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.stack import Stack
 from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part, Scores
+from spartan_ray.engine.subspace import Basis, add_rows
 from spartan_ray.errors import InputError, one_line
 from spartan_ray.noise.contract import NoiseKind
 from spartan_ray.noise.kernels import kernel_for
@@ -44,6 +48,8 @@ class ParentState:
     seed: int = 0
 
 
+# How many cases, and what the fitness prepared of them.
+Batch = tuple[int, Any]
 # What multiplies noise and offset: one factor per parameter tensor, or per element; None means 1.
 Scale = NDArray[np.float32] | None
 
@@ -58,11 +64,12 @@ class EvaluatorSpec:
     noise: NoiseKind
     threads: int | None = None
     batch_members: int = 1
+    mutate: str = "all"
     layout: dict[str, str] | None = None
 
     def make(self, device: torch.device) -> Evaluator:
         network = copy.deepcopy(self.network) if isinstance(self.network, nn.Module) else self.network()
-        evaluator = Evaluator(network, copy.copy(self.fitness), self.noise, device, self.batch_members)
+        evaluator = Evaluator(network, copy.copy(self.fitness), self.noise, device, self.batch_members, self.mutate)
         if self.layout:
             there = {name: said.rpartition(" on ")[0] for name, said in self.layout.items()}
             here = {name: said.rpartition(" on ")[0] for name, said in evaluator.model.layout.items()}
@@ -75,9 +82,15 @@ class Evaluator:
     """Builds descendants in place in its own network, always from the pristine parent."""
 
     def __init__(
-        self, network: nn.Module, fitness: Fitness, noise: NoiseKind, device: torch.device, batch_members: int = 1
+        self,
+        network: nn.Module,
+        fitness: Fitness,
+        noise: NoiseKind,
+        device: torch.device,
+        batch_members: int = 1,
+        mutate: str = "all",
     ) -> None:
-        self.model = FlatModel(network.eval(), device)
+        self.model = FlatModel(network.eval(), device, mutate=mutate)
         self.fitness = fitness
         self.fitness.to(device)
         self.device = device
@@ -86,8 +99,10 @@ class Evaluator:
         self.stack = Stack(self.model, self.fitness, batch_members) if batch_members > 1 else None
         self.theta_D = self.model.theta_D
         self.scale_D: torch.Tensor | None = None
+        self.basis: Basis | None = None
         self.case_sets: dict[CaseSet, NDArray[np.int64]] = {}
-        self.prepared: dict[tuple[CaseSet, Part], tuple[int, list[Any]]] = {}
+        self.prepared: dict[tuple[CaseSet, Part], list[Batch]] = {}
+        self.own: tuple[Any, list[Batch]] = None, []  # the last that a seed has drawn, which a mirrored pair shares
         self.random = torch.Generator().get_state()
 
     @property
@@ -100,11 +115,13 @@ class Evaluator:
     def load(self, parent: ParentState) -> None:
         """Take a new parent. On a CPU its parameters stay where they are, shared with other workers."""
         self.theta_D = _tensor(parent.theta_D, self.device)
-        self.parent, self.buffers, self.versions = parent, self.model.buffers, list[int]()
+        self.parent, self.buffers = parent, self.model.buffers
+        self.versions = [-1] * len(self.buffers)
         self.parent_buffers = [_tensor(buffer, self.device) for buffer in parent.buffers]
         self.random = torch.Generator().manual_seed(parent.seed).get_state()
         self.case_sets = parent.case_sets
         self.prepared.clear()
+        self.own = None, []
 
     def load_scale(self, scale: Scale) -> None:
         """Take a new scale. On a CPU one of D elements stays where it is."""
@@ -112,25 +129,48 @@ class Evaluator:
         if self.scale_D is not None and len(self.scale_D) != len(self.theta_D):
             self.scale_D = self.model.spread(self.scale_D)
 
-    def _batches(self, cases: CaseSet, part: Part) -> tuple[int, list[Any]]:
-        """A part of a set of cases: their number, and the batches, prepared once for all members."""
+    def load_basis(self, basis: Basis | None) -> None:
+        """Take another subspace, or the whole space. On a CPU its directions stay where they are."""
+        self.basis = basis
+        self.rows_MD = None if basis is None else _tensor(basis.rows_MD, self.device)
+
+    def _batches(self, cases: CaseSet, part: Part) -> list[Batch]:
+        """A part of a set of cases in batches, prepared once for all members."""
         if (cases, part) not in self.prepared:
             case_N = self.case_sets[cases]
             start, stop = (int(share * len(case_N)) for share in part)
-            chosen_N = torch.from_numpy(case_N[start:stop].copy()).to(self.device)
-            batches = [
-                (len(batch_N), self.fitness.prepare(batch_N)) for batch_N in batched(chosen_N, self.fitness.batch)
-            ]
-            self.prepared[cases, part] = stop - start, batches
+            self.prepared[cases, part] = self._prepare(case_N[start:stop])
         return self.prepared[cases, part]
 
+    def _own_batches(self, cases: CaseSet, own: int, seed_B: NDArray[np.uint64]) -> list[Batch]:
+        """The cases that seeds draw, of one as the fitness prepares them, of more stacked in rows."""
+        rows: dict[int, list[Batch]] = {}
+        for seed in seed_B.tolist():
+            if seed not in rows:
+                last, known = self.own
+                rows[seed] = (
+                    known if last == (cases, own, seed) else self._prepare(own_cases(self.case_sets[cases], own, seed))
+                )
+                self.own = (cases, own, seed), rows[seed]
+        if len(seed_B) == 1:
+            return rows[seed]
+        batches_B = [rows[seed] for seed in seed_B.tolist()]
+        return [
+            (same[0][0], tree_map(lambda *row: torch.stack(row), *(batch for _, batch in same)))
+            for same in zip(*batches_B, strict=True)
+        ]
+
+    def _prepare(self, case_N: NDArray[np.int64]) -> list[Batch]:
+        chosen_N = torch.from_numpy(case_N.copy()).to(self.device)
+        return [(len(batch_N), self.fitness.prepare(batch_N)) for batch_N in batched(chosen_N, self.fitness.batch)]
+
     def evaluate(
-        self, members: Members, cases: CaseSet, threshold: float, part: Part = WHOLE
+        self, members: Members, cases: CaseSet, threshold: float, part: Part = WHOLE, own: int | None = None
     ) -> tuple[Scores, dict[int, str]]:
-        """Score each member on a part of the cases; one that can no longer exceed the threshold is left. What is not
+        """Score each member on a part of the cases, or on `own` of them, which its seed draws; one that can no longer
+        exceed the threshold is left. What is not
         finite in any statistic has NaN for all of them, and for its fitness. So has a member for which the fitness
         raised an error, and its text is in the second answer by the member's place."""
-        count, batches = self._batches(cases, part)
         size = self.stack.size if self.stack else 1
         sums: list[torch.Tensor | None] = []
         failed: dict[int, str] = {}
@@ -140,7 +180,12 @@ class Evaluator:
             while passes:
                 first, stop = passes.pop()
                 try:
-                    sum_BM, cases_B = self._score(members, first, stop, batches, count, threshold)
+                    # A pass always has as many rows: the last member stands in those that are left.
+                    row_B = np.minimum(first + np.arange(size), stop - 1)
+                    batches = (
+                        self._own_batches(cases, own, members.seed_K[row_B]) if own else self._batches(cases, part)
+                    )
+                    sum_BM, cases_B = self._score(members, row_B, batches, threshold, bool(own))
                     sums.append(sum_BM if size == 1 else sum_BM[: stop - first])
                     cases_K[first:stop] = cases_B[: stop - first]
                 except DEVICE_ERRORS:  # the worker's fault, or that of what runs beside it
@@ -171,45 +216,46 @@ class Evaluator:
     def _score(
         self,
         members: Members,
-        first: int,
-        stop: int,
-        batches: Sequence[tuple[int, Any]],
-        count: int,
+        row_B: NDArray[np.int64],
+        batches: Sequence[Batch],
         threshold: float,
+        own: bool,
     ) -> tuple[torch.Tensor, list[int]]:
-        """The sums of the statistics of members [first, stop), B x M in float64, and on how many cases; B is one, or
-        as many as the stack has rows, the last of which stands in the rows that are left.
+        """The sums of the statistics of B members, B x M in float64, and on how many cases; B is one, or as many as the
+        stack has rows, and with `own` the batches are in as many rows.
 
         Whatever the fitness does to the network or draws, the next member finds what this one found."""
         if self.model.module.training:
             self.model.module.eval()
-        if self.versions != [buffer._version for buffer in self.buffers]:
-            self.model.load_buffers(self.parent_buffers)
-            self.versions = [buffer._version for buffer in self.buffers]
+        for place, (buffer, parent) in enumerate(zip(self.buffers, self.parent_buffers, strict=True)):
+            if buffer._version != self.versions[place]:
+                buffer.copy_(parent)
+                self.versions[place] = buffer._version
         torch.default_generator.set_state(self.random)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(self.parent.seed)
         if self.stack:
-            row_B = np.minimum(first + np.arange(self.stack.size), stop - 1)
             factors = members.seed_K[row_B], members.offset_K[row_B], members.gain_K[row_B]
-            self.kernel.descend_rows(self.theta_D, self.scale_D, *factors, self.stack.theta_BD, self.needed_R2)
-            return self._sum(self.stack.score, batches, count, threshold)
-        fitness, network = self.fitness, self.model.module
-        seed, offset, gain = int(members.seed_K[first]), members.offset_K[first], members.gain_K[first]
-        self.kernel.descend(
-            self.theta_D, self.scale_D, seed, offset, gain, self.model.theta_D, needed_R2=self.needed_R2
-        )
+            if self.basis is None:
+                self.kernel.descend_rows(self.theta_D, self.scale_D, *factors, self.stack.theta_BD, self.needed_R2)
+            else:
+                for out_D, seed, offset, gain in zip(self.stack.theta_BD, *factors, strict=True):
+                    self._descend(seed, offset, gain, out_D, self.needed_R2)
+            return self._sum(functools.partial(self.stack.score, own=own), batches, threshold)
+        fitness, network, first = self.fitness, self.model.module, row_B[0]
+        seed, offset, gain = members.seed_K[first], members.offset_K[first], members.gain_K[first]
+        self._descend(int(seed), offset, gain, self.model.theta_D, self.needed_R2)
         self.model.write()
         with fitness.ready(network):
-            return self._sum(lambda batch: _tensor_of(fitness(network, batch))[None], batches, count, threshold)
+            return self._sum(lambda batch: _tensor_of(fitness(network, batch))[None], batches, threshold)
 
     def _sum(
-        self, score: Callable[[Any], torch.Tensor], batches: Sequence[tuple[int, Any]], count: int, threshold: float
+        self, score: Callable[[Any], torch.Tensor], batches: Sequence[Batch], threshold: float
     ) -> tuple[torch.Tensor, list[int]]:
         """The sums of B members' statistics over the cases, B x M in float64 and in a fixed order, and how many cases
         they were, B. A member is left once its fitness cannot exceed the threshold; its means up to there do not
         exceed it either. Without a threshold nothing waits for the device."""
-        fitness, scored = self.fitness, 0
+        fitness, scored, count = self.fitness, 0, sum(size for size, _ in batches)
         total_BM: torch.Tensor | None = None
         lost: dict[int, int] = {}  # rows that are left, with the cases that they were scored on
         for size, batch in batches:
@@ -235,8 +281,22 @@ class Evaluator:
 
     def descend(self, seed: int, offset: float, gain: float) -> None:
         """Make the network a descendant of the parent, whole."""
-        self.kernel.descend(self.theta_D, self.scale_D, seed, offset, gain, self.model.theta_D)
+        self._descend(seed, offset, gain, self.model.theta_D)
         self.model.write()
+
+    def _descend(
+        self, seed: int, offset: float, gain: float, out_D: torch.Tensor, needed_R2: NDArray[np.int64] | None = None
+    ) -> None:
+        if self.basis is None or self.rows_MD is None or not gain:
+            self.kernel.descend(self.theta_D, self.scale_D, int(seed), offset, gain, out_D, needed_R2=needed_R2)
+            return
+        assert self.scale_D is None, "the population has no other with a subspace"
+        size, count = len(self.theta_D), len(self.rows_MD)
+        seed_1, gain_1 = np.array([seed], np.uint64), np.array([gain], np.float32)
+        out_D.copy_(self.theta_D)
+        add_rows(out_D, self.rows_MD, self.accumulate(seed_1, gain_1, size, size + count))
+        if self.basis.whole or offset:
+            self.kernel.descend(out_D, None, int(seed), offset, gain * self.basis.whole, out_D, needed_R2=needed_R2)
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int

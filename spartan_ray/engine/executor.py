@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from spartan_ray.engine.evaluator import Evaluator, EvaluatorSpec, ParentState, Scale
 from spartan_ray.engine.process import as_in_a_worker
 from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part, Scores
+from spartan_ray.engine.subspace import Basis
 from spartan_ray.errors import RunError
 
 
@@ -37,16 +38,24 @@ class Executor(Protocol):
     def broadcast_scale(self, scale: Scale) -> None:
         """Make this the scale of what is added to the parent."""
 
+    def broadcast_basis(self, basis: Basis | None) -> None:
+        """Make this the subspace of the noise; None is the whole space."""
+
     def evaluate(
-        self, members: Members, cases: CaseSet = "fitness", threshold: float = -math.inf, part: Part = WHOLE
+        self,
+        members: Members,
+        cases: CaseSet = "fitness",
+        threshold: float = -math.inf,
+        part: Part = WHOLE,
+        own: int | None = None,
     ) -> Scores:
         """The scores of every member on a part of the cases, in their order; one that can no longer exceed the
-        threshold may be left."""
+        threshold may be left. With `own` each seed draws so many of them for its members."""
 
     def weighted_sum(
-        self, seed_U: NDArray[np.uint64], weight_U: NDArray[np.float32], size_D: int
+        self, seed_U: NDArray[np.uint64], weight_U: NDArray[np.float32], start: int, stop: int
     ) -> NDArray[np.float32]:
-        """sum_u weight_u * noise(seed_u), D in float32, added in the order of u."""
+        """Elements [start, stop) of sum_u weight_u * noise(seed_u), in float32, added in the order of u."""
 
     def close(self) -> None:
         """End what was started."""
@@ -82,20 +91,28 @@ class LocalExecutor:
     def broadcast_scale(self, scale: Scale) -> None:
         self.evaluator.load_scale(scale)
 
+    def broadcast_basis(self, basis: Basis | None) -> None:
+        self.evaluator.load_basis(basis)
+
     def evaluate(
-        self, members: Members, cases: CaseSet = "fitness", threshold: float = -math.inf, part: Part = WHOLE
+        self,
+        members: Members,
+        cases: CaseSet = "fitness",
+        threshold: float = -math.inf,
+        part: Part = WHOLE,
+        own: int | None = None,
     ) -> Scores:
         with as_in_a_worker(self.threads, self.evaluator.device):
-            scores, failed = self.evaluator.evaluate(members, cases, threshold, part)
+            scores, failed = self.evaluator.evaluate(members, cases, threshold, part, own)
         for k, text in failed.items():
             self.counts["members_failed"] += 1
             self.note(given_up(members, k, 1, text))
         return scores
 
     def weighted_sum(
-        self, seed_U: NDArray[np.uint64], weight_U: NDArray[np.float32], size_D: int
+        self, seed_U: NDArray[np.uint64], weight_U: NDArray[np.float32], start: int, stop: int
     ) -> NDArray[np.float32]:
-        return self.evaluator.accumulate(seed_U, weight_U, 0, size_D)
+        return self.evaluator.accumulate(seed_U, weight_U, start, stop)
 
     def close(self) -> None:
         pass

@@ -5,32 +5,29 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
+from spartan_ray.engine.mutate import moved_parameters
 from spartan_ray.errors import InputError
 
 # Their weights are stored channels-last (O, H, W, I), which is how they run fastest.
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class FlatModel:
-    """A network and one float32 vector of its trainable parameters, theta_D.
+    """A network and one float32 vector of its trainable parameters, theta_D, or of some of them.
 
-    The parameters come in `named_parameters()` order, tied ones once and those that require no gradient not at all;
-    the weights of 2-D convolutions are stored channels-last, which is how the noise contract counts them. With
-    `views` the parameters are views of theta_D, so that to write one is to write the other. Without, and where they are
-    in half precision, they keep their memory: `read` and `write` copy."""
+    The parameters come in `named_parameters()` order, tied ones once and those that require no gradient, or that
+    `mutate` does not name, not at all; the weights of 2-D convolutions are stored channels-last, which is how the noise
+    contract counts them. With `views` the parameters are views of theta_D, so that to write one is to write the other.
+    Without, and where they are in half precision, they keep their memory: `read` and `write` copy."""
 
-    def __init__(self, module: nn.Module, device: torch.device, views: bool = True) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, views: bool = True, mutate: str = "all") -> None:
         """Raises InputError for a network without a parameter to move, or with parameters that are not real numbers."""
         self.module = module.to(device)
-        named = _trained(module)
-        if not named:
-            raise InputError("the network has no parameter that requires a gradient: there is nothing to evolve")
+        named = moved_parameters(module, mutate)
         for name, parameter in named.items():
             if not parameter.is_floating_point() or parameter.itemsize > 4:
                 raise InputError(f"the network's {name} is {parameter.dtype}: expected float32, bfloat16 or float16")
@@ -75,7 +72,7 @@ class FlatModel:
         """Take over what others did to the network, as training and `load_state_dict` do, also by other objects.
 
         Raises InputError for a network whose trainable parameters are others, or elsewhere."""
-        named = _trained(self.module)
+        named = {name: p for name, p in self.module.named_parameters() if name in self.layout and p.requires_grad}
         self.refuse_other(_layout(named))
         self.parameters = list(named.values())
         for parameter, view, copied in zip(self.parameters, self.views(self.theta_D), self.copied, strict=True):
@@ -130,26 +127,11 @@ class FlatModel:
         views = self.views(self.theta_D)
         return torch.stack([norm_tensor(view) / math.sqrt(view.numel()) for view in views]).float()
 
-    def mutated(self, which: str) -> torch.Tensor:
-        """1 for the parameter tensors that evolution moves, 0 for the others.
-
-        `which` is all, no-batchnorm, or a pattern of parameter names as in a shell.
-        Raises InputError when it matches none."""
-        if which == "no-batchnorm":
-            layers = [name for name, module in self.module.named_modules() if isinstance(module, BATCHNORMS)]
-            chosen = [name.rpartition(".")[0] not in layers for name in self.names]
-        else:
-            chosen = [which == "all" or fnmatchcase(name, which) for name in self.names]
-        if not any(chosen):
-            example = f"{self.names[0]} or {self.names[-1]}"
-            raise InputError(f"evolution.mutate {which!r}: matches no parameter (such as {example})")
-        return torch.tensor(chosen, dtype=torch.float32, device=self.theta_D.device)
-
     @property
     def buffers(self) -> list[torch.Tensor]:
-        """What goes along: the network's buffers, and its parameters that require no gradient."""
-        frozen = [parameter for parameter in self.module.parameters() if not parameter.requires_grad]
-        return [*self.module.buffers(), *frozen]
+        """What goes along: the network's buffers, and its parameters that are not in theta_D."""
+        others = [parameter for name, parameter in self.module.named_parameters() if name not in self.layout]
+        return [*self.module.buffers(), *others]
 
     @torch.no_grad()
     def load_buffers(self, buffers: Sequence[torch.Tensor]) -> None:
@@ -178,10 +160,6 @@ class FlatModel:
         return own
 
 
-def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
 def _layout(named: dict[str, nn.Parameter]) -> dict[str, str]:
     """What each parameter is, by its name and in their order."""
     return {name: f"{tuple(p.shape)} of {p.dtype} on {p.device}" for name, p in named.items()}
@@ -196,3 +174,9 @@ def norm_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def norm(tensor: torch.Tensor) -> float:
     """The Euclidean norm, summed in float64."""
     return float(norm_tensor(tensor))
+
+
+def dot(one_D: torch.Tensor, other_D: torch.Tensor) -> float:
+    """The inner product, summed in float64 in blocks."""
+    blocks = zip(one_D.split(1 << 20), other_D.split(1 << 20), strict=True)
+    return float(sum(torch.dot(one.double(), other.double()) for one, other in blocks))

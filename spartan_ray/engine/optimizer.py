@@ -99,7 +99,8 @@ class EvolutionOptimizer(Optimizer):
         if outcome.accepted and self.moments == "reset":
             self.base.state.clear()
         elif outcome.accepted and before_T is not None:
-            rescale_moments(self.base, self.population.model.parameters, before_T, self.population.gradient_norms())
+            parameters = list(self.population.model.module.parameters())
+            rescale_moments(self.base, parameters, before_T, self.population.gradient_norms())
         return outcome
 
     def state_dict(self) -> dict[str, Any]:

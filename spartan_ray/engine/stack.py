@@ -26,17 +26,19 @@ class Stack:
         self.scoring = _Scoring(model.module, fitness)
         self.names = [f"network.{name}" for name in model.names]
 
-    def score(self, batch: Any) -> torch.Tensor:
-        """The statistics of each row on a batch of cases, B x N or B x N x M. Random numbers are the same for all
+    def score(self, batch: Any, own: bool = False) -> torch.Tensor:
+        """The statistics of each row on a batch of cases, B x N or B x N x M; with `own` the batch has a row for each
+        too. Random numbers are the same for all
         rows, as they are for members that are scored one after another from the same seed."""
 
-        def score_one(*parameters: torch.Tensor) -> torch.Tensor:
+        def score_one(batch: Any, *parameters: torch.Tensor) -> torch.Tensor:
             named = dict(zip(self.names, parameters, strict=True))
             statistic_NM: torch.Tensor = functional_call(self.scoring, named, (batch,))
             return statistic_NM
 
         parameters = [view.to(dtype) for view, dtype in zip(self.views, self.dtypes, strict=True)]
-        statistic_BNM: torch.Tensor = vmap(score_one, randomness="same")(*parameters)
+        in_dims = (0 if own else None, *(0 for _ in parameters))
+        statistic_BNM: torch.Tensor = vmap(score_one, in_dims, randomness="same")(batch, *parameters)
         return statistic_BNM
 
 

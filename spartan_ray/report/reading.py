@@ -38,6 +38,10 @@ class Epoch(BaseModel):
     validation_accuracy: Real
     test_accuracy: Real
     test_loss: Number
+    average_validation_accuracy: Real | None = None
+    average_test_accuracy: Real | None = None
+    average_test_loss: Number = None
+    """Of the average of the weights (parent.average)."""
     seconds: Real
     evaluation_seconds: Real
     images_per_second: Real
@@ -48,6 +52,8 @@ class EvolvePhase(Epoch):
     images that it was scored on. There are also fitness_{min,std}, broadcast_seconds, workers."""
 
     population: Count
+    generations: Count = 1
+    """One after another in the phase, each with so many members."""
     fitness_images: Count
     fitness_mean: Number
     fitness_max: Number
@@ -70,6 +76,9 @@ class EvolvePhase(Epoch):
     search_ratios: list[Number] | None = None
     search_fitness: list[Number] | None = None
     """Lengths of the update, as step ratios, and the fitness of each."""
+    generation_fitness: list[Number] | None = None
+    generation_lengths: list[Number] | None = None
+    """Mean fitness of the members and length of the update, 0 where there was none, where a phase has several."""
     step_ratio: Number
     """Norm of the phase's move over the norm of one mutation."""
     images_scored: Count = 0

@@ -16,26 +16,31 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def final_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """One row a run: where it ended, and the test accuracy at the epoch that validation would choose."""
+    """One row a run, and one of its average: where it ended, and the test accuracy at the epoch that validation would
+    choose."""
     rows = []
     for name, frame in frames.items():
-        last, best = frame.iloc[-1], frame.iloc[int(frame["validation_accuracy"].argmax())]
-        evolve = frame[frame["kind"] == "evolve"]
-        rows.append(
-            {
-                "run": name,
-                "epochs": _epochs(frame),
-                "evolve phases": _phases(evolve),
-                "train loss": number(last["train_loss"]),
-                "validation accuracy": number(last["validation_accuracy"]),
-                "test accuracy": number(last["test_accuracy"]),
-                "test loss": number(last["test_loss"]),
-                "best validation": f"{number(best['validation_accuracy'])} (epoch {int(best['epoch'])})",
-                "test accuracy there": number(best["test_accuracy"]),
-                "seconds": f"{frame['seconds'].sum() + frame['evaluation_seconds'].sum():.0f}",
-            }
-        )
+        rows.append(_final(name, frame, ""))
+        if "average_test_accuracy" in frame and not frame["average_test_accuracy"].isna().any():
+            rows.append(_final(f"{name}, average", frame, "average_") | {"evolve phases": "", "train loss": ""})
     return pd.DataFrame(rows)
+
+
+def _final(name: str, frame: pd.DataFrame, prefix: str) -> dict[str, str]:
+    validation, accuracy, loss = f"{prefix}validation_accuracy", f"{prefix}test_accuracy", f"{prefix}test_loss"
+    last, best = frame.iloc[-1], frame.iloc[int(frame[validation].argmax())]
+    return {
+        "run": name,
+        "epochs": _epochs(frame),
+        "evolve phases": _phases(frame[frame["kind"] == "evolve"]),
+        "train loss": number(last["train_loss"]),
+        "validation accuracy": number(last[validation]),
+        "test accuracy": number(last[accuracy]),
+        "test loss": number(last[loss]),
+        "best validation": f"{number(best[validation])} (epoch {int(best['epoch'])})",
+        "test accuracy there": number(best[accuracy]),
+        "seconds": f"{frame['seconds'].sum() + frame['evaluation_seconds'].sum():.0f}",
+    }
 
 
 def effect(phase: Mapping[Any, Any]) -> str:

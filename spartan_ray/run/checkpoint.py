@@ -3,6 +3,7 @@
     epoch-000010.safetensors             the network's state dict
     epoch-000010.optimizer.safetensors   the tensors of the state dict of the parent's optimizer
     epoch-000010.evolution.safetensors   those of the optimizer that makes updates of the estimated gradient
+    epoch-000010.average.safetensors     the moving average of the weights, if there is one
     epoch-000010.json                    the rest of both, and of the run
     epoch-000010.sha256                  the checksums of these files, as sha256sum has them
 
@@ -31,9 +32,9 @@ from spartan_ray.engine.population import Population
 from spartan_ray.errors import InputError, RunError
 from spartan_ray.run.config import Config
 
-PARTS = ("network", "optimizer", "evolution")
+PARTS = ("network", "optimizer", "evolution", "average")
 # Without these a checkpoint still serves replay; only a resume needs the parent's optimizer.
-REPLAY_PARTS = ("network", "evolution")
+REPLAY_PARTS = ("network", "evolution", "average")
 TensorDict = dict[str, torch.Tensor]
 
 
@@ -193,6 +194,21 @@ def load_network(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
         module.load_state_dict(checkpoint.tensors["network"])
     except RuntimeError as error:
         raise InputError(f"the checkpoint of epoch {checkpoint.epoch} is of another network: {error}") from None
+
+
+def be_after_epoch(
+    module: torch.nn.Module, checkpoint: Checkpoint, folder: Path, epochs: int, remember: Callable[[int], None]
+) -> None:
+    """Give a network the weights of a checkpoint, and before it those of the epochs that lead to it, `epochs` in all;
+    `remember` is called with the number of each. Raises InputError when one of them is not there."""
+    for epoch in range(max(0, checkpoint.epoch - epochs + 1), checkpoint.epoch):
+        try:
+            load_network(module, load_checkpoint(folder, epoch, ("network",)))
+        except CheckpointError as error:
+            raise InputError(f"the average or the trajectory needs epoch {epoch}: {error}") from None
+        remember(epoch)
+    load_network(module, checkpoint)
+    remember(checkpoint.epoch)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[TensorDict, dict[str, Any]]:

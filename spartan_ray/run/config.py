@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.engine.strategies.requests import CaseSet
-from spartan_ray.naming import checked_name, is_named
+from spartan_ray.naming import SUBSPACES, checked_kind, checked_name, is_named
 from spartan_ray.noise.contract import NoiseKind
 from spartan_ray.section import Decay, Finite, NonNegativeFloat, PositiveFloat, Section, no_url
 from spartan_ray.vision.config import Data, Parent
@@ -41,7 +41,10 @@ class Run(Section):
 # A field that only one setting of another field uses: refused elsewhere, unless it has its default.
 ONLY_WITH: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("sigma", "sigma_scale", "sigma_decay", "shaping", "mirrored", "noise"), ("strategy", "es")),
-    **dict.fromkeys(("step", "optimizer", "weight_decay"), ("strategy", "es")),
+    **dict.fromkeys(
+        ("step", "optimizer", "weight_decay", "cases", "generations", "subspace", "diagnostics"), ("strategy", "es")
+    ),
+    "adapt_sigma": ("step", "search"),
     "step_ratio": ("step", "ratio"),
     "lr_decay": ("step", "lr"),
     **dict.fromkeys(("low", "high", "temperature", "gradient_images"), ("strategy", "random-gradients")),
@@ -67,8 +70,12 @@ class Evolution(Section):
     """Descendants a generation, K."""
     fitness: FitnessKind = "loss"
     """Fitness of a descendant: minus its mean cross-entropy, or its accuracy."""
+    generations: PositiveInt = 1
+    """es: generations of a phase, one after another; with `step` search each after the first tries two lengths."""
     fitness_images: Annotated[int, Field(ge=2)] | None = None
-    """Evolution images of a generation's scores, drawn anew (default: all, or a share beside confirm and search)."""
+    """Evolution images that score a member, drawn anew (default: all, or a share beside confirm and search)."""
+    cases: Literal["common", "own"] = "common"
+    """es, mirrored: own lets each pair draw its fitness images from all that confirm and search leave."""
     accept: Literal["always", "if-better", "best", "chain"] | None = None
     """es: always (default) or if-better; random-gradients: best (default), or chain, each better one at once."""
     confirm: bool = False
@@ -78,7 +85,13 @@ class Evolution(Section):
     batchnorm: BatchNormKind = "running"
     """Statistics of a descendant: the parent's, the scored batch's, or its own on 512 fixed SGD images."""
     mutate: Annotated[str, Field(min_length=1)] = "all"
-    """What evolution moves: all, no-batchnorm (not its affine parameters), or a pattern of names: layer4.*"""
+    """What evolution moves: all, batchnorm, no-batchnorm, classifier, biases, patterns of names: layer4.*,fc.*"""
+    subspace: Annotated[str, AfterValidator(partial(checked_kind, "evolution.subspace", SUBSPACES, ()))] = "none"
+    """es: members differ in random:m, trajectory:m (of the last epochs) or guided:m (gradients too) directions."""
+    diagnostics: bool = False
+    """es: record the update's cosine to the gradient of the fitness images, and what a phase is worth."""
+    of: Literal["parent", "average"] = "parent"
+    """What a phase starts from: the parent, or its average (parent.average), which replaces it if the phase moves."""
     noise: NoiseKind = "uniform"
     """es: distribution of the noise."""
     sigma: PositiveFloat = 0.01
@@ -99,6 +112,8 @@ class Evolution(Section):
     """es: length of the update: by lr; else lr has no effect: by step_ratio, or search, the best of about ten."""
     step_ratio: PositiveFloat = 0.5
     """es with `step` ratio: norm of the update over that of one mutation."""
+    adapt_sigma: bool = False
+    """es with `step` search: sigma follows the length that a generation finds, to the next one of its phase."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the scoring; bf16 is faster where the processor or GPU has units for it. Noise is fp32."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
@@ -147,6 +162,11 @@ class Evolution(Section):
             )
         if self.mirrored and self.population % 2:
             raise ValueError(f"evolution.population ({self.population}) must be even when mirrored")
+        if self.subspace != "none" and self.sigma_scale == "relative":
+            raise ValueError("evolution.sigma_scale (relative) has no meaning in a subspace (evolution.subspace)")
+        if self.cases == "own" and not (self.mirrored and self.fitness_images):
+            needs = "evolution.fitness_images, how many each pair draws" if self.mirrored else "evolution.mirrored"
+            raise ValueError(f"evolution.cases (own) needs {needs}")
         if self.fitness_images:
             self.image_counts(2**53)
         if self.low >= self.high:
@@ -167,7 +187,8 @@ class Evolution(Section):
         What is not given shares equally what the others leave. Raises ValueError when they do not fit."""
         if is_named(self.strategy):  # it says itself which sets it needs
             return {"fitness": self.fitness_images or available}
-        counts: dict[CaseSet, int | None] = {"fitness": self.fitness_images}
+        own = self.fitness_images if self.cases == "own" else None
+        counts: dict[CaseSet, int | None] = {"fitness": None if own else self.fitness_images}
         if self.step == "search":
             counts["search"] = self.confirm_images
         if self.confirm:
@@ -175,7 +196,7 @@ class Evolution(Section):
         given = sum(count or 0 for count in counts.values())
         missing = sum(count is None for count in counts.values())
         share = (available - given) // max(missing, 1)
-        if given > available or (missing and share < 2):
+        if given > available or (missing and share < (own or 2)):
             wanted = f"evolution.fitness_images ({self.fitness_images or 'the rest'})"
             if len(counts) > 1:
                 purposes = " and ".join(name for name in counts if name != "fitness")
@@ -204,6 +225,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _splits(self) -> Config:
         evolution, data = self.evolution, self.data
+        if evolution.of == "average" and self.parent.average == "none":
+            raise ValueError("evolution.of (average) needs parent.average")
         if evolution.strategy != "none":
             if data.evolution_images:
                 evolution.image_counts(data.evolution_images)

@@ -25,9 +25,9 @@ from spartan_ray.errors import Diverged, InputError, one_line
 from spartan_ray.run.checkpoint import (
     Checkpoint,
     Loop,
+    be_after_epoch,
     latest_checkpoint,
     load_evolution,
-    load_network,
     load_optimizer,
     optimizer_state,
     prune,
@@ -37,7 +37,8 @@ from spartan_ray.run.checkpoint import (
 from spartan_ray.run.config import Config
 from spartan_ray.run.journal import write_journal
 from spartan_ray.run.record import Row, RunFolder, lock_folder, phase_row
-from spartan_ray.run.setup import make_population, make_strategy, refuse_sets
+from spartan_ray.run.setup import epochs_behind, make_average, make_population, make_strategy, refuse_sets
+from spartan_ray.vision.averaging import Average
 from spartan_ray.vision.classification import Normaliser, score
 from spartan_ray.vision.data import load_splits
 from spartan_ray.vision.models import describe, initial_model, refuse_unfit
@@ -94,6 +95,7 @@ class Driver:
         self.said_too_long = False
         self.pool: Pool | None = None
         self.population: Population | None = None
+        self.average: Average | None = None
         self.strategy: Strategy | None = None
         self.at_end = contextlib.ExitStack()
         self.unlogged = [reason] if reason else []  # what is said before there is a folder
@@ -107,6 +109,7 @@ class Driver:
             for epoch in range(first, self.config.run.epochs + 1):
                 self.progress.epoch = epoch
                 row = self._evolve(epoch) if epoch % evolve_every == 0 else self._train(epoch)
+                self._remember(epoch)
                 lr = self.trainer.optimizer.param_groups[0]["lr"]
                 row = self.record.append({"epoch": epoch, "lr": lr} | row | self._score_splits())
                 self._refuse_divergence(row)
@@ -128,7 +131,13 @@ class Driver:
         """An epoch of gradient descent on the SGD split."""
         self._begin("sgd", "images", len(self.splits.sgd))
         started = time.perf_counter()
-        images = self.trainer.train_epoch(epoch, lambda count: self._advance(count, count))
+
+        def after_step(count: int) -> None:
+            if self.average:
+                self.average.after_step()
+            self._advance(count, count)
+
+        images = self.trainer.train_epoch(epoch, after_step)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
@@ -139,13 +148,17 @@ class Driver:
         assert self.population
         assert self.strategy
         moments = self.config.parent.moments_after_evolution
-        self._begin("evolve", "members", self.strategy.population + 1)
+        self._begin("evolve", "members", self.strategy.population * self.config.evolution.generations + 1)
         started = time.perf_counter()
         norms_T = self.trainer.gradient_norms() if moments == "rescale" else None
+        from_average = self.average if self.config.evolution.of == "average" else None
+        back_to_parent = from_average.become() if from_average else None
         before = self.model.digest()
         outcome = self.population.step(self.strategy, generation)
         row = phase_row(outcome)
         write_journal(self.record.path / "journal", generation, outcome, before, self.model.digest())
+        if back_to_parent and not row["accepted"]:
+            back_to_parent()
         if row["accepted"] and norms_T is not None:
             self.trainer.rescale_moments(norms_T)
         elif row["accepted"] and moments == "reset":
@@ -166,17 +179,27 @@ class Driver:
             )
         return {"kind": "evolve", "seconds": time.perf_counter() - started} | row
 
+    def _remember(self, epoch: int) -> None:
+        """Take in the network at the end of an epoch, for what is made of the last ones; 0 is before the first."""
+        if self.population and self.population.subspace and self.population.subspace.kind == "trajectory":
+            self.population.remember()
+        if self.average and epoch:
+            self.average.after_epoch()
+
     def _score_splits(self) -> Row:
-        """Loss and accuracy of the parent on every split, and its loss on a sample of the SGD split."""
-        self._begin("score", "splits", 4)
+        """Loss and accuracy of the parent, and of its average, on every split, and its loss on a sample of the SGD
+        split."""
+        self._begin("score", "splits", 7 if self.average else 4)
         started = time.perf_counter()
         sample = self.splits.sgd[slice(0, TRAIN_LOSS_IMAGES)]
         row: Row = {"train_loss": score(self.model.module, sample, self.normalise).loss}
         self._advance(1)
-        for name in ("evolution", "validation", "test"):
-            result = score(self.model.module, getattr(self.splits, name), self.normalise)
-            row[f"{name}_loss"], row[f"{name}_accuracy"] = result.loss, result.accuracy
-            self._advance(1)
+        for prefix in ("", "average_") if self.average else ("",):
+            with self.average.as_network() if self.average and prefix else contextlib.nullcontext():
+                for name in ("evolution", "validation", "test"):
+                    result = score(self.model.module, getattr(self.splits, name), self.normalise)
+                    row[f"{prefix}{name}_loss"], row[f"{prefix}{name}_accuracy"] = result.loss, result.accuracy
+                    self._advance(1)
         return row | {"evaluation_seconds": time.perf_counter() - started}
 
     def _refuse_divergence(self, row: Row) -> None:
@@ -225,12 +248,11 @@ class Driver:
         self.normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
         self.description = describe(config.parent, splits)
         self.strategy = make_strategy(config.evolution, len(splits.classes))
+        self.model = FlatModel(module, self.device)
         if self.strategy:
             refuse_sets(config, self.strategy, len(splits.evolution))
-            module = module.to(self.device)
-            self.population = make_population(config, splits, module, self._note, self._start_workers)
+            self.population = make_population(config, splits, self.model, self._note, self._start_workers)
             self.at_end.callback(self.population.close)
-        self.model = self.population.model if self.population else FlatModel(module, self.device)
         # While the workers start: torch's first optimizer takes a second to import what it needs.
         self.trainer = Trainer(
             config.parent,
@@ -241,6 +263,7 @@ class Driver:
             config.data.augment,
             config.run.epochs,
         )
+        self.average = make_average(config, self.model, self.splits, self.normalise)
         if self.pool:
             self.pool.wait_until_joined()
         devices = {
@@ -257,6 +280,7 @@ class Driver:
         for text in self.unlogged:
             self.log(text)
         if not checkpoint:
+            self._remember(0)
             self._save(0)
         # From here on there is something to go on from.
         self.progress.folder = str(self.record.path)
@@ -287,6 +311,8 @@ class Driver:
         tensors, optimizers = {"network": self.model.state_dict()}, {}
         tensors["optimizer"], optimizers["optimizer"] = optimizer_state(self.trainer.optimizer)
         tensors["evolution"] = {}
+        moving = self.average and self.average.kind == "ema"
+        tensors["average"] = {"theta": self.average.theta_D.cpu()} if self.average and moving else {}
         if self.population and (optimizer := self.population.updates.optimizer):
             tensors["evolution"], optimizers["evolution"] = optimizer_state(optimizer)
             optimizers["evolution"]["kind"] = self.population.updates.kind
@@ -302,12 +328,13 @@ class Driver:
         )
         folder, run = self.record.path / "checkpoints", self.config.run
         save_checkpoint(folder, Checkpoint(tensors, loop))
-        prune(
-            folder,
-            epoch,
-            run.keep,
-            lambda epoch: bool(run.keep_parents and self.population and (epoch + 1) % every == 0),
-        )
+        to_go_on, to_replay = epochs_behind(self.config)
+
+        def replayed(epoch: int) -> bool:
+            """Whether the next evolve phase starts from what it has."""
+            return bool(run.keep_parents and self.population and -(epoch + 1) % every + 1 <= to_replay)
+
+        prune(folder, epoch, max(run.keep, to_go_on), replayed)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Be what the run was at a checkpoint. Raises InputError when its images or devices are others now."""
@@ -316,13 +343,20 @@ class Driver:
             raise InputError(f"{self.folder}: data.root: the images are not those that the run began with")
         if loop.device != self.device.type:
             raise InputError(f"{self.folder}: the run began on {loop.device}, here the driver has {self.device.type}")
-        load_network(self.model.module, checkpoint)
+        assert self.folder
+        checkpoints, epochs = self.folder / "checkpoints", epochs_behind(self.config)[0]
+        be_after_epoch(self.model.module, checkpoint, checkpoints, epochs, self._remember)
+        if self.average and self.average.kind == "ema":
+            self.average.theta_D.copy_(checkpoint.tensors["average"]["theta"])
         load_optimizer(self.trainer.optimizer, checkpoint.tensors["optimizer"], loop.optimizers["optimizer"])
         self.trainer.steps = loop.steps
         if self.population:
             load_evolution(self.population, checkpoint)
 
     def _finish(self) -> None:
+        if self.average:
+            with self.average.as_network():
+                save_weights(self.record.path / "average.safetensors", self.model.state_dict(), self.description)
         save_weights(self.record.path / "final.safetensors", self.model.state_dict(), self.description)
         self.log("finished")
         self._begin("done", "", 0)

@@ -17,7 +17,9 @@ from spartan_ray.run.checkpoint import write_whole
 
 # Columns with a row a member, and the values of the whole generation, by the kind of number that they are.
 COLUMNS = {"member": "i", "seed": "u", "offset": "f", "gain": "f", "fitness": "f", "images": "i", "weight": "f"}
-VALUES = {"rate": "f", "factor": "f", "length": "f", "before": "f", "after": "f", "parent": "U", "next_parent": "U"}
+VALUES = {"before": "f", "after": "f", "parent": "U", "next_parent": "U"}
+# Those of each generation of the phase, which have equally many of the rows.
+UPDATES = {"rate": "f", "factor": "f", "length": "f"}
 
 Journal = dict[str, NDArray[Any]]
 
@@ -29,8 +31,9 @@ def write_journal(folder: Path, generation: int, outcome: Outcome, parent: str, 
     A chosen member has the weight 1. Of an es update the estimated gradient is the sum of
     weight * gain * noise(seed); the optimizer makes the update of it at `rate`, which is rate times the
     estimate for plain sgd, and the parent moves by factor * length * update. With momentum, adam or weight
-    decay the update depends on the generations before and on the parent too."""
-    members = outcome.members
+    decay the update depends on the generations before and on the parent too. A phase of several generations has their
+    rows one after another, and a rate, factor and length of each."""
+    members, generations = outcome.members, outcome.generations or [outcome]
     content = io.BytesIO()
     np.savez(
         content,
@@ -41,9 +44,9 @@ def write_journal(folder: Path, generation: int, outcome: Outcome, parent: str, 
         fitness=outcome.fitness_K,
         images=outcome.cases_K,
         weight=outcome.weight_K,
-        rate=np.float64(outcome.rate),
-        factor=np.float64(outcome.factor),
-        length=np.float64(outcome.length),
+        rate=np.array([one.rate for one in generations]),
+        factor=np.array([one.factor for one in generations]),
+        length=np.array([one.length for one in generations]),
         before=np.float64(outcome.before),
         after=np.float64(outcome.after),
         parent=np.array(parent),
@@ -72,7 +75,11 @@ def read_journal(path: Path) -> Journal:
     rows = (journal["member"].size,) if "member" in journal else ()
     shapes = {name: (kind, rows) for name, kind in COLUMNS.items()}
     shapes |= {name: (kind, ()) for name, kind in VALUES.items()}
+    updates = journal["rate"].shape if "rate" in journal else ()
+    shapes |= {name: (kind, updates) for name, kind in UPDATES.items()}
     for name, (kind, shape) in shapes.items():
         if name not in journal or journal[name].dtype.kind != kind or journal[name].shape != shape:
             raise InputError(f"{path}: not a journal: {name} is missing or of another kind")
+    if len(updates) != 1 or not updates[0] or journal["member"].size % updates[0]:
+        raise InputError(f"{path}: not a journal: {updates} updates of {rows} members")
     return journal

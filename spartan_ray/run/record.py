@@ -120,7 +120,8 @@ def phase_row(outcome: Outcome) -> Row:
     furthest_K = outcome.fitness_K[np.isfinite(outcome.fitness_K) & (cases_K == cases_K.max())]
     return {
         "images_per_second": scored / outcome.seconds["scoring"],
-        "population": len(outcome.members),
+        "population": len(outcome.members) // max(1, len(outcome.generations)),
+        "generations": max(1, len(outcome.generations)),
         "fitness_images": outcome.cases,
         **{
             f"fitness_{name}": float(getattr(finite_K, name)()) if len(finite_K) else math.nan
@@ -139,12 +140,36 @@ def phase_row(outcome: Outcome) -> Row:
         "search_ratios": outcome.search[0] if outcome.search else None,
         "search_fitness": outcome.search[1] if outcome.search else None,
         "step_ratio": outcome.step_ratio,
+        **_diagnostics(outcome),
+        "generation_fitness": [float(np.nanmean(one.fitness_K)) for one in outcome.generations] or None,
+        "generation_lengths": [one.length if one.accepted else 0.0 for one in outcome.generations] or None,
         "images_scored": scored - outcome.discarded_cases,
         "images_saved": int((outcome.cases - cases_K[cases_K > 0]).sum()),
         "images_discarded": outcome.discarded_cases,
         **{f"{name}_seconds": seconds for name, seconds in outcome.seconds.items()},
         **outcome.counts,
         "workers": outcome.workers,
+    }
+
+
+def _diagnostics(outcome: Outcome) -> Row:
+    """What says what a phase was worth, where the cosine to the gradient was asked for."""
+    if outcome.cosine is None:
+        return {}
+    weight_K, seed_K = np.abs(outcome.weight_K), outcome.members.seed_K
+    squares, signal_to_noise = float((weight_K**2).sum()), None
+    if len(seed_K) % 2 == 0 and np.array_equal(seed_K[0::2], seed_K[1::2]):
+        # Half the difference of a mirrored pair is the slope along its noise, and their mean is all else.
+        plus_P, minus_P = outcome.fitness_K[0::2], outcome.fitness_K[1::2]
+        between = float(np.nanvar((plus_P + minus_P) / 2))
+        signal_to_noise = float(np.nanvar((plus_P - minus_P) / 2)) / between if between else None
+    return {
+        "cosine": outcome.cosine,
+        "cosine_expected": outcome.cosine_expected,
+        "noise_share": 1 - outcome.cosine**2,
+        "effective_population": float(weight_K.sum()) ** 2 / squares if squares else 0.0,
+        "signal_to_noise": signal_to_noise,
+        "gain_per_million": (outcome.after - outcome.before) / outcome.cases_scored * 1e6,
     }
 
 

@@ -12,23 +12,36 @@ import numpy as np
 import torch
 
 from spartan_ray.engine.executor import LocalExecutor
+from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.process import threads
 from spartan_ray.engine.strategies.es import EvolutionStrategies
-from spartan_ray.engine.strategies.requests import Members, Score, Scores, SetScale, Take, line, merge_seeds, parts
+from spartan_ray.engine.strategies.requests import (
+    DrawCases,
+    Members,
+    Score,
+    Scores,
+    SetScale,
+    Take,
+    line,
+    merge_seeds,
+    parts,
+)
 from spartan_ray.errors import InputError
 from spartan_ray.naming import is_named
 from spartan_ray.run.checkpoint import (
     REPLAY_PARTS,
     CheckpointError,
+    be_after_epoch,
     epochs_kept,
     load_checkpoint,
     load_evolution,
-    load_network,
     save_weights,
 )
 from spartan_ray.run.journal import Journal, read_journal
 from spartan_ray.run.loading import load_run_config, refuse_links
-from spartan_ray.run.setup import make_population, make_strategy
+from spartan_ray.run.setup import epochs_behind, make_average, make_population, make_strategy
+from spartan_ray.vision.averaging import Average
+from spartan_ray.vision.classification import Normaliser
 from spartan_ray.vision.data import load_splits
 from spartan_ray.vision.models import build_model, describe
 
@@ -60,14 +73,16 @@ class Replay:
         self.generations = list(range(every, last + 1, every)) if strategy_name != "none" else []
         if not self.generations:
             raise InputError(f"{run}: has had no evolve phase (evolution.strategy {strategy_name})")
-        splits = load_splits(self.config.data, self.config.run.seed, note)
+        self.device = device
+        self.average: Average | None = None
+        self.splits = splits = load_splits(self.config.data, self.config.run.seed, note)
+        self.normalise = Normaliser(splits.mean_C, splits.std_C, device)
         self.data_digest = splits.digest()
         self.description = describe(self.config.parent, splits)
-        network = build_model(self.config.parent, len(splits.classes)).to(device)
-        self.population = make_population(self.config, splits, network, note)
+        self.model = FlatModel(build_model(self.config.parent, len(splits.classes)), device)
+        self.population = make_population(self.config, splits, self.model, note)
         assert self.population.here
         self.executor: LocalExecutor = self.population.here
-        self.model = self.population.model
         strategy = make_strategy(self.config.evolution, len(splits.classes))
         assert strategy, "or there were no generations"
         self.strategy = strategy
@@ -81,6 +96,7 @@ class Replay:
             )
         evolution = self.config.evolution
         fitness_K = journal["fitness"]
+        population = len(fitness_K) // len(journal["rate"])
         if is_named(evolution.strategy):
             scored = self._score_again(journal, generation, member)
             return self._write(journal, member, file, scored)
@@ -91,6 +107,11 @@ class Replay:
                 threshold = float(fitness_K[earlier])
         if evolution.strategy == "es" or evolution.racing or not evolution.early_rejection:
             threshold = -math.inf
+        if evolution.strategy == "es":
+            for draw in range(member // population):
+                self._update(journal, draw)
+            self._set_out(member // population)
+        own = evolution.fitness_images if evolution.cases == "own" else None
         members = _members(journal)[member : member + 1]
         with threads(self.config.parent.threads):
             self.population.broadcast()
@@ -98,7 +119,7 @@ class Replay:
         scores: Scores | None = None
         for part in parts(evolution.racing):
             if part[0] * cases < max(1, journal["images"][member]):
-                answer = self.population.answer(Score(members, threshold=threshold, part=part, onto=scores))
+                answer = self.population.answer(Score(members, threshold=threshold, part=part, onto=scores, own=own))
                 assert isinstance(answer, Scores)
                 scores = answer
         assert scores, "there is a first part"
@@ -135,15 +156,9 @@ class Replay:
         if is_named(self.config.evolution.strategy):
             with threads(self.config.parent.threads):
                 self.population.step(self.strategy, generation)
-        elif len(moved) and self.config.evolution.strategy == "es":
-            seed_U, weight_U = merge_seeds(_members(journal), journal["weight"])
-            with threads(self.config.parent.threads):
-                assert isinstance(self.strategy, EvolutionStrategies)
-                wanted = self.strategy.direction(seed_U, weight_U, float(journal["rate"]))
-                self.population.answer(replace(wanted, ratio=None))
-                assert self.population.scale is not None, "the update"
-                self.population.scale = self.population.scale * float(journal["factor"])
-                self.population.answer(Take(line(float(journal["length"]))))
+        elif self.config.evolution.strategy == "es":
+            for draw in range(len(journal["rate"])):
+                self._update(journal, draw)
         else:
             for member in moved:
                 self._take(journal, int(member))
@@ -170,7 +185,13 @@ class Replay:
             ) from None
         if checkpoint.loop.data != self.data_digest:
             raise InputError(f"{self.run}: data.root: the images are not those that the run had")
-        load_network(self.model.module, checkpoint)
+        if self.config.evolution.of == "average":
+            self.average = make_average(self.config, self.model, self.splits.to(self.device), self.normalise)
+        be_after_epoch(self.model.module, checkpoint, checkpoints, epochs_behind(self.config)[1], self._remember)
+        if self.average:
+            if self.average.kind == "ema":
+                self.average.theta_D.copy_(checkpoint.tensors["average"]["theta"])
+            self.average.become()
         if self.model.digest() != str(journal["parent"]):
             raise InputError(f"{path}: the journal of another parent than the checkpoint's")
         evolution = self.config.evolution
@@ -178,9 +199,37 @@ class Replay:
         self.population.begin(self.strategy.case_sets, generation)
         if evolution.strategy == "random-gradients":
             self.population.answer(SetScale("gradient"))
-        elif evolution.strategy == "es" and evolution.sigma_scale == "relative":
-            self.population.answer(SetScale("rms"))
         return journal
+
+    def _remember(self, epoch: int) -> None:
+        if self.population.subspace and self.population.subspace.kind == "trajectory":
+            self.population.remember()
+        if self.average and epoch:
+            self.average.after_epoch()
+
+    def _set_out(self, draw: int) -> None:
+        """Be where a generation of a phase of evolution strategies begins."""
+        if draw:
+            self.population.answer(DrawCases(draw))
+        if self.config.evolution.sigma_scale == "relative":
+            self.population.answer(SetScale("rms"))
+
+    def _update(self, journal: Journal, draw: int) -> None:
+        """Move the parent as a generation of evolution strategies did."""
+        population = len(journal["weight"]) // len(journal["rate"])
+        rows = slice(draw * population, (draw + 1) * population)
+        weight_K = journal["weight"][rows]
+        if not weight_K.any():
+            return
+        self._set_out(draw)
+        seed_U, weight_U = merge_seeds(_members(journal)[rows], weight_K)
+        with threads(self.config.parent.threads):
+            assert isinstance(self.strategy, EvolutionStrategies)
+            wanted = self.strategy.direction(seed_U, weight_U, float(journal["rate"][draw]))
+            self.population.answer(replace(wanted, ratio=None))
+            assert self.population.scale is not None, "the update"
+            self.population.scale = self.population.scale * float(journal["factor"][draw])
+            self.population.answer(Take(line(float(journal["length"][draw]))))
 
     def _take(self, journal: Journal, member: int) -> None:
         """Make a member the parent, as the run did."""

@@ -19,8 +19,9 @@ from spartan_ray.engine.strategies.es import EvolutionStrategies
 from spartan_ray.engine.strategies.random_gradients import RandomGradients
 from spartan_ray.engine.strategies.requests import CaseSet, Strategy
 from spartan_ray.errors import InputError, one_line
-from spartan_ray.naming import imported, is_named
+from spartan_ray.naming import SUBSPACES, imported, is_named, kind_and_number
 from spartan_ray.run.config import Config, Evolution
+from spartan_ray.vision.averaging import Average
 from spartan_ray.vision.classification import (
     BatchNormKind,
     Classification,
@@ -28,7 +29,10 @@ from spartan_ray.vision.classification import (
     RelativeLoss,
     error,
     mean_gradient,
+    recalibrate,
+    score,
 )
+from spartan_ray.vision.config import AVERAGES
 from spartan_ray.vision.data import Splits
 from spartan_ray.vision.models import build_model
 
@@ -46,7 +50,9 @@ def make_strategy(config: Evolution, classes: int) -> Strategy | None:
     strategy = EvolutionStrategies if config.strategy == "es" else RandomGradients
     # A strategy's settings have the names of the fields.
     given = {name: getattr(config, name) for name in inspect.signature(strategy).parameters if hasattr(config, name)}
-    if strategy is RandomGradients:
+    if strategy is EvolutionStrategies:
+        given["own_cases"] = config.fitness_images if config.cases == "own" else None
+    else:
         given["temperature"] = {"none": None, "error": error, "loss": RelativeLoss(classes)}[config.temperature]
         given["wave"] = config.wave or 1
     return strategy(**given)
@@ -64,7 +70,7 @@ AROUND = {
     "noise",
     "precision",
 }
-AROUND |= {"gradient_split", "gradient_images"}
+AROUND |= {"gradient_split", "gradient_images", "subspace", "of"}
 
 
 def _strategy_of_name(config: Evolution) -> Strategy:
@@ -111,16 +117,16 @@ def make_fitness(config: Evolution, splits: Splits) -> Classification:
 def make_population(
     config: Config,
     splits: Splits,
-    network: nn.Module,
+    model: FlatModel,
     note: Callable[[str], None],
     executor: Callable[[EvaluatorSpec], Executor] | None = None,
 ) -> Population:
-    """The population of a run around its network. Raises InputError when there are too few images."""
+    """The population of a run around its parent. Raises InputError when there are too few images."""
     evolution, seed = config.evolution, config.run.seed
     counts = image_counts(evolution, len(splits.evolution), len(splits.sgd))
     named = is_named(evolution.strategy)
     fitness = make_fitness(evolution, splits)
-    device = next(network.parameters()).device
+    device = model.theta_D.device
     sgd, normalise = splits.sgd.to(device), Normaliser(splits.mean_C, splits.std_C, device)
     kind: BatchNormKind = "running" if evolution.batchnorm == "running" else "batch"
 
@@ -131,11 +137,12 @@ def make_population(
         mean_gradient(network, sgd[index_N], normalise, kind)
 
     return Population(
-        FlatModel(network, device),
+        model,
         fitness,
         seed=seed,
         noise=evolution.noise,
         mutate=evolution.mutate,
+        subspace=evolution.subspace,
         fitness_cases=evolution.fitness_images if named else counts["fitness"],
         confirm_cases=evolution.confirm_images if named else counts.get("search", counts.get("confirm")),
         gradient=gradient if evolution.gradient_split == "sgd" else None,
@@ -145,6 +152,28 @@ def make_population(
         executor=executor,
         note=note,
     )
+
+
+def make_average(config: Config, model: FlatModel, splits: Splits, normalise: Normaliser) -> Average | None:
+    """The average of the parent that the configuration names. The evolution split chooses what goes into a soup."""
+    found = kind_and_number("parent.average", config.parent.average, AVERAGES, ("ema",))
+    if found is None:
+        return None
+    reference_NCHW = normalise(splits.sgd[slice(0, REFERENCE_IMAGES)].pixels_NHWC)
+
+    def accuracy() -> float:
+        return score(model.module, splits.evolution, normalise).accuracy
+
+    return Average(*found, model, lambda: recalibrate(model.module, reference_NCHW), accuracy)
+
+
+def epochs_behind(config: Config) -> tuple[int, int]:
+    """How many of the last epochs a run needs to go on, and to replay a phase that comes next."""
+    average = kind_and_number("parent.average", config.parent.average, AVERAGES, ("ema",))
+    subspace = kind_and_number("evolution.subspace", config.evolution.subspace, SUBSPACES)
+    averaged = int(average[1]) if average and average[0] != "ema" else 0
+    steps = int(subspace[1]) + 1 if subspace and subspace[0] == "trajectory" else 0
+    return max(averaged, steps), max(1, steps, averaged if config.evolution.of == "average" else 0)
 
 
 def image_counts(config: Evolution, evolution_images: int, sgd_images: int) -> dict[CaseSet, int]:

@@ -18,7 +18,8 @@ from torch import nn
 
 from spartan_ray.engine.evaluator import batched
 from spartan_ray.engine.fitness import Fitness
-from spartan_ray.engine.flat import BATCHNORMS, FlatModel
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.mutate import BATCHNORMS
 from spartan_ray.vision.data import Images
 from spartan_ray.vision.folding import Folding
 from spartan_ray.vision.leaves import Leaves

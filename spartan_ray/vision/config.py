@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt
 
-from spartan_ray.naming import checked_name
+from spartan_ray.naming import checked_kind, checked_name
 from spartan_ray.section import Fraction, NonNegativeFloat, PositiveFloat, Section, no_url
 
+# Kinds of averages, with the most epochs of those that are of epochs: each is a vector of parameters in memory.
+AVERAGES = {"epochs": 1000, "soup": 1000}
 Moments = Literal["keep", "reset", "rescale"]
 
 
@@ -65,6 +67,8 @@ class Parent(Section):
     """Gaussian noise on gradients: eta of its variance eta / (1 + step)^0.55, 0.01 to 1 in the paper (default: off)."""
     moments_after_evolution: Moments = "keep"
     """Optimizer's moments after a phase that moved the parent; rescale fits them to the new gradient's norm."""
+    average: Annotated[str, AfterValidator(partial(checked_kind, "parent.average", AVERAGES, ("ema",)))] = "none"
+    """Average of the weights, scored and saved beside the parent: epochs:m, ema:decay, soup:m (greedy), or none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the SGD epochs; bf16 is autocast."""
     threads: PositiveInt | None = None

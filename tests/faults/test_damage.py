@@ -64,6 +64,7 @@ def checkpoint(epoch: int, metrics: MetricsState) -> Checkpoint:
         "network": {"weight": torch.randn(7, 5, generator=random), "count": torch.tensor(epoch)},
         "optimizer": {"0.exp_avg": torch.randn(7, 5, generator=random)},
         "evolution": {"0.momentum_buffer": torch.randn(40, generator=random)},
+        "average": {"theta": torch.randn(40, generator=random)},
     }
     loop = Loop(
         epoch=epoch, generation=0, steps=9, device="cpu", data="", optimizers={}, metrics=metrics, config=Config()
@@ -107,7 +108,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run: Path) -> 
     """Each file truncated at ten places, and with one of its bits flipped at twenty random ones."""
     chance = random.Random(0)
     files = sorted((run / "checkpoints").glob("epoch-000003*"))
-    assert len(files) == 5
+    assert len(files) == 6
     for path in files:
         content = path.read_bytes()
         damaged = [content[: len(content) * part // 10] for part in range(10)]

@@ -96,13 +96,22 @@ def parts(halvings: int) -> list[Part]:
 class Score:
     """Score members on a part of the cases, from one share of them to another; answered with Scores. A member that
     can no longer exceed the threshold may be left. With `onto`, what is known of them already, the answer is of the
-    cases of both."""
+    cases of both. With `own` each seed draws so many cases of the set for its members, a mirrored pair the same ones:
+    the fitness of different seeds is then not of the same cases."""
 
     members: Members
     cases: CaseSet = "fitness"
     threshold: float = -np.inf
     part: Part = WHOLE
     onto: Scores | None = None
+    own: int | None = None
+
+
+@dataclass(frozen=True)
+class DrawCases:
+    """Draw the sets of cases anew, as often as one likes in a phase; number 0 are those that it began with."""
+
+    number: int
 
 
 @dataclass(frozen=True)
@@ -129,13 +138,19 @@ class SetDirection:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Answered with the cosine between the update, which is the scale, and the direction in which the loss of all
+    fitness cases falls. For diagnostics: it takes a gradient, of a fitness that has a loss."""
+
+
+@dataclass(frozen=True)
 class Take:
     """Make one member the parent."""
 
     member: Members
 
 
-Request = Score | SetScale | SetDirection | Take
+Request = Score | DrawCases | SetScale | SetDirection | Compare | Take
 
 
 @dataclass
@@ -158,10 +173,14 @@ class Outcome:
     chosen: int | None = None  # the member that became the parent, the last of them in a chain
     confirm: tuple[float, float] | None = None  # fitness before and after on the confirm cases
     search: tuple[list[float], list[float]] | None = None  # lengths tried, as step ratios, and their fitness
+    cosine: float | None = None  # of the update to the gradient, where it was asked for
+    cosine_expected: float | None = None  # the root of how many seeds there are for each parameter that is moved
     discarded_cases: int = 0  # scored for members that were drawn again from a new parent
+    generations: list[Outcome] = field(default_factory=list)  # of a phase of several, each by itself
 
-    # What the population adds: how many cases score a generation and how many were scored, how far the parent moved in
-    # mutations, seconds by part, what the executor counted meanwhile, and how many workers there were at the end.
+    # What the population adds: how many cases score a member, where the strategy does not say it, how many were scored,
+    # how far the parent moved in mutations, seconds by part, what the executor counted meanwhile, and how many workers
+    # there were at the end.
     cases: int = 0
     cases_scored: int = 0
     step_ratio: float = 0.0

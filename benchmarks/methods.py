@@ -1,0 +1,332 @@
+"""Ways to spend a budget of forwarded images on an evolve phase: `python benchmarks/methods.py IMAGES FOLDER`.
+
+IMAGES is a folder as `data.name folder` takes it. ResNet18 parents are overfit by gradient descent; each way scores
+its members once, and every smaller population is a part of the larger one. Rows go into FOLDER/rows.jsonl as they are
+found; started again, it goes on with what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from spartan_ray import EvolutionStrategies, Population
+from spartan_ray.engine.flat import FlatModel, dot, norm
+from spartan_ray.engine.process import set_up
+from spartan_ray.engine.strategies.es import SEARCH_FACTORS, SEARCH_LENGTHS, best_length, less_pair_mean, peak
+from spartan_ray.engine.strategies.requests import Members, Score, Scores, SetDirection, line, merge_seeds
+from spartan_ray.engine.strategies.shaping import zscore
+from spartan_ray.noise.contract import member_seeds
+from spartan_ray.vision.averaging import Average, mean
+from spartan_ray.vision.classification import Classification, Normaliser, recalibrate, score
+from spartan_ray.vision.config import Data, Parent
+from spartan_ray.vision.data import Splits, load_splits
+from spartan_ray.vision.models import initial_model
+from spartan_ray.vision.training import Trainer
+
+CPU = torch.device("cpu")
+EPOCHS, KEPT = 14, 9
+SGD_IMAGES, EVOLUTION_IMAGES, SEARCH_IMAGES = 10_000, 20_000, 2_048
+BUDGETS = (1_000_000, 4_000_000)
+# Members that are scored between two writes.
+BLOCK = 2_000
+# Images that judge an update, of those that scored members and of those that did not, and that the cosine is taken on.
+JUDGED = 4_096
+STATISTICS = ("loss", "accuracy")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How members are made, and on how many images each is scored."""
+
+    images: int
+    own: bool = False
+    mutate: str = "all"
+    subspace: str = "none"
+    sigma: float = 0.01
+    generations: int = 1
+
+
+WAYS = {
+    "all, common 1,024": Way(1024),
+    "all, own 128": Way(128, own=True),
+    "all, own 32": Way(32, own=True),
+    "BatchNorm, common 1,024": Way(1024, mutate="batchnorm", sigma=0.08),
+    "BatchNorm, own 128": Way(128, own=True, mutate="batchnorm", sigma=0.08),
+    "BatchNorm and classifier, own 128": Way(128, own=True, mutate="batchnorm,classifier", sigma=0.04),
+    "trajectory of 8 epochs, common 1,024": Way(1024, subspace="trajectory:8", sigma=0.5),
+    "guided by 4 gradients, own 128": Way(128, own=True, subspace="guided:4", sigma=0.0003),
+    "all, own 128, 8 generations": Way(128, own=True, generations=8),
+    "BatchNorm, own 128, 8 generations": Way(128, own=True, mutate="batchnorm", sigma=0.08, generations=8),
+}
+
+
+class Bench:
+    """One parent, and what is found about it."""
+
+    def __init__(self, splits: Splits, folder: Path, parent: int, precision: Any) -> None:
+        self.splits, self.folder, self.parent, self.precision = splits, folder, parent, precision
+        self.normalise = Normaliser(splits.mean_C, splits.std_C, CPU)
+        self.rows_path = folder / "rows.jsonl"
+        self.config = Parent(threads=2)
+        self.network = initial_model(self.config, len(splits.classes), parent)[0]
+        self.model = FlatModel(self.network, CPU)
+        self.thetas = self._thetas()
+        self.reference_NCHW = self.normalise(splits.sgd[slice(0, 512)].pixels_NHWC)
+        self.begin()
+
+    def _thetas(self) -> list[torch.Tensor]:
+        """The parent at the ends of its last epochs, with its buffers at the end."""
+        path = self.folder / f"parent-{self.parent}.pt"
+        if not path.exists():
+            trainer = Trainer(self.config, self.model, self.splits.sgd, self.normalise, self.parent, augment=False)
+            kept: list[torch.Tensor] = []
+            for epoch in range(1, EPOCHS + 1):
+                trainer.train_epoch(epoch, lambda count: None)
+                kept = [*kept, self.model.theta_D.clone()][-KEPT:]
+                print(f"parent {self.parent}: epoch {epoch}/{EPOCHS}", flush=True)
+            torch.save({"thetas": kept, "buffers": list(self.network.buffers())}, path)
+        saved = torch.load(path)
+        self.buffers = saved["buffers"]
+        return list(saved["thetas"])
+
+    def begin(self) -> None:
+        """Be at the parent."""
+        self.model.theta_D.copy_(self.thetas[-1])
+        self.model.load_buffers(self.buffers)
+
+    def judge(self, case_N: NDArray[np.int64] | None = None) -> tuple[float, float]:
+        """Loss and accuracy of the network as it is on evolution images, or on all test images."""
+        images = self.splits.test if case_N is None else self.splits.evolution[torch.from_numpy(case_N)]
+        result = score(self.network, images, self.normalise)
+        return result.loss, result.accuracy
+
+    def add(self, **row: Any) -> None:
+        with self.rows_path.open("a") as file:
+            file.write(json.dumps({"parent": self.parent, "precision": self.precision} | row) + "\n")
+        print(json.dumps(row), flush=True)
+
+    def done(self, way: str) -> bool:
+        """Whether all rows of a way are there."""
+        lines = self.rows_path.read_text().splitlines() if self.rows_path.exists() else []
+        return any(
+            row["parent"] == self.parent and row["way"] == way and row.get("last") for row in map(json.loads, lines)
+        )
+
+    def baselines(self) -> None:
+        """The parent, averages of its last epochs, and a greedy soup chosen on the evolution split."""
+        if self.done("baselines"):
+            return
+        self.begin()
+        loss, accuracy = self.judge()
+        self.add(way="parent", test_loss=loss, test_accuracy=accuracy)
+        for count in (2, 4, 8):
+            self.model.theta_D.copy_(mean(self.thetas[-count:]))
+            recalibrate(self.network, self.reference_NCHW)
+            loss, accuracy = self.judge()
+            self.add(way=f"average of {count} epochs", test_loss=loss, test_accuracy=accuracy)
+        self.begin()
+        soup = Average(
+            "soup", 8, self.model, lambda: recalibrate(self.network, self.reference_NCHW),
+            lambda: score(self.network, self.splits.evolution, self.normalise).accuracy,
+        )  # fmt: skip
+        for theta_D in self.thetas[-8:]:
+            self.model.theta_D.copy_(theta_D)
+            recalibrate(self.network, self.reference_NCHW)
+            soup.after_epoch()
+        soup.become()
+        loss, accuracy = self.judge()
+        self.add(way="greedy soup of 8 epochs", test_loss=loss, test_accuracy=accuracy)
+        self.add(way="baselines", last=True)
+        self.begin()
+
+    def population(self, way: Way, by: Any = "loss") -> Population:
+        """What scores the members of a way, on two workers."""
+        self.begin()
+        fitness = Classification(
+            self.splits.evolution, self.splits.sgd[slice(0, 512)], self.splits.mean_C, self.splits.std_C, by,
+            "running", self.precision,
+        )  # fmt: skip
+        population = Population(
+            self.network,
+            fitness,
+            workers=2,
+            seed=self.parent,
+            mutate=way.mutate,
+            subspace=way.subspace,
+            fitness_cases=None if way.own else way.images,
+            confirm_cases=SEARCH_IMAGES,
+            note=print,
+        )
+        if population.subspace and population.subspace.kind == "trajectory":
+            for theta_D in self.thetas:
+                self.model.theta_D.copy_(theta_D)
+                population.remember()
+            self.begin()
+        return population
+
+    def single(self, name: str, way: Way) -> None:
+        """One update by every population up to the largest budget, by loss and by accuracy, of the same members."""
+        with self.population(way) as population:
+            population.begin(("fitness", "search", "confirm"), 1)
+            most = BUDGETS[-1] // way.images // 2 * 2
+            members = pairs_of(self.parent, most, way.sigma)
+            mean_KM = self._scored(name, way, population, members)
+            gradient_D = self._gradient(population)
+            before = self._judged(population)
+            budgets = [budget // way.images // 2 * 2 for budget in BUDGETS]
+            populations = sorted({50, 200, 1000, 5000, *budgets} & set(range(most + 1)))
+            for count in populations:
+                for column, fitness in enumerate(STATISTICS):
+                    row = self._update(population, members[:count], mean_KM[:count, column], way, column)
+                    row |= self._after(population, row["length"], before, gradient_D)
+                    pairs, size = count // 2, population.model.theta_D.numel()
+                    expected = math.sqrt(min(1.0, pairs / size))
+                    last = count == populations[-1] and column == 1
+                    self.add(
+                        way=name, population=count, images=count * way.images, fitness=fitness, parameters=size,
+                        cosine_expected=expected, last=last, **row,
+                    )  # fmt: skip
+
+    def _scored(self, name: str, way: Way, population: Population, members: Members) -> NDArray[np.float64]:
+        """The members' mean statistics, K x M, from the file as far as it goes."""
+        path = self.folder / f"scores-{self.parent}-{name.replace(' ', '-').replace(',', '')}.npy"
+        found = np.load(path) if path.exists() else np.empty((0, 2))
+        while len(found) < len(members):
+            started, first = time.time(), len(found)
+            block = members[first : first + BLOCK]
+            scores = population.answer(Score(block, own=way.images if way.own else None))
+            assert isinstance(scores, Scores)
+            found = np.concatenate([found, scores.mean_KM])
+            np.save(path, found)
+            rate = len(block) * way.images / (time.time() - started)
+            print(f"{self.parent} {name}: {len(found)}/{len(members)} members, {rate:.0f} images/s", flush=True)
+        return found[: len(members)]
+
+    def _gradient(self, population: Population) -> torch.Tensor:
+        """Of the loss of images that score members, for the cosine."""
+        population._backward(self.network, population.case_sets["fitness"][:JUDGED])
+        gradient_D = population.model.gradient()
+        self.network.zero_grad(set_to_none=True)
+        return gradient_D
+
+    def _judged(self, population: Population) -> dict[str, tuple[float, float]]:
+        """Loss and accuracy of the network as it is on images that scored, on others, and on the test images."""
+        sets = population.case_sets
+        scored, unscored = sets["fitness"][:JUDGED], sets["confirm"][:JUDGED]
+        return {"scored": self.judge(scored), "unscored": self.judge(unscored), "test": self.judge()}
+
+    def _update(
+        self, population: Population, members: Members, statistic_K: NDArray[np.float64], way: Way, column: int
+    ) -> dict[str, Any]:
+        """Make the update of these members the scale, and find its length by a statistic on the search images."""
+        shaped_K = zscore(less_pair_mean(statistic_K) if way.own else statistic_K)
+        seed_U, weight_U = merge_seeds(members, shaped_K)
+        population.mutation_norm = population._mutation_norm(members[:1])
+        population.answer(SetDirection(seed_U, weight_U, 1.0, ratio=1.0))
+        found: dict[float, float] = {}
+
+        def attempt(*lengths: float) -> None:
+            scores = population.answer(Score(line(*lengths), cases="search"))
+            assert isinstance(scores, Scores)
+            found.update(zip(lengths, scores.mean_KM[:, column].tolist(), strict=True))
+
+        attempt(*SEARCH_LENGTHS)
+        while best_length(found) == max(found) < 1e3:
+            attempt(4 * max(found))
+        for factor in SEARCH_FACTORS:
+            if best := best_length(found):
+                attempt(best / factor, best * factor)
+        if vertex := peak(found):
+            attempt(vertex)
+        return {"length": best_length(found)}
+
+    def _after(
+        self, population: Population, length: float, before: dict[str, Any], gradient_D: torch.Tensor
+    ) -> dict[str, Any]:
+        """What the update makes of the network, which is the parent again afterwards."""
+        model, update_D = population.model, population.scale
+        assert update_D is not None
+        lengths = norm(update_D) * norm(gradient_D)
+        theta_D = model.theta_D.clone()
+        model.theta_D.add_(update_D, alpha=length)
+        model.write()
+        after = self._judged(population)
+        model.theta_D.copy_(theta_D)
+        model.write()
+        row = {"cosine": -dot(update_D, gradient_D) / lengths if lengths else None}
+        return row | _compared(before, after)
+
+    def several(self, name: str, way: Way) -> None:
+        """A phase of several generations for each budget, by loss and by accuracy."""
+        for budget in BUDGETS:
+            for fitness in STATISTICS:
+                with self.population(way, fitness) as population:
+                    count = budget // way.images // way.generations // 2 * 2
+                    strategy = EvolutionStrategies(
+                        count, generations=way.generations, sigma=way.sigma, mirrored=True, step="search",
+                        own_cases=way.images if way.own else None, confirm=False,
+                    )  # fmt: skip
+                    population.begin((*strategy.case_sets, "confirm"), 1)
+                    before = self._judged(population)
+                    outcome = population.step(strategy)
+                    lengths = [one.length if one.accepted else 0 for one in outcome.generations]
+                    after = self._judged(population)
+                    last = budget == BUDGETS[-1] and fitness == "accuracy"
+                    self.add(
+                        way=name,
+                        population=count,
+                        images=budget,
+                        fitness=fitness,
+                        lengths=lengths,
+                        last=last,
+                        **_compared(before, after),
+                    )
+
+
+def pairs_of(seed: int, count: int, sigma: float) -> Members:
+    """Mirrored members, the first of which are those of every smaller population."""
+    seed_K = np.repeat(member_seeds(seed, 1, count // 2), 2)
+    gain_K = np.tile(np.array([sigma, -sigma], np.float32), count // 2)
+    return Members(seed_K, np.zeros(count, np.float32), gain_K)
+
+
+def _compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """Loss and accuracy before and after on each set of images."""
+    row = {f"{on}_{what}": after[on][i] for on in after for i, what in enumerate(STATISTICS)}
+    return row | {f"{on}_{what}_before": before[on][i] for on in before for i, what in enumerate(STATISTICS)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("images", help="a folder with train/<class>/* and test/<class>/*")
+    parser.add_argument("folder", type=Path, help="where rows and scores are kept")
+    parser.add_argument("--parents", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the scoring (default: fp32)")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), help=f"some of: {'; '.join(WAYS)}")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    set_up(2)
+    ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    data = Data(name="folder", root=arguments.images, sgd_images=SGD_IMAGES, evolution_images=EVOLUTION_IMAGES)
+    splits = load_splits(data, 0)
+    for parent in range(arguments.parents):
+        bench = Bench(splits, arguments.folder, parent, arguments.precision)
+        bench.baselines()
+        for name in arguments.ways:
+            if not bench.done(name):
+                (bench.single if WAYS[name].generations == 1 else bench.several)(name, WAYS[name])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""What a strategy asks of a parent, answered: scores of members, updates, moves.
+
+Shapes: D parameters, T parameter tensors, K members, N cases, U seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from spartan_ray.engine.draws import DRAWS_APART, draw_cases, gradient_cases, random_key, share_cases
+from spartan_ray.engine.evaluator import ParentState, Scale, batched, packed, pooled
+from spartan_ray.engine.executor import Executor, LocalExecutor
+from spartan_ray.engine.flat import FlatModel, dot, norm
+from spartan_ray.engine.guards import keeping_gradients
+from spartan_ray.engine.strategies.requests import (
+    CaseSet,
+    Compare,
+    DrawCases,
+    Members,
+    Request,
+    Score,
+    Scores,
+    SetDirection,
+    SetScale,
+    Take,
+    refuse,
+)
+from spartan_ray.engine.subspace import Basis, Subspace
+from spartan_ray.engine.updates import Updates
+from spartan_ray.errors import InputError
+from spartan_ray.noise.contract import RMS, NoiseKind
+from spartan_ray.noise.kernels import Kernel
+
+# Purpose of the key of what a fitness draws from torch, beside the seed.
+RANDOM_OF_GENERATION = 1 << 42
+# Of the keys of the directions of a random subspace.
+BASIS_OF_GENERATION = 1 << 41
+
+Gradient = Callable[[nn.Module, int], None]
+
+
+class Phase:
+    """A parent in an evolve phase, one phase after another: `begin`, and an answer to each request.
+
+    `here` is the executor of this process: updates are scored there, where the other one would get them sent."""
+
+    def __init__(
+        self,
+        model: FlatModel,
+        executor: Executor,
+        here: LocalExecutor,
+        kernel: Kernel,
+        *,
+        seed: int,
+        noise: NoiseKind,
+        fitness_cases: int | None,
+        confirm_cases: int | None,
+        gradient: Gradient | None,
+        gradient_cases: int,
+        subspace: Subspace | None,
+    ) -> None:
+        self.model, self.executor, self.kernel = model, executor, kernel
+        self.here: LocalExecutor | None = here
+        self.fitness = here.evaluator.fitness
+        self.seed, self.noise = seed, noise
+        self.fitness_cases, self.confirm_cases = fitness_cases, confirm_cases
+        self.gradient, self.gradient_cases = gradient or self._loss_gradient, gradient_cases
+        self.updates = Updates(model.theta_D)
+        self.subspace = subspace
+        self.basis: Basis | None = None  # of this phase, once it is needed
+        self.basis_sent = False
+        self.parent_changed = self.scale_changed = self.scale_is_gradient = self.scale_is_update = False
+        # What multiplies noise, and what multiplies all that is added now: the same, or the update.
+        self.noise_scale: torch.Tensor | None = None
+        self.scale: torch.Tensor | None = None
+
+    def begin(self, sets: tuple[CaseSet, ...], generation: int) -> None:
+        """Be before a generation: draw what it is scored on."""
+        self.case_counts = share_cases(sets, self.fitness_cases, self.confirm_cases, self.fitness.cases)
+        self.set_out(draw_cases(self.case_counts, self.fitness.cases, self.seed, generation), generation)
+
+    def _draw_cases(self, draw: int) -> None:
+        refuse(not 0 <= draw < 2**19, f"DrawCases: the number of a draw ({draw}) must be at least 0 and below 2^19")
+        generation = self.generation_begun
+        self.case_sets = draw_cases(self.case_counts, self.fitness.cases, self.seed, generation, draw)
+        self.random = random_key(self.seed, RANDOM_OF_GENERATION + generation + draw * DRAWS_APART)
+        self.parent_changed, self.mutation_norm = True, 0.0
+
+    def set_out(self, case_sets: dict[CaseSet, NDArray[np.int64]], generation: int) -> None:
+        """Take the network as it is now for the parent, and these cases."""
+        self.model.read()
+        self.generation_begun, self.case_sets = generation, case_sets
+        self.random = random_key(self.seed, RANDOM_OF_GENERATION + generation)
+        self.cases_scored, self.mutation_norm = 0, 0.0
+        self.seconds = dict.fromkeys(("scoring", "update", "gradient"), 0.0)
+        self.parent_changed, self.basis, self.basis_sent = True, None, False
+        self._set_scale("none")
+
+    def answer(self, request: Request) -> Scores | float | None:
+        """Do what the strategy asks."""
+        match request:
+            case Score():
+                refuse(request.cases not in self.case_sets, f"cases {request.cases!r}: not in the strategy's case_sets")
+                scores = self.score_members(request)
+                return scores if request.onto is None else pooled(self.fitness, request.onto, scores)
+            case DrawCases(draw):
+                self._draw_cases(draw)
+            case SetScale(kind):
+                self._set_scale(kind)
+            case SetDirection():
+                if self.scale_changed:
+                    self.take_gradient()
+                with self._timed("update"):
+                    self.scale, factor = self._direction(request)
+                self.scale_is_update = self.scale_changed = True
+                return factor
+            case Compare():
+                return self._cosine()
+            case Take(member):
+                refuse(len(member) != 1, f"Take: expected one member, got {len(member)}: members[k : k + 1] is one")
+                with self._timed("update"):
+                    self._take(member)
+                self.parent_changed = True
+                if self.scale_is_update or self.scale_is_gradient:
+                    self.scale, self.scale_is_update, self.scale_changed = self.noise_scale, False, True
+            case _:
+                raise InputError(f"the strategy yielded {request!r:.60}: expected a request of spartan_ray.strategies")
+        return None
+
+    def _set_scale(self, kind: Literal["none", "rms", "gradient"]) -> None:
+        """What multiplies noise from here on; the gradient is taken when it is needed."""
+        refuse(kind != "none" and self.subspace is not None, f"a subspace has no scale {kind!r}")
+        self.scale_is_gradient, self.scale_is_update, self.scale_changed = kind == "gradient", False, True
+        self.scale = self.noise_scale = self.model.rms() if kind == "rms" else None
+
+    def score_members(self, request: Score) -> Scores:
+        members = request.members
+        without_noise = len(members) == 1 and not members.gain_K[0]
+        here = self.here if self.here is not self.executor else None
+        if here and without_noise and self.scale_changed and self.executor.devices == here.devices:
+            # An update's score keeps one worker busy, and all else that it would cost is to send the update.
+            try:
+                with self._timed("scoring"):
+                    here.broadcast(self._parent_state())
+                    here.broadcast_scale(self._scale())
+                    scores = here.evaluate(members, request.cases, request.threshold, request.part, request.own)
+                self.cases_scored += int(scores.cases_K.sum())
+                return scores
+            except torch.OutOfMemoryError:  # a driver has little of a GPU
+                self.here = None
+        self.broadcast(bool(members.gain_K.any()))
+        self.mutation_norm = self.mutation_norm or self._mutation_norm(members)
+        with self._timed("scoring"):
+            scores = self.executor.evaluate(members, request.cases, request.threshold, request.part, request.own)
+        self.cases_scored += int(scores.cases_K.sum())
+        return scores
+
+    def broadcast(self, with_noise: bool = True) -> None:
+        """Give the executor what members are made and scored from now, as far as it changed."""
+        if self.subspace and with_noise and not self.basis_sent:
+            self.executor.broadcast_basis(self.take_basis())
+            self.basis_sent = True
+        if self.scale_changed:
+            self.take_gradient()
+            self.executor.broadcast_scale(self._scale())
+        if self.parent_changed:
+            self.executor.broadcast(self._parent_state())
+        self.parent_changed = self.scale_changed = False
+
+    def take_gradient(self) -> None:
+        """Where the scale is the gradient: make it that of the parent as it is now."""
+        if not self.scale_is_gradient or self.scale_is_update:
+            return
+        with self._timed("gradient"), keeping_gradients(self.model.module):
+            self.gradient(self.model.module, self.generation_begun)
+            self.noise_scale = self.scale = self.model.gradient()
+
+    def take_basis(self) -> Basis:
+        """The subspace of a generation, as it is where the phase begins."""
+        assert self.subspace
+        if self.basis is None:
+            with self._timed("gradient"):
+                self.basis = self.subspace.basis(self._random_direction, self._gradient_direction)
+        return self.basis
+
+    def _random_direction(self, number: int) -> torch.Tensor:
+        """One of unit variance, D."""
+        key = random_key(self.seed, BASIS_OF_GENERATION + self.generation_begun + number * DRAWS_APART)
+        weight_1 = np.array([1 / RMS[self.noise]], np.float32)
+        return self.kernel.accumulate(np.array([key], np.uint64), weight_1, 0, self.model.theta_D.numel())
+
+    def _gradient_direction(self, number: int) -> torch.Tensor:
+        """The gradient on images of its own, D."""
+        with keeping_gradients(self.model.module):
+            self.gradient(self.model.module, self.generation_begun + number * DRAWS_APART)
+            return self.model.gradient()
+
+    def _loss_gradient(self, network: nn.Module, generation: int) -> None:
+        """Of the fitness cases of a generation, since those that confirm must have chosen nothing."""
+        case_N = gradient_cases(self.case_sets["fitness"], self.gradient_cases, self.seed, generation)
+        self._backward(network, case_N)
+
+    def _backward(self, network: nn.Module, case_N: NDArray[np.int64]) -> None:
+        network.eval()
+        for batch_N in batched(torch.from_numpy(case_N).to(self.model.theta_D.device), self.fitness.batch):
+            loss = self.fitness.loss(network, batch_N)
+            refuse(loss.numel() != 1, f"loss of {len(batch_N)} cases is {tuple(loss.shape)}: expected their mean")
+            (loss * (len(batch_N) / len(case_N))).backward()
+
+    def _cosine(self) -> float:
+        """Of the update to the direction in which the loss of the fitness cases falls."""
+        refuse(not self.scale_is_update or self.scale is None, "Compare: there is no update before SetDirection")
+        assert self.scale is not None
+        with self._timed("gradient"), keeping_gradients(self.model.module):
+            self._backward(self.model.module, self.case_sets["fitness"])
+            gradient_D = self.model.gradient()
+        lengths = norm(self.scale) * norm(gradient_D)
+        return -dot(self.scale, gradient_D) / lengths if lengths else math.nan
+
+    def _scale(self) -> Scale:
+        return None if self.scale is None else self.scale.cpu().numpy()
+
+    def _parent_state(self) -> ParentState:
+        return ParentState(
+            self.model.theta_D.cpu().numpy(),
+            [packed(buffer) for buffer in self.model.buffers],
+            self.case_sets,
+            self.random,
+        )
+
+    def _direction(self, wanted: SetDirection) -> tuple[torch.Tensor, float]:
+        """The update, as long as the learning rate makes it or as the ratio that is wanted, and the factor of
+        the latter."""
+        theta_D = self.model.theta_D
+        estimate_D = self._estimate(wanted)
+        if self.noise_scale is not None and len(self.noise_scale) == len(theta_D):
+            estimate_D *= self.noise_scale
+        elif self.noise_scale is not None:
+            self.model.multiply(estimate_D, self.noise_scale)
+        if not estimate_D.isfinite().all():  # the optimizer's moments would never be finite again
+            return torch.full_like(estimate_D, math.nan), 1.0
+        if wanted.weight_decay:
+            estimate_D -= wanted.weight_decay * theta_D
+        update_D = self.updates.make(estimate_D, wanted.optimizer, wanted.rate)
+        if wanted.ratio is None:
+            return update_D, 1.0
+        length = norm(update_D)
+        factor = wanted.ratio * self.mutation_norm / length if length else 1.0
+        return update_D * factor, factor
+
+    def _estimate(self, wanted: SetDirection) -> torch.Tensor:
+        """sum_u weight_u * noise(seed_u), D, or what noise is in the subspace."""
+        size, basis = self.model.theta_D.numel(), self.take_basis() if self.subspace else None
+        start, stop = basis.elements if basis else (0, size)
+        sum_S = torch.from_numpy(self.executor.weighted_sum(wanted.seed_U, wanted.weight_U, start, stop))
+        return basis.combine(sum_S.to(self.model.theta_D.device)) if basis else sum_S.to(self.model.theta_D.device)
+
+    def _take(self, member: Members) -> None:
+        theta_D = self.model.theta_D
+        scale = self.scale if self.scale is None or len(self.scale) == len(theta_D) else self.model.spread(self.scale)
+        self.kernel.descend(
+            theta_D, scale, int(member.seed_K[0]), float(member.offset_K[0]), float(member.gain_K[0]), theta_D
+        )
+        self.model.write()
+        self.fitness.moved(self.model.module)
+
+    def _mutation_norm(self, members: Members) -> float:
+        """The norm to expect of scale * (offset + gain * noise) for members with noise."""
+        with_noise = np.flatnonzero(members.gain_K)
+        if not len(with_noise):
+            return 0.0
+        offset, gain = float(members.offset_K[with_noise[0]]), float(members.gain_K[with_noise[0]])
+        if self.basis is not None:
+            return gain * RMS[self.noise] * self.basis.norm()
+        return math.hypot(offset, gain * RMS[self.noise]) * self.model.scale_norm(self.scale)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - started
