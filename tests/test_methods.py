@@ -32,6 +32,8 @@ from spartan_ray.run.journal import read_journal
 from spartan_ray.run.loading import configuration, load_config
 from spartan_ray.run.replay import Replay
 from spartan_ray.run.setup import make_strategy
+from spartan_ray.vision.averaging import Average
+from spartan_ray.vision.classification import recalibrate
 from spartan_ray.vision.config import Parent
 from spartan_ray.vision.models import build_model
 
@@ -204,6 +206,21 @@ def test_several_generations_of_a_phase_are_phases_one_after_another() -> None:
         theta_D = theta_D + length * update_D / np.linalg.norm(update_D)
     np.testing.assert_allclose(vector(net), theta_D, atol=1e-5)
     assert outcome.after == pytest.approx(fitness_at(theta_D, first), abs=1e-5)
+
+
+def test_a_generation_after_one_that_stayed_has_cases_of_its_own_too() -> None:
+    """The parent is the same, and is to be sent again with the new cases."""
+    outcome = Population(network(), WithLoss(), fitness_cases=20).step(
+        EvolutionStrategies(8, generations=2, sigma=0.1, step="ratio", step_ratio=1e3, accept="if-better")
+    )
+    assert not outcome.accepted
+    assert outcome.note
+    assert outcome.note.startswith("0 of 2 generations moved; ")
+    assert outcome.after == outcome.before
+    for draw, one in enumerate(outcome.generations):
+        cases = np.sort(drawn(60, 0, (1 << 33) + 1 + (draw << 44))[:20])
+        assert one.before == pytest.approx(fitness_at(vector(network()), cases), abs=1e-6)
+    assert outcome.generations[0].before != outcome.generations[1].before
 
 
 def test_the_length_of_a_generation_is_the_first_guess_of_the_next() -> None:
@@ -379,6 +396,66 @@ def network_state(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in net.state_dict().items()}
 
 
+POINTS_PD = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 2.0], [1.0, 1.0], [-2.0, 3.0]], np.float32)
+
+
+def averaged(kind: str, number: float, points_PD: NDArray[np.float32], accuracy: Callable[[Vector], float]) -> Average:
+    """The average of a network of two parameters that was at these points, the first before any epoch."""
+    model = FlatModel(nn.Linear(2, 1, bias=False), CPU)
+    model.theta_D.copy_(torch.from_numpy(points_PD[0]))
+    average = Average(kind, number, model, lambda: None, lambda: accuracy(model.theta_D.numpy().astype(np.float64)))
+    for point_D in points_PD[1:]:
+        model.theta_D.copy_(torch.from_numpy(point_D))
+        average.after_step()
+        average.after_epoch()
+        assert model.theta_D.numpy().tolist() == point_D.tolist()  # the network itself stays where it is
+    return average
+
+
+def test_averages_are_their_formulas() -> None:
+    for count in (1, 3, 9):
+        found = averaged("epochs", count, POINTS_PD, lambda theta_D: 0.0)
+        np.testing.assert_allclose(found.theta_D.numpy(), POINTS_PD[1:][-count:].mean(0), atol=1e-6)
+    expected_D = POINTS_PD[0]
+    for point_D in POINTS_PD[1:]:
+        expected_D = 0.7 * expected_D + 0.3 * point_D
+    found = averaged("ema", 0.7, POINTS_PD, lambda theta_D: 0.0)
+    np.testing.assert_allclose(found.theta_D.numpy(), expected_D, atol=1e-6)
+
+
+def test_a_soup_has_those_that_make_it_no_worse_from_the_best_on() -> None:
+    def accuracy(theta_D: Vector) -> float:
+        return -float(np.abs(theta_D - (2.0, 0.6)).sum())
+
+    for count in (2, 4):
+        points = sorted(POINTS_PD[1:][-count:].astype(np.float64), key=lambda point_D: -accuracy(point_D))
+        chosen, best = [points[0]], accuracy(points[0])
+        for point_D in points[1:]:
+            if (now := accuracy(np.mean([*chosen, point_D], axis=0))) >= best:
+                chosen, best = [*chosen, point_D], now
+        assert 1 <= len(chosen) < 4
+        found = averaged("soup", count, POINTS_PD, accuracy)
+        np.testing.assert_allclose(found.theta_D.numpy(), np.mean(chosen, axis=0), atol=1e-6)
+    assert len(chosen) > 1, "or nothing was mixed"
+
+
+def test_a_network_is_its_average_for_a_while_with_statistics_of_its_own() -> None:
+    net = network()
+    model, before = flat(net), {name: value.clone() for name, value in net.state_dict().items()}
+    average = Average("epochs", 2, model, lambda: recalibrate(net, INPUTS_NI), lambda: 0.0)
+    average.after_epoch()
+    with torch.no_grad():
+        model.theta_D.mul_(1.5)
+    average.after_epoch()
+    now = {name: value.clone() for name, value in net.state_dict().items()}
+    with average.as_network():
+        assert torch.allclose(net[0].weight, before["0.weight"] * 1.25)  # type: ignore[arg-type]
+        hidden_NH = torch.tanh(INPUTS_NI @ net[0].weight.T + net[0].bias)  # type: ignore[operator]
+        torch.testing.assert_close(net[2].running_mean, hidden_NH.mean(0))
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, now[name])
+
+
 RUNS: dict[str, dict[str, Any]] = {
     "own cases": {
         "evolution": {"mirrored": True, "cases": "own", "fitness_images": 16, "generations": 2, "step": "search"}
@@ -440,6 +517,7 @@ def test_an_average_needs_the_epochs_that_it_is_of(local_ray: None, small_config
 @pytest.mark.parametrize(("sections", "said"), [
     ({"evolution": {"cases": "own", "fitness_images": 32}}, "evolution.cases (own) needs evolution.mirrored"),
     ({"evolution": {"cases": "own", "mirrored": True}}, "evolution.cases (own) needs evolution.fitness_images"),
+    ({"evolution": {"subspace": "trajectory:2", "every": 1}}, "evolution.subspace (trajectory) needs epochs between"),
     ({"evolution": {"of": "average"}}, "evolution.of (average) needs parent.average"),
     ({"evolution": {"subspace": "random:0"}}, "evolution.subspace ('random:0'): expected none, random:1 to"),
     ({"evolution": {"subspace": "random:4", "sigma_scale": "relative"}}, "evolution.sigma_scale (relative) has no"),

@@ -116,7 +116,7 @@ class Evaluator:
         """Take a new parent. On a CPU its parameters stay where they are, shared with other workers."""
         self.theta_D = _tensor(parent.theta_D, self.device)
         self.parent, self.buffers = parent, self.model.buffers
-        self.versions = [-1] * len(self.buffers)
+        self.versions, self.statistics = [-1] * len(self.buffers), len(list(self.model.module.buffers()))
         self.parent_buffers = [_tensor(buffer, self.device) for buffer in parent.buffers]
         self.random = torch.Generator().manual_seed(parent.seed).get_state()
         self.case_sets = parent.case_sets
@@ -227,10 +227,13 @@ class Evaluator:
         Whatever the fitness does to the network or draws, the next member finds what this one found."""
         if self.model.module.training:
             self.model.module.eval()
-        for place, (buffer, parent) in enumerate(zip(self.buffers, self.parent_buffers, strict=True)):
-            if buffer._version != self.versions[place]:
-                buffer.copy_(parent)
-                self.versions[place] = buffer._version
+        changed = [buffer._version != version for buffer, version in zip(self.buffers, self.versions, strict=True)]
+        # BatchNorm writes its statistics without counting a version, and counts its batches: all of them or none.
+        if any(changed[: self.statistics]):
+            changed[: self.statistics] = [True] * self.statistics
+        for place in np.flatnonzero(changed):
+            self.buffers[place].copy_(self.parent_buffers[place])
+            self.versions[place] = self.buffers[place]._version
         torch.default_generator.set_state(self.random)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(self.parent.seed)

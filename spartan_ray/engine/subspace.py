@@ -72,7 +72,7 @@ class Subspace:
             return Basis(differences(self.trajectory).cpu().numpy())
         rows_MD = torch.stack([(random if self.kind == "random" else gradient)(m) for m in range(self.count)])
         if self.kind == "random":
-            return Basis((rows_MD / math.sqrt(self.count)).cpu().numpy())
+            return Basis(rows_MD.div_(math.sqrt(self.count)).cpu().numpy())
         rows_MD = orthonormal(rows_MD)
         if not len(rows_MD):
             raise InputError("subspace guided: the gradients are zero")
@@ -112,4 +112,4 @@ def orthonormal(rows_MD: torch.Tensor) -> torch.Tensor:
                 row_D.sub_(other_D, alpha=dot(row_D, other_D))
         if norm(row_D) > 1e-4 * length > 0:
             kept.append(row_D.div_(norm(row_D)))
-    return torch.stack(kept) if kept else rows_MD[:0]
+    return rows_MD if len(kept) == len(rows_MD) else torch.stack(kept) if kept else rows_MD[:0]

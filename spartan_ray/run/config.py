@@ -162,6 +162,8 @@ class Evolution(Section):
             )
         if self.mirrored and self.population % 2:
             raise ValueError(f"evolution.population ({self.population}) must be even when mirrored")
+        if self.subspace.startswith("trajectory") and self.every < 2:
+            raise ValueError("evolution.subspace (trajectory) needs epochs between the phases: evolution.every above 1")
         if self.subspace != "none" and self.sigma_scale == "relative":
             raise ValueError("evolution.sigma_scale (relative) has no meaning in a subspace (evolution.subspace)")
         if self.cases == "own" and not (self.mirrored and self.fitness_images):

@@ -4,6 +4,7 @@ parameters."""
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -52,7 +53,7 @@ class Average:
             self._stir()
 
     def _stir(self) -> None:
-        chosen, best = list[torch.Tensor](), -1.0
+        chosen, best = list[torch.Tensor](), -math.inf
         for _, theta_D in sorted(self.last, key=lambda one: -one[0]):
             mixed_D = mean([*chosen, theta_D])
             with self._as(mixed_D):

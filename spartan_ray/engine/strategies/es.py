@@ -161,7 +161,7 @@ class EvolutionStrategies:
             before=before,
             after=before,
             rate=decayed(self.lr, self.lr_decay, number, self.every),
-            cases=self.own_cases or 0,
+            cases=int(scores.cases_K.max()) if self.own_cases else 0,
         )
         if not shaped_K.any():
             finite = np.isfinite(centred_K).sum()
