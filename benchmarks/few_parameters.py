@@ -57,7 +57,7 @@ def main() -> None:
         network = build_model(Parent(), 10)
 
         def gradient(network: torch.nn.Module, generation: int) -> None:
-            chance = torch.Generator().manual_seed(generation)
+            chance = torch.Generator().manual_seed(generation % 1009)  # it takes 32 bits
             for parameter in network.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=chance)
 
