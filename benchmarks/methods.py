@@ -24,7 +24,7 @@ from spartan_ray import EvolutionStrategies, Population
 from spartan_ray.engine.flat import FlatModel, dot, norm
 from spartan_ray.engine.process import set_up
 from spartan_ray.engine.strategies.es import SEARCH_FACTORS, SEARCH_LENGTHS, best_length, less_pair_mean, peak
-from spartan_ray.engine.strategies.requests import Members, Score, Scores, SetDirection, line, merge_seeds
+from spartan_ray.engine.strategies.requests import Members, Score, Scores, SetDirection, SetScale, line, merge_seeds
 from spartan_ray.engine.strategies.shaping import zscore
 from spartan_ray.noise.contract import member_seeds
 from spartan_ray.vision.averaging import Average, mean
@@ -232,6 +232,9 @@ class Bench:
         """Make the update of these members the scale, and find its length by a statistic on the search images."""
         shaped_K = zscore(less_pair_mean(statistic_K) if way.own else statistic_K)
         seed_U, weight_U = merge_seeds(members, shaped_K)
+        population.answer(SetScale("none"))
+        if population.subspace:
+            population.take_basis()
         population.mutation_norm = population._mutation_norm(members[:1])
         population.answer(SetDirection(seed_U, weight_U, 1.0, ratio=1.0))
         found: dict[float, float] = {}

@@ -205,6 +205,8 @@ def test_several_generations_of_a_phase_are_phases_one_after_another() -> None:
         length = 0.4 * sigma * RMS["uniform"] * math.sqrt(len(theta_D))
         theta_D = theta_D + length * update_D / np.linalg.norm(update_D)
     np.testing.assert_allclose(vector(net), theta_D, atol=1e-5)
+    moved = np.linalg.norm(theta_D - vector(network())) / (sigma * RMS["uniform"] * math.sqrt(len(theta_D)))
+    assert outcome.step_ratio == pytest.approx(moved, rel=1e-3)
     assert outcome.after == pytest.approx(fitness_at(theta_D, first), abs=1e-5)
 
 
@@ -220,6 +222,9 @@ def test_a_generation_after_one_that_stayed_has_cases_of_its_own_too() -> None:
     for draw, one in enumerate(outcome.generations):
         cases = np.sort(drawn(60, 0, (1 << 33) + 1 + (draw << 44))[:20])
         assert one.before == pytest.approx(fitness_at(vector(network()), cases), abs=1e-6)
+        for seed, fitness in zip(one.members.seed_K.tolist(), one.fitness_K, strict=True):
+            member_D = vector(network()) + 0.1 * noise("uniform", seed, 0, len(vector(network())))
+            assert fitness == pytest.approx(fitness_at(member_D, cases), abs=1e-5)
     assert outcome.generations[0].before != outcome.generations[1].before
 
 

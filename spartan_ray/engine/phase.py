@@ -93,7 +93,11 @@ class Phase:
         generation = self.generation_begun
         self.case_sets = draw_cases(self.case_counts, self.fitness.cases, self.seed, generation, draw)
         self.random = random_key(self.seed, RANDOM_OF_GENERATION + generation + draw * DRAWS_APART)
-        self.parent_changed, self.mutation_norm = True, 0.0
+        self.parent_changed = True
+        if draw:
+            self.mutation_norm = 0.0
+        if self.scale_is_update:  # of a generation that took none
+            self.scale, self.scale_is_update, self.scale_changed = self.noise_scale, False, True
 
     def set_out(self, case_sets: dict[CaseSet, NDArray[np.int64]], generation: int) -> None:
         """Take the network as it is now for the parent, and these cases."""

@@ -231,7 +231,8 @@ class Population(Phase):
         self.generation = state["generation"]
         if self.subspace:
             self.subspace.trajectory.clear()
-            self.subspace.trajectory.extend(state["trajectory"])
+            device = self.model.theta_D.device
+            self.subspace.trajectory.extend(theta_D.to(device) for theta_D in state["trajectory"])
         self.updates.load_moments(state["optimizer"])
         self.model.read()
         if state["theta_D"] is not None:

@@ -334,7 +334,7 @@ class Driver:
             """Whether the next evolve phase starts from what it has."""
             return bool(run.keep_parents and self.population and -(epoch + 1) % every + 1 <= to_replay)
 
-        prune(folder, epoch, max(run.keep, to_go_on), replayed)
+        prune(folder, epoch, run.keep + max(0, to_go_on - 1), replayed)  # to go on from each of `keep`
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Be what the run was at a checkpoint. Raises InputError when its images or devices are others now."""

@@ -187,11 +187,14 @@ class Replay:
             raise InputError(f"{self.run}: data.root: the images are not those that the run had")
         if self.config.evolution.of == "average":
             self.average = make_average(self.config, self.model, self.splits.to(self.device), self.normalise)
-        be_after_epoch(self.model.module, checkpoint, checkpoints, epochs_behind(self.config)[1], self._remember)
-        if self.average:
-            if self.average.kind == "ema":
-                self.average.theta_D.copy_(checkpoint.tensors["average"]["theta"])
-            self.average.become()
+        if self.population.subspace:
+            self.population.subspace.trajectory.clear()
+        with threads(self.config.parent.threads):
+            be_after_epoch(self.model.module, checkpoint, checkpoints, epochs_behind(self.config)[1], self._remember)
+            if self.average:
+                if self.average.kind == "ema":
+                    self.average.theta_D.copy_(checkpoint.tensors["average"]["theta"])
+                self.average.become()
         if self.model.digest() != str(journal["parent"]):
             raise InputError(f"{path}: the journal of another parent than the checkpoint's")
         evolution = self.config.evolution

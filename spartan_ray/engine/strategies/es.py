@@ -98,6 +98,7 @@ class EvolutionStrategies:
             own_cases is not None and not mirrored, f"own_cases ({own_cases}) compares the members of a mirrored pair"
         )
         refuse(adapt_sigma and step != "search", f"adapt_sigma has no effect with step {step!r}: it needs search")
+        refuse(adapt_sigma and generations == 1, "adapt_sigma has no effect with one generation a phase (generations)")
         for name, number in (("sigma", sigma), ("lr", lr), ("step_ratio", step_ratio)):
             refuse(not 0 < number < np.inf, f"{name} ({number}) must be above 0 and finite")
         for name, number in (("sigma_decay", sigma_decay), ("lr_decay", lr_decay)):
