@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from spartan_ray import EvolutionStrategies, Population
 from spartan_ray.engine.flat import FlatModel, dot, norm
+from spartan_ray.engine.guards import keeping_gradients
 from spartan_ray.engine.process import set_up
 from spartan_ray.engine.strategies.es import SEARCH_FACTORS, SEARCH_LENGTHS, best_length, less_pair_mean, peak
 from spartan_ray.engine.strategies.requests import Members, Score, Scores, SetDirection, SetScale, line, merge_seeds
@@ -30,7 +31,7 @@ from spartan_ray.noise.contract import member_seeds
 from spartan_ray.vision.averaging import Average, mean
 from spartan_ray.vision.classification import Classification, Normaliser, recalibrate, score
 from spartan_ray.vision.config import Data, Parent
-from spartan_ray.vision.data import Splits, load_splits
+from spartan_ray.vision.data import Images, Splits, load_splits
 from spartan_ray.vision.models import initial_model
 from spartan_ray.vision.training import Trainer
 
@@ -40,8 +41,9 @@ SGD_IMAGES, EVOLUTION_IMAGES, SEARCH_IMAGES = 10_000, 20_000, 2_048
 BUDGETS = (1_000_000, 4_000_000)
 # Members that are scored between two writes.
 BLOCK = 2_000
-# Images that judge an update, of those that scored members and of those that did not, and that the cosine is taken on.
+# Images at most that judge an update, of those that scored members and of those that did not, and of the gradient.
 JUDGED = 4_096
+GRADIENT_IMAGES = 1_024
 STATISTICS = ("loss", "accuracy")
 
 
@@ -105,10 +107,9 @@ class Bench:
         self.model.theta_D.copy_(self.thetas[-1])
         self.model.load_buffers(self.buffers)
 
-    def judge(self, case_N: NDArray[np.int64] | None = None) -> tuple[float, float]:
-        """Loss and accuracy of the network as it is on evolution images, or on all test images."""
-        images = self.splits.test if case_N is None else self.splits.evolution[torch.from_numpy(case_N)]
-        result = score(self.network, images, self.normalise)
+    def judge(self, images: Images | None = None) -> tuple[float, float]:
+        """Loss and accuracy of the network as it is on images, by default on all test images."""
+        result = score(self.network, images or self.splits.test, self.normalise)
         return result.loss, result.accuracy
 
     def add(self, **row: Any) -> None:
@@ -119,9 +120,8 @@ class Bench:
     def done(self, way: str) -> bool:
         """Whether all rows of a way are there."""
         lines = self.rows_path.read_text().splitlines() if self.rows_path.exists() else []
-        return any(
-            row["parent"] == self.parent and row["way"] == way and row.get("last") for row in map(json.loads, lines)
-        )
+        mine = {"parent": self.parent, "precision": self.precision, "way": way, "last": True}
+        return any(mine.items() <= {**row, "lengths": None}.items() for row in map(json.loads, lines))
 
     def baselines(self) -> None:
         """The parent, averages of its last epochs, and a greedy soup chosen on the evolution split."""
@@ -178,12 +178,12 @@ class Bench:
     def single(self, name: str, way: Way) -> None:
         """One update by every population up to the largest budget, by loss and by accuracy, of the same members."""
         with self.population(way) as population:
-            population.begin(("fitness", "search", "confirm"), 1)
+            population.begin(("fitness", "search"), 1)
             most = BUDGETS[-1] // way.images // 2 * 2
             members = pairs_of(self.parent, most, way.sigma)
             mean_KM = self._scored(name, way, population, members)
             gradient_D = self._gradient(population)
-            before = self._judged(population)
+            before = self._judged(population.case_sets["fitness"][:JUDGED])
             budgets = [budget // way.images // 2 * 2 for budget in BUDGETS]
             populations = sorted({50, 200, 1000, 5000, *budgets} & set(range(most + 1)))
             for count in populations:
@@ -200,7 +200,7 @@ class Bench:
 
     def _scored(self, name: str, way: Way, population: Population, members: Members) -> NDArray[np.float64]:
         """The members' mean statistics, K x M, from the file as far as it goes."""
-        path = self.folder / f"scores-{self.parent}-{name.replace(' ', '-').replace(',', '')}.npy"
+        path = self.folder / f"scores-{self.parent}-{self.precision}-{name.replace(' ', '-').replace(',', '')}.npy"
         found = np.load(path) if path.exists() else np.empty((0, 2))
         while len(found) < len(members):
             started, first = time.time(), len(found)
@@ -215,15 +215,14 @@ class Bench:
 
     def _gradient(self, population: Population) -> torch.Tensor:
         """Of the loss of images that score members, for the cosine."""
-        population._backward(self.network, population.case_sets["fitness"][:JUDGED])
-        gradient_D = population.model.gradient()
-        self.network.zero_grad(set_to_none=True)
-        return gradient_D
+        with keeping_gradients(self.network):
+            population._backward(self.network, population.case_sets["fitness"][:GRADIENT_IMAGES])
+            return population.model.gradient()
 
-    def _judged(self, population: Population) -> dict[str, tuple[float, float]]:
-        """Loss and accuracy of the network as it is on images that scored, on others, and on the test images."""
-        sets = population.case_sets
-        scored, unscored = sets["fitness"][:JUDGED], sets["confirm"][:JUDGED]
+    def _judged(self, scored_N: NDArray[np.int64]) -> dict[str, tuple[float, float]]:
+        """Loss and accuracy of the network as it is on images that scored, on those of the validation split, which
+        scored nothing, and on the test images."""
+        scored, unscored = self.splits.evolution[torch.from_numpy(scored_N)], self.splits.validation[slice(0, JUDGED)]
         return {"scored": self.judge(scored), "unscored": self.judge(unscored), "test": self.judge()}
 
     def _update(
@@ -264,7 +263,7 @@ class Bench:
         theta_D = model.theta_D.clone()
         model.theta_D.add_(update_D, alpha=length)
         model.write()
-        after = self._judged(population)
+        after = self._judged(population.case_sets["fitness"][:JUDGED])
         model.theta_D.copy_(theta_D)
         model.write()
         row = {"cosine": -dot(update_D, gradient_D) / lengths if lengths else None}
@@ -278,13 +277,14 @@ class Bench:
                     count = budget // way.images // way.generations // 2 * 2
                     strategy = EvolutionStrategies(
                         count, generations=way.generations, sigma=way.sigma, mirrored=True, step="search",
-                        own_cases=way.images if way.own else None, confirm=False,
+                        own_cases=way.images if way.own else None,
                     )  # fmt: skip
-                    population.begin((*strategy.case_sets, "confirm"), 1)
-                    before = self._judged(population)
+                    population.begin(strategy.case_sets, 1)
+                    scored_N = population.case_sets["fitness"][:JUDGED]
+                    before = self._judged(scored_N)
                     outcome = population.step(strategy)
                     lengths = [one.length if one.accepted else 0 for one in outcome.generations]
-                    after = self._judged(population)
+                    after = self._judged(scored_N)
                     last = budget == BUDGETS[-1] and fitness == "accuracy"
                     self.add(
                         way=name,

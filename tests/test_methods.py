@@ -232,7 +232,8 @@ def test_the_length_of_a_generation_is_the_first_guess_of_the_next() -> None:
     outcome = Population(network(), WithLoss(), seed=1).step(
         EvolutionStrategies(20, generations=4, sigma=0.1, step="search", adapt_sigma=True)
     )
-    last, sigma = None, 0.1
+    last: float | None = None
+    sigma = 0.1
     for one in outcome.generations:
         assert one.search
         assert one.members.gain_K.tolist() == [np.float32(sigma)] * 20
@@ -241,8 +242,10 @@ def test_the_length_of_a_generation_is_the_first_guess_of_the_next() -> None:
             assert lengths == pytest.approx([0, last / 2**0.5, last * 2**0.5])
         else:
             assert len(lengths) > 5
-        last = one.length if one.accepted else (last or 1 / 32) / 2
-        if one.accepted:
+        if not one.accepted:
+            last = last and last / 2
+        else:
+            last = one.length
             factor = min(1.25, max(0.8, math.sqrt(2 * last)))
             assert adaptation(last) == pytest.approx(factor)
             sigma, last = sigma * factor, last / factor
@@ -466,6 +469,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "evolution": {"mirrored": True, "cases": "own", "fitness_images": 16, "generations": 2, "step": "search"}
         | {"adapt_sigma": True, "diagnostics": True}
     },
+    "refused": {"evolution": {"optimizer": "adam", "generations": 6, "accept": "if-better", "step": "ratio"}},
     "few": {"evolution": {"mutate": "batchnorm,biases", "batchnorm": "recalibrate", "generations": 2, "sigma": 0.05}},
     "trajectory": {"evolution": {"subspace": "trajectory:2", "sigma": 0.3, "generations": 2}},
     "guided": {"evolution": {"subspace": "guided:2", "optimizer": "adam", "lr": 0.001}},
@@ -500,6 +504,9 @@ def test_a_run_by_each_method_resumes_and_replays(local_ray: None, small_config:
         table = final_table({"run": read_run(whole).metrics})
         assert table["run"].tolist() == ["run", "run, average"]
         assert table["test accuracy"][1] == f"{rows[-1]['average_test_accuracy']:.4f}"
+    if method == "refused":
+        taken: Any = read_journal(whole / "journal" / "000006.npz")["weight"].reshape(6, -1).any(1).tolist()
+        assert True in taken[taken.index(False) :], "or no update comes after a refused one"
     if config.evolution.diagnostics:
         phase = next(row for row in rows if row.get("accepted"))
         assert phase["noise_share"] == pytest.approx(1 - phase["cosine"] ** 2)
@@ -523,6 +530,8 @@ def test_an_average_needs_the_epochs_that_it_is_of(local_ray: None, small_config
     ({"evolution": {"cases": "own", "fitness_images": 32}}, "evolution.cases (own) needs evolution.mirrored"),
     ({"evolution": {"cases": "own", "mirrored": True}}, "evolution.cases (own) needs evolution.fitness_images"),
     ({"evolution": {"subspace": "trajectory:2", "every": 1}}, "evolution.subspace (trajectory) needs epochs between"),
+    ({"evolution": {"of": "average", "every": 1}, "parent": {"average": "ema:.9"}}, "evolution.of (average) needs epo"),
+    ({"data": {"sgd_on_evolution": True}, "parent": {"average": "soup:2"}}, "parent.average (soup) chooses by images"),
     ({"evolution": {"of": "average"}}, "evolution.of (average) needs parent.average"),
     ({"evolution": {"subspace": "random:0"}}, "evolution.subspace ('random:0'): expected none, random:1 to"),
     ({"evolution": {"subspace": "random:4", "sigma_scale": "relative"}}, "evolution.sigma_scale (relative) has no"),

@@ -43,6 +43,9 @@ class FlatModel:
             view.copy_(parameter.detach())
             if not copied:
                 parameter.data = view
+        for weight in weights if views else ():  # those that are not moved run fastest so too
+            if not any(weight is parameter for parameter in self.parameters):
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     def _parts(self, vector_D: torch.Tensor) -> tuple[torch.Tensor, ...]:
         parts: tuple[torch.Tensor, ...] = vector_D.split([shape.numel() for shape in self.shapes], dim=-1)

@@ -22,6 +22,7 @@ from spartan_ray.engine.executor import Executor, LocalExecutor
 from spartan_ray.engine.flat import FlatModel, dot, norm
 from spartan_ray.engine.guards import keeping_gradients
 from spartan_ray.engine.strategies.requests import (
+    WHOLE,
     CaseSet,
     Compare,
     DrawCases,
@@ -114,6 +115,11 @@ class Phase:
         match request:
             case Score():
                 refuse(request.cases not in self.case_sets, f"cases {request.cases!r}: not in the strategy's case_sets")
+                own = request.own
+                refuse(own is not None and own < 1, f"Score: own ({own}) must be at least 1")
+                refuse(
+                    own is not None and request.part != WHOLE, "Score: own cases are drawn of the whole set, not a part"
+                )
                 scores = self.score_members(request)
                 return scores if request.onto is None else pooled(self.fitness, request.onto, scores)
             case DrawCases(draw):

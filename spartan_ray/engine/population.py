@@ -161,8 +161,8 @@ class Population(Phase):
         moved = norm(theta_D.sub_(self.model.theta_D))
         if outcome.cosine is not None:
             last = (outcome.generations or [outcome])[-1]
-            directions = len(self.basis.rows_MD) if self.basis and not self.basis.whole else len(theta_D)
-            outcome.cosine_expected = math.sqrt(min(1.0, len(np.unique(last.members.seed_K)) / directions))
+            if self.subspace is None:
+                outcome.cosine_expected = math.sqrt(min(1.0, len(np.unique(last.members.seed_K)) / len(theta_D)))
         outcome.step_ratio = moved / self.mutation_norm if self.mutation_norm else 0.0
         outcome.cases, outcome.cases_scored = outcome.cases or len(self.case_sets["fitness"]), self.cases_scored
         outcome.seconds, outcome.workers = self.seconds, self.executor.workers

@@ -229,6 +229,12 @@ class Config(Section):
         evolution, data = self.evolution, self.data
         if evolution.of == "average" and self.parent.average == "none":
             raise ValueError("evolution.of (average) needs parent.average")
+        if evolution.of == "average" and evolution.every < 2:
+            raise ValueError("evolution.of (average) needs epochs between the phases: evolution.every above 1")
+        if data.sgd_on_evolution and self.parent.average.startswith("soup"):
+            raise ValueError(
+                "parent.average (soup) chooses by images that SGD does not see, and data.sgd_on_evolution shows it all"
+            )
         if evolution.strategy != "none":
             if data.evolution_images:
                 evolution.image_counts(data.evolution_images)

@@ -17,6 +17,7 @@ from spartan_ray.run.checkpoint import write_whole
 
 # Columns with a row a member, and the values of the whole generation, by the kind of number that they are.
 COLUMNS = {"member": "i", "seed": "u", "offset": "f", "gain": "f", "fitness": "f", "images": "i", "weight": "f"}
+COLUMNS |= {"estimate": "f"}
 VALUES = {"before": "f", "after": "f", "parent": "U", "next_parent": "U"}
 # Those of each generation of the phase, which have equally many of the rows.
 UPDATES = {"rate": "f", "factor": "f", "length": "f"}
@@ -28,6 +29,7 @@ def write_journal(folder: Path, generation: int, outcome: Outcome, parent: str, 
     """Write `folder`/000005.npz for generation 5. `parent` and `next_parent` are the digests of the network
     before and after it. Raises RunError when it cannot be written.
 
+    `estimate` has the weights of an update also where it was not taken, since the optimizer's moments go on from it.
     A chosen member has the weight 1. Of an es update the estimated gradient is the sum of
     weight * gain * noise(seed); the optimizer makes the update of it at `rate`, which is rate times the
     estimate for plain sgd, and the parent moves by factor * length * update. With momentum, adam or weight
@@ -44,6 +46,7 @@ def write_journal(folder: Path, generation: int, outcome: Outcome, parent: str, 
         fitness=outcome.fitness_K,
         images=outcome.cases_K,
         weight=outcome.weight_K,
+        estimate=np.zeros(len(members)) if outcome.estimate_K is None else outcome.estimate_K,
         rate=np.array([one.rate for one in generations]),
         factor=np.array([one.factor for one in generations]),
         length=np.array([one.length for one in generations]),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from spartan_ray import __version__, origin
@@ -141,7 +142,7 @@ def phase_row(outcome: Outcome) -> Row:
         "search_fitness": outcome.search[1] if outcome.search else None,
         "step_ratio": outcome.step_ratio,
         **_diagnostics(outcome),
-        "generation_fitness": [float(np.nanmean(one.fitness_K)) for one in outcome.generations] or None,
+        "generation_fitness": [_mean(one.fitness_K) for one in outcome.generations] or None,
         "generation_lengths": [one.length if one.accepted else 0.0 for one in outcome.generations] or None,
         "images_scored": scored - outcome.discarded_cases,
         "images_saved": int((outcome.cases - cases_K[cases_K > 0]).sum()),
@@ -152,23 +153,36 @@ def phase_row(outcome: Outcome) -> Row:
     }
 
 
+def _mean(fitness_K: NDArray[np.float64]) -> float:
+    """Of those that are finite."""
+    finite_K = fitness_K[np.isfinite(fitness_K)]
+    return float(finite_K.mean()) if len(finite_K) else math.nan
+
+
+def _signal_to_noise(outcome: Outcome) -> float | None:
+    """Of mirrored pairs: half their difference is the slope along their noise, and their mean is all else."""
+    seed_K, fitness_K = outcome.members.seed_K, outcome.fitness_K
+    if len(seed_K) % 2 or not np.array_equal(seed_K[0::2], seed_K[1::2]):
+        return None
+    pair_P2 = fitness_K.reshape(-1, 2)
+    pair_P2 = pair_P2[np.isfinite(pair_P2).all(1)]
+    noise = float(pair_P2.mean(1).var()) if len(pair_P2) else 0.0
+    return float((pair_P2[:, 0] - pair_P2[:, 1]).var()) / 4 / noise if noise else None
+
+
 def _diagnostics(outcome: Outcome) -> Row:
     """What says what a phase was worth, where the cosine to the gradient was asked for."""
     if outcome.cosine is None:
         return {}
-    weight_K, seed_K = np.abs(outcome.weight_K), outcome.members.seed_K
-    squares, signal_to_noise = float((weight_K**2).sum()), None
-    if len(seed_K) % 2 == 0 and np.array_equal(seed_K[0::2], seed_K[1::2]):
-        # Half the difference of a mirrored pair is the slope along its noise, and their mean is all else.
-        plus_P, minus_P = outcome.fitness_K[0::2], outcome.fitness_K[1::2]
-        between = float(np.nanvar((plus_P + minus_P) / 2))
-        signal_to_noise = float(np.nanvar((plus_P - minus_P) / 2)) / between if between else None
+    weight_K = np.abs(outcome.weight_K)
+    squares = float((weight_K**2).sum())
+    last = (outcome.generations or [outcome])[-1]
     return {
         "cosine": outcome.cosine,
         "cosine_expected": outcome.cosine_expected,
         "noise_share": 1 - outcome.cosine**2,
         "effective_population": float(weight_K.sum()) ** 2 / squares if squares else 0.0,
-        "signal_to_noise": signal_to_noise,
+        "signal_to_noise": _signal_to_noise(last),
         "gain_per_million": (outcome.after - outcome.before) / outcome.cases_scored * 1e6,
     }
 

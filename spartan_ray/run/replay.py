@@ -218,10 +218,11 @@ class Replay:
             self.population.answer(SetScale("rms"))
 
     def _update(self, journal: Journal, draw: int) -> None:
-        """Move the parent as a generation of evolution strategies did."""
+        """Move the parent, and the moments of the optimizer, as a generation of evolution strategies did."""
         population = len(journal["weight"]) // len(journal["rate"])
         rows = slice(draw * population, (draw + 1) * population)
-        weight_K = journal["weight"][rows]
+        taken = bool(journal["weight"][rows].any())
+        weight_K = journal["weight" if taken else "estimate"][rows]
         if not weight_K.any():
             return
         self._set_out(draw)
@@ -231,8 +232,9 @@ class Replay:
             wanted = self.strategy.direction(seed_U, weight_U, float(journal["rate"][draw]))
             self.population.answer(replace(wanted, ratio=None))
             assert self.population.scale is not None, "the update"
-            self.population.scale = self.population.scale * float(journal["factor"][draw])
-            self.population.answer(Take(line(float(journal["length"][draw]))))
+            if taken:
+                self.population.scale = self.population.scale * float(journal["factor"][draw])
+                self.population.answer(Take(line(float(journal["length"][draw]))))
 
     def _take(self, journal: Journal, member: int) -> None:
         """Make a member the parent, as the run did."""

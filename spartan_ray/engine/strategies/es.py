@@ -135,7 +135,8 @@ class EvolutionStrategies:
             outcome = yield from self._generation(seed, number, draw, sigma, length)
             outcomes.append(outcome)
             if self.search:
-                length = outcome.length if outcome.accepted else (length or SEARCH_LENGTHS[1]) / 2
+                # After a first direction that led nowhere nothing is known of the next one's length.
+                length = outcome.length if outcome.accepted else length and length / 2
             if self.adapt_sigma and outcome.accepted and length:
                 factor = adaptation(length)
                 sigma, length = sigma * factor, length / factor
@@ -171,6 +172,7 @@ class EvolutionStrategies:
         seed_U, weight_U = merge_seeds(members, outcome.weight_K)
         if not len(seed_U):
             return outcome.stay("no update: the weights of the members cancel")
+        outcome.estimate_K = outcome.weight_K
         outcome.factor = yield self.direction(seed_U, weight_U, outcome.rate)
         if self.diagnostics:
             outcome.cosine = yield Compare()
@@ -259,6 +261,8 @@ def in_one(outcomes: list[Outcome], after: float) -> Outcome:
     members = joined(*(one.members for one in outcomes))
     whole = Outcome(members, fitness_K, cases_K, weight_K, outcomes[0].before, after, last.rate, note=note)
     whole.factor, whole.length, whole.cases, whole.cosine = last.factor, last.length, last.cases, last.cosine
+    made = [np.zeros(len(one.members)) if one.estimate_K is None else one.estimate_K for one in outcomes]
+    whole.estimate_K = np.concatenate(made)
     whole.confirm, whole.search, whole.generations = last.confirm, last.search, outcomes
     return whole
 

@@ -174,8 +174,10 @@ class Outcome:
     confirm: tuple[float, float] | None = None  # fitness before and after on the confirm cases
     search: tuple[list[float], list[float]] | None = None  # lengths tried, as step ratios, and their fitness
     cosine: float | None = None  # of the update to the gradient, where it was asked for
-    cosine_expected: float | None = None  # the root of how many seeds there are for each parameter that is moved
+    cosine_expected: float | None = None  # in the whole space: the root of seeds over parameters
     discarded_cases: int = 0  # scored for members that were drawn again from a new parent
+    # The weights of an update that was made, taken or not: the moments of its optimizer hold it.
+    estimate_K: NDArray[np.float64] | None = None
     generations: list[Outcome] = field(default_factory=list)  # of a phase of several, each by itself
 
     # What the population adds: how many cases score a member, where the strategy does not say it, how many were scored,
