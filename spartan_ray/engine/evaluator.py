@@ -168,9 +168,10 @@ class Evaluator:
         self, members: Members, cases: CaseSet, threshold: float, part: Part = WHOLE, own: int | None = None
     ) -> tuple[Scores, dict[int, str]]:
         """Score each member on a part of the cases, or on `own` of them, which its seed draws; one that can no longer
-        exceed the threshold is left. What is not
-        finite in any statistic has NaN for all of them, and for its fitness. So has a member for which the fitness
-        raised an error, and its text is in the second answer by the member's place."""
+        exceed the threshold is left. What is not finite in any statistic has NaN for all of them, and for its fitness.
+        So has a member for which the fitness raised an error, and its text is in the second answer by the member's
+        place."""
+        batches = [] if own else self._batches(cases, part)
         size = self.stack.size if self.stack else 1
         sums: list[torch.Tensor | None] = []
         failed: dict[int, str] = {}
@@ -181,11 +182,10 @@ class Evaluator:
                 first, stop = passes.pop()
                 try:
                     # A pass always has as many rows: the last member stands in those that are left.
-                    row_B = np.minimum(first + np.arange(size), stop - 1)
-                    batches = (
-                        self._own_batches(cases, own, members.seed_K[row_B]) if own else self._batches(cases, part)
-                    )
-                    sum_BM, cases_B = self._score(members, row_B, batches, threshold, bool(own))
+                    rows = [*range(first, stop), *[stop - 1] * (first + size - stop)]
+                    if own:
+                        batches = self._own_batches(cases, own, members.seed_K[rows])
+                    sum_BM, cases_B = self._score(members, rows, batches, threshold, bool(own))
                     sums.append(sum_BM if size == 1 else sum_BM[: stop - first])
                     cases_K[first:stop] = cases_B[: stop - first]
                 except DEVICE_ERRORS:  # the worker's fault, or that of what runs beside it
@@ -216,7 +216,7 @@ class Evaluator:
     def _score(
         self,
         members: Members,
-        row_B: NDArray[np.int64],
+        rows: list[int],
         batches: Sequence[Batch],
         threshold: float,
         own: bool,
@@ -227,30 +227,34 @@ class Evaluator:
         Whatever the fitness does to the network or draws, the next member finds what this one found."""
         if self.model.module.training:
             self.model.module.eval()
-        changed = [buffer._version != version for buffer, version in zip(self.buffers, self.versions, strict=True)]
-        # BatchNorm writes its statistics without counting a version, and counts its batches: all of them or none.
-        if any(changed[: self.statistics]):
-            changed[: self.statistics] = [True] * self.statistics
-        for place in np.flatnonzero(changed):
-            self.buffers[place].copy_(self.parent_buffers[place])
-            self.versions[place] = self.buffers[place]._version
+        if self.versions != [buffer._version for buffer in self.buffers]:
+            self._load_changed_buffers()
         torch.default_generator.set_state(self.random)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(self.parent.seed)
         if self.stack:
-            factors = members.seed_K[row_B], members.offset_K[row_B], members.gain_K[row_B]
+            factors = members.seed_K[rows], members.offset_K[rows], members.gain_K[rows]
             if self.basis is None:
                 self.kernel.descend_rows(self.theta_D, self.scale_D, *factors, self.stack.theta_BD, self.needed_R2)
             else:
                 for out_D, seed, offset, gain in zip(self.stack.theta_BD, *factors, strict=True):
                     self._descend(seed, offset, gain, out_D, self.needed_R2)
             return self._sum(functools.partial(self.stack.score, own=own), batches, threshold)
-        fitness, network, first = self.fitness, self.model.module, row_B[0]
+        fitness, network, first = self.fitness, self.model.module, rows[0]
         seed, offset, gain = members.seed_K[first], members.offset_K[first], members.gain_K[first]
         self._descend(int(seed), offset, gain, self.model.theta_D, self.needed_R2)
         self.model.write()
         with fitness.ready(network):
             return self._sum(lambda batch: _tensor_of(fitness(network, batch))[None], batches, threshold)
+
+    def _load_changed_buffers(self) -> None:
+        """Make those buffers the parent's that are no longer. BatchNorm writes its statistics without counting a
+        version, and counts its batches: of the network's own buffers all are taken, or none."""
+        changed = [buffer._version != version for buffer, version in zip(self.buffers, self.versions, strict=True)]
+        changed[: self.statistics] = [any(changed[: self.statistics])] * self.statistics
+        for place in np.flatnonzero(changed):
+            self.buffers[place].copy_(self.parent_buffers[place])
+            self.versions[place] = self.buffers[place]._version
 
     def _sum(
         self, score: Callable[[Any], torch.Tensor], batches: Sequence[Batch], threshold: float
