@@ -21,14 +21,14 @@ import torch
 from numpy.typing import NDArray
 
 from spartan_ray import EvolutionStrategies, Population
-from spartan_ray.engine.flat import FlatModel, dot, norm
+from spartan_ray.engine.flat import FlatModel, dot, mean, norm
 from spartan_ray.engine.guards import keeping_gradients
 from spartan_ray.engine.process import set_up
 from spartan_ray.engine.strategies.es import SEARCH_FACTORS, SEARCH_LENGTHS, best_length, less_pair_mean, peak
 from spartan_ray.engine.strategies.requests import Members, Score, Scores, SetDirection, SetScale, line, merge_seeds
 from spartan_ray.engine.strategies.shaping import zscore
 from spartan_ray.noise.contract import member_seeds
-from spartan_ray.vision.averaging import Average, mean
+from spartan_ray.vision.averaging import Average
 from spartan_ray.vision.classification import Classification, Normaliser, recalibrate, score
 from spartan_ray.vision.config import Data, Parent
 from spartan_ray.vision.data import Images, Splits, load_splits

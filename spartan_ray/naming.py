@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from typing import Any
 
@@ -53,6 +54,32 @@ def kind_and_number(
         return kind, float(number)
     known = [f"{kind}:1 to {kind}:{largest}" for kind, largest in counts.items()] + [f"{kind}:0.9" for kind in shares]
     raise InputError(f"{field} ({text!r}): expected none, {', '.join(known)}")
+
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+NUMBER = r"\d+(?:\.\d*)?(?:e-?\d+)?|\.\d+(?:e-?\d+)?"
+
+
+def optimizer_ranges(field: str, text: str) -> list[tuple[str, float, float]]:
+    """Optimizers with the ranges of their learning rates, such as `sgd:0.003..0.03,adam:1e-4..1e-3`. Raises InputError
+    for anything else."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(rf"({'|'.join(OPTIMIZERS)}):({NUMBER})\.\.({NUMBER})", part.strip())
+        low, high = (float(match[2]), float(match[3])) if match else (0.0, 0.0)
+        if not match or not 0 < low <= high < math.inf:
+            expected = (
+                f"{' or '.join(OPTIMIZERS)}, each with a range of learning rates: sgd:0.003..0.03,adam:1e-4..1e-3"
+            )
+            raise InputError(f"{field} ({text!r}): expected {expected}")
+        found.append((match[1], low, high))
+    return found
+
+
+def checked_ranges(field: str, text: str) -> str:
+    """The value of a field that `optimizer_ranges` can read. Raises InputError for another."""
+    optimizer_ranges(field, text)
+    return text
 
 
 def checked_kind(field: str, counts: dict[str, int], shares: tuple[str, ...], text: str) -> str:

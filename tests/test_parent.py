@@ -13,9 +13,9 @@ from local import make_spec, scored
 from spartan_ray.engine.draws import permutation
 from spartan_ray.engine.evaluator import ParentState
 from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.moments import load_optimizer, optimizer_state
 from spartan_ray.engine.strategies.requests import Members
 from spartan_ray.noise.contract import noise
-from spartan_ray.run.checkpoint import load_optimizer, optimizer_state
 from spartan_ray.vision.classification import Normaliser, mean_gradient, score
 from spartan_ray.vision.config import Data, Parent
 from spartan_ray.vision.data import load_splits

@@ -27,7 +27,8 @@ from spartan_ray.distributed.worker import Worker
 from spartan_ray.engine.evaluator import EvaluatorSpec
 from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part, Scores
 from spartan_ray.run.config import Config
-from spartan_ray.run.driver import Driver, Progress
+from spartan_ray.run.driver import Driver
+from spartan_ray.run.progress import Progress
 from spartan_ray.run.replay import Replay
 from spartan_ray.run.supervisor import Supervisor
 

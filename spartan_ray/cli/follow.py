@@ -52,7 +52,7 @@ def _row_line(row: dict[str, Any], epochs: int) -> str:
     if row["kind"] == "evolve":
         before, after = number(row["parent_fitness_before"]), number(row["parent_fitness_after"])
         line += f"  parent {before} -> {after} {effect(row)}"
-        line += f"  step ratio {number(row['step_ratio'], 2)}" if row["accepted"] else ""
+        line += f"  step ratio {number(row['step_ratio'], 2)}" if row["accepted"] and row["step_ratio"] else ""
     return line
 
 

@@ -152,12 +152,16 @@ def replay_run(arguments: argparse.Namespace) -> int:
 
     from spartan_ray.engine.process import set_up
     from spartan_ray.run.loading import load_run_config, refuse_code
-    from spartan_ray.run.replay import Replay, ran_on_gpu
+    from spartan_ray.run.recorded import ran_on_gpu
+    from spartan_ray.run.replay import Replay
+    from spartan_ray.run.replay_esgd import EsgdReplay
 
+    config = load_run_config(arguments.run)
     if not arguments.code:
-        refuse_code(arguments.run, load_run_config(arguments.run), "add --code if you trust it")
+        refuse_code(arguments.run, config, "add --code if you trust it")
     device = set_up(gpu=ran_on_gpu(arguments.run) and torch.cuda.is_available())
-    replay = Replay(arguments.run, print, device)
+    kind = EsgdReplay if config.evolution.strategy == "esgd" else Replay
+    replay = kind(arguments.run, print, device)
     if arguments.verify:
         agree = []
         for generation in replay.generations:

@@ -1,7 +1,7 @@
-"""The workers of a run: what they hold, and the two things that they do. Shapes: D parameters, K members.
+"""The workers of a run: what they hold, and the things that they do. Shapes: D parameters, K members.
 
-Both cover a range with tasks: members 0..K-1 with chunks to score, elements 0..D-1 with slices of the update.
-`dispatch.py` is the one engine for both, a transport carries the tasks: Ray's, or a scripted one of the tests.
+Each covers a range with tasks: members 0..K-1 with chunks to score, elements 0..D-1 with slices of the update.
+`dispatch.py` is the one engine for all, a transport carries the tasks: Ray's, or a scripted one of the tests.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -191,6 +191,31 @@ class Pool:
             sum_D[span.start : span.stop] = part
         self.seconds_per_noise = range_.seconds / (range_.elements * max(len(seed_K), 1))
         return sum_D
+
+    def each(self, method: str, items: Sequence[Any], *shared: Any, cases: int = 0) -> list[Any]:
+        """What `method(items, *shared)` of the workers' evaluators answers for each of some items, in their order. Each
+        takes so many cases. An answer that is a number and not finite is asked of a second worker too."""
+        sent = [self.transport.put(value) for value in shared]
+        answers: list[Any] = [None] * len(items)
+
+        def submit(worker: Any, start: int, stop: int) -> Any:
+            return self.transport.submit(worker, "ask", method, items[start:stop], *sent)
+
+        def next_size(slot: Slot, left: int) -> int:
+            usual = range_.seconds / range_.elements if range_.elements else None
+            return chunk_size(left, len(items), self.dispatcher.size, usual)
+
+        def give_up(start: int, reason: str) -> list[Any]:
+            raise PoolError(f"{method} failed on {TRIES} workers: {reason}")
+
+        def is_finite(answer: list[Any]) -> bool:
+            return all(math.isfinite(one) for one in answer if isinstance(one, float))
+
+        range_ = Range(submit, next_size, deque([Span(0, len(items))]), len(items), smallest=1)
+        for _, span, answer in self.dispatcher.cover(range_, is_finite, give_up):
+            answers[span.start : span.stop] = answer
+            self.advance(len(span), len(span) * cases)
+        return answers
 
     def _chunk_size(self, members: int, slot: Slot, left: int) -> int:
         if self.cluster.chunk != "auto":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from typing import Any
 
 import numpy as np
 import ray
@@ -62,6 +63,10 @@ class Worker:
         loaded = time.perf_counter()
         scores, failed = self.evaluator.evaluate(members, cases, threshold, part, own)
         return scores, failed, loaded - start, time.perf_counter() - loaded
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What a method of the evaluator answers."""
+        return getattr(self.evaluator, method)(*arguments)
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int

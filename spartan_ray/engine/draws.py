@@ -31,6 +31,12 @@ def permutation(count: int, *key: int) -> NDArray[np.int64]:
     return np.argsort(words, kind="stable")
 
 
+def fractions(count: int, *key: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1) that are a function of a key of two integers."""
+    word_N = np.random.Philox(key=np.array(key, np.uint64)).random_raw(count)
+    return np.ldexp((word_N >> np.uint64(11)).astype(np.float64), -53)
+
+
 def share_cases(
     sets: tuple[CaseSet, ...], fitness: int | None, confirm: int | None, available: int
 ) -> dict[CaseSet, int]:

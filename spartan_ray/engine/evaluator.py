@@ -68,14 +68,19 @@ class EvaluatorSpec:
     layout: dict[str, str] | None = None
 
     def make(self, device: torch.device) -> Evaluator:
-        network = copy.deepcopy(self.network) if isinstance(self.network, nn.Module) else self.network()
-        evaluator = Evaluator(network, copy.copy(self.fitness), self.noise, device, self.batch_members, self.mutate)
+        network, fitness = self.parts()
+        evaluator = Evaluator(network, fitness, self.noise, device, self.batch_members, self.mutate)
         if self.layout:
             there = {name: said.rpartition(" on ")[0] for name, said in self.layout.items()}
             here = {name: said.rpartition(" on ")[0] for name, said in evaluator.model.layout.items()}
             if here != there:
                 raise InputError("factory: makes a network with other trainable parameters than the population's")
         return evaluator
+
+    def parts(self) -> tuple[nn.Module, Fitness]:
+        """A network and a fitness of an evaluator's own."""
+        network = copy.deepcopy(self.network) if isinstance(self.network, nn.Module) else self.network()
+        return network, copy.copy(self.fitness)
 
 
 class Evaluator:
@@ -114,25 +119,26 @@ class Evaluator:
 
     def load(self, parent: ParentState) -> None:
         """Take a new parent. On a CPU its parameters stay where they are, shared with other workers."""
-        self.theta_D = _tensor(parent.theta_D, self.device)
+        self.theta_D = unpacked(parent.theta_D, self.device)
         self.parent, self.buffers = parent, self.model.buffers
         self.versions, self.statistics = [-1] * len(self.buffers), len(list(self.model.module.buffers()))
-        self.parent_buffers = [_tensor(buffer, self.device) for buffer in parent.buffers]
+        self.parent_buffers = [unpacked(buffer, self.device) for buffer in parent.buffers]
         self.random = torch.Generator().manual_seed(parent.seed).get_state()
+        if not _same_cases(self.case_sets, parent.case_sets):
+            self.prepared.clear()
+            self.own = None, []
         self.case_sets = parent.case_sets
-        self.prepared.clear()
-        self.own = None, []
 
     def load_scale(self, scale: Scale) -> None:
         """Take a new scale. On a CPU one of D elements stays where it is."""
-        self.scale_D = None if scale is None else _tensor(scale, self.device)
+        self.scale_D = None if scale is None else unpacked(scale, self.device)
         if self.scale_D is not None and len(self.scale_D) != len(self.theta_D):
             self.scale_D = self.model.spread(self.scale_D)
 
     def load_basis(self, basis: Basis | None) -> None:
         """Take another subspace, or the whole space. On a CPU its directions stay where they are."""
         self.basis = basis
-        self.rows_MD = None if basis is None else _tensor(basis.rows_MD, self.device)
+        self.rows_MD = None if basis is None else unpacked(basis.rows_MD, self.device)
 
     def _batches(self, cases: CaseSet, part: Part) -> list[Batch]:
         """A part of a set of cases in batches, prepared once for all members."""
@@ -366,14 +372,18 @@ def batched(case_N: torch.Tensor, largest: int | None) -> Iterator[torch.Tensor]
         yield case_N[start:stop]
 
 
+def _same_cases(one: dict[CaseSet, NDArray[np.int64]], other: dict[CaseSet, NDArray[np.int64]]) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
 def packed(buffer: torch.Tensor) -> Any:
     """A tensor as it is sent: as an array if numpy has its type, which takes a tenth of the time."""
     buffer = buffer.detach().cpu()
     return buffer if buffer.dtype == torch.bfloat16 else buffer.numpy()
 
 
-def _tensor(array: Any, device: torch.device) -> torch.Tensor:
-    """Memory that is shared is read-only, and so is what is done with the tensor."""
+def unpacked(array: Any, device: torch.device) -> torch.Tensor:
+    """What was sent as a tensor. Memory that is shared is read-only, and so is what is done with the tensor."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
         return torch.as_tensor(array).to(device)

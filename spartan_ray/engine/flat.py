@@ -168,6 +168,16 @@ def _layout(named: dict[str, nn.Parameter]) -> dict[str, str]:
     return {name: f"{tuple(p.shape)} of {p.dtype} on {p.device}" for name, p in named.items()}
 
 
+def mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of tensors of one shape, added in their order; of whole numbers, which count something, the largest."""
+    if not tensors[0].is_floating_point():
+        return torch.stack(list(tensors)).amax(0)
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        total += tensor
+    return total.div_(len(tensors))
+
+
 def norm_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm, summed in float64."""
     root: torch.Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)

@@ -1,34 +1,15 @@
-"""Evolution as a part of a gradient optimizer, and what becomes of the optimizer's moments when evolution moves the
-parameters. Shapes: T parameter tensors."""
+"""Evolution as a part of a gradient optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from torch.optim import Optimizer
 
+from spartan_ray.engine.moments import rescale_moments
 from spartan_ray.engine.population import Population
 from spartan_ray.engine.strategies.requests import Outcome, Strategy, refuse
-
-# State tensors of torch's optimizers that go with a power of the gradient.
-MOMENT_POWERS = {"momentum_buffer": 1, "exp_avg": 1, "exp_inf": 1, "grad_avg": 1}
-MOMENT_POWERS |= {"exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2}
-
-
-def rescale_moments(
-    optimizer: Optimizer, parameters: Sequence[torch.Tensor], before_T: torch.Tensor, after_T: torch.Tensor
-) -> None:
-    """Fit the moments to parameters that evolution moved: the first moment of a tensor by the ratio of its gradient's
-    norm after to before, the second by the ratio's square. Without it Adam divides the new parent's larger gradients
-    by the root of the old one's smaller squares."""
-    ratio_T = torch.where((before_T > 0) & (after_T > 0), after_T / before_T, torch.ones_like(after_T))
-    for parameter, ratio in zip(parameters, ratio_T.tolist(), strict=True):
-        state = optimizer.state.get(parameter, {})  # none of what it does not train
-        for name in MOMENT_POWERS.keys() & state.keys():
-            if state[name] is not None:
-                state[name] *= ratio ** MOMENT_POWERS[name]
 
 
 class EvolutionOptimizer(Optimizer):

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from spartan_ray.engine.moments import TensorDict, load_optimizer
 from spartan_ray.engine.population import Population
 from spartan_ray.errors import InputError, RunError
 from spartan_ray.run.config import Config
@@ -35,7 +36,6 @@ from spartan_ray.run.config import Config
 PARTS = ("network", "optimizer", "evolution", "average")
 # Without these a checkpoint still serves replay; only a resume needs the parent's optimizer.
 REPLAY_PARTS = ("network", "evolution", "average")
-TensorDict = dict[str, torch.Tensor]
 
 
 class CheckpointError(Exception):
@@ -209,38 +209,6 @@ def be_after_epoch(
         remember(epoch)
     load_network(module, checkpoint)
     remember(checkpoint.epoch)
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[TensorDict, dict[str, Any]]:
-    """The state dict of an optimizer in two parts: its tensors, named `3.exp_avg` for the parameter number 3, and the
-    rest, which JSON can hold."""
-    state, tensors = optimizer.state_dict(), {}
-    rest: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
-    for number, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{number}.{name}"] = value.contiguous()
-            else:
-                rest["state"].setdefault(str(number), {})[name] = value
-    return tensors, rest
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: TensorDict, rest: dict[str, Any]) -> None:
-    """Give an optimizer the state that `optimizer_state` took. What has the shape of its parameter gets its layout in
-    memory too, since torch rounds differently in another. Raises InputError for another optimizer's."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    try:
-        state: dict[int, dict[str, Any]] = {int(number): dict(values) for number, values in rest["state"].items()}
-        for key, value in tensors.items():
-            number, name = key.split(".")
-            parameter = parameters[int(number)]
-            if value.ndim and value.shape != parameter.shape:
-                raise ValueError(f"{key} is {tuple(value.shape)}")
-            laid_out = torch.empty_like(parameter).copy_(value) if value.ndim else value
-            state.setdefault(int(number), {})[name] = laid_out.detach()
-        optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise InputError(f"the checkpoint is of another optimizer: {error}") from None
 
 
 def load_evolution(population: Population, checkpoint: Checkpoint) -> None:

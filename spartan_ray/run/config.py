@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.engine.strategies.requests import CaseSet
-from spartan_ray.naming import SUBSPACES, checked_kind, checked_name, is_named
+from spartan_ray.naming import SUBSPACES, checked_kind, checked_name, checked_ranges, is_named
 from spartan_ray.noise.contract import NoiseKind
 from spartan_ray.section import Decay, Finite, NonNegativeFloat, PositiveFloat, Section, no_url
 from spartan_ray.vision.config import Data, Parent
@@ -40,10 +40,12 @@ class Run(Section):
 
 # A field that only one setting of another field uses: refused elsewhere, unless it has its default.
 ONLY_WITH: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(("sigma", "sigma_scale", "sigma_decay", "shaping", "mirrored", "noise"), ("strategy", "es")),
+    **dict.fromkeys(("sigma", "sigma_decay", "noise"), ("strategy", "es or esgd")),
+    **dict.fromkeys(("sigma_scale", "shaping", "mirrored"), ("strategy", "es")),
     **dict.fromkeys(
         ("step", "optimizer", "weight_decay", "cases", "generations", "subspace", "diagnostics"), ("strategy", "es")
     ),
+    **dict.fromkeys(("parents", "recombine", "elite", "optimizers"), ("strategy", "esgd")),
     "adapt_sigma": ("step", "search"),
     "step_ratio": ("step", "ratio"),
     "lr_decay": ("step", "lr"),
@@ -52,7 +54,11 @@ ONLY_WITH: dict[str, tuple[str, str]] = {
     "wave": ("accept", "chain"),
     "racing": ("accept", "best"),
 }
-STRATEGIES = ("es", "random-gradients", "none")
+# All that evolutionary SGD uses, and what of the parent it draws itself or has no use for.
+OF_ESGD = {"strategy", "every", "population", "fitness", "fitness_images", "batchnorm", "precision", "noise", "sigma"}
+OF_ESGD |= {"sigma_decay", "parents", "recombine", "elite", "optimizers"}
+NOT_OF_ESGD = ("optimizer", "lr", "gradient_noise", "moments_after_evolution", "average")
+STRATEGIES = ("es", "random-gradients", "esgd", "none")
 ACCEPT = {"es": ("always", "if-better"), "random-gradients": ("best", "chain")}
 LR = {"es": 0.0005, "random-gradients": 0.01}
 
@@ -63,11 +69,19 @@ class Evolution(Section):
     prefix = "evolution"
 
     strategy: Annotated[str, AfterValidator(partial(checked_name, "evolution.strategy", STRATEGIES))] = "es"
-    """es, random-gradients: the article's methods; none: SGD alone; package.module:Name, made with fields it takes."""
+    """es, random-gradients: the article's; esgd: evolutionary SGD; none: SGD alone; package.module:Name, a class."""
     every: PositiveInt = 5
     """Each so-many-th epoch is an evolve phase."""
     population: Annotated[int, Field(ge=2)] = 50
-    """Descendants a generation, K."""
+    """Descendants a generation, K; esgd: its offspring, lambda."""
+    parents: PositiveInt = 4
+    """esgd: parents that are trained side by side, mu; each is a whole network with its optimizer."""
+    recombine: PositiveInt = 2
+    """esgd: parents whose mean an offspring is, rho, before its noise."""
+    elite: PositiveInt | None = None
+    """esgd: the best, m, that are sure to be the next parents (default: half of them); the others are drawn."""
+    optimizers: Annotated[str, AfterValidator(partial(checked_ranges, "evolution.optimizers"))] = "sgd:0.003..0.03"
+    """esgd: what a parent draws its optimizer and learning rate from after each phase: sgd:0.01..0.1,adam:1e-4..1e-3"""
     fitness: FitnessKind = "loss"
     """Fitness of a descendant: minus its mean cross-entropy, or its accuracy."""
     generations: PositiveInt = 1
@@ -93,13 +107,13 @@ class Evolution(Section):
     of: Literal["parent", "average"] = "parent"
     """What a phase starts from: the parent, or its average (parent.average), which replaces it if the phase moves."""
     noise: NoiseKind = "uniform"
-    """es: distribution of the noise."""
+    """es, esgd: distribution of the noise."""
     sigma: PositiveFloat = 0.01
-    """es: scale of the noise, perturbation = sigma * noise."""
+    """es, esgd: scale of the noise, perturbation = sigma * noise."""
     sigma_scale: Literal["absolute", "relative"] = "absolute"
     """es: relative multiplies sigma by the RMS of each tensor, so that a tensor of zeros stays."""
     sigma_decay: Decay = 1.0
-    """es: factor of sigma after each evolve phase."""
+    """es, esgd: factor of sigma after each evolve phase."""
     lr: PositiveFloat | None = None
     """es: lr / (K sigma) * sum of weight * noise (default: 0.0005); random-gradients: lr * gradient * u (0.01)."""
     lr_decay: Decay = 1.0
@@ -143,13 +157,15 @@ class Evolution(Section):
             return self
         chosen = self.resolved()
         for name, (switch, wanted) in ONLY_WITH.items():
-            if switch == "accept" and wanted not in ACCEPT[self.strategy]:
+            if switch == "accept" and wanted not in ACCEPT.get(self.strategy, ()):
                 switch, wanted = "strategy", "random-gradients"
             value, setting = getattr(self, name), getattr(chosen, switch)
-            if value != type(self).model_fields[name].default and setting != wanted:
+            if value != type(self).model_fields[name].default and setting not in wanted.split(" or "):
                 raise ValueError(
                     f"evolution.{name} ({value}) has no effect with evolution.{switch} {setting}: it needs {wanted}"
                 )
+        if self.strategy == "esgd":
+            return self._as_esgd()
         if chosen.accept not in ACCEPT[self.strategy]:
             wanted = " or ".join(ACCEPT[self.strategy])
             raise ValueError(
@@ -175,9 +191,22 @@ class Evolution(Section):
             raise ValueError(f"evolution.low ({self.low:g}) must be below evolution.high ({self.high:g})")
         return self
 
+    def _as_esgd(self) -> Evolution:
+        for name, info in type(self).model_fields.items():
+            if name not in OF_ESGD and getattr(self, name) != info.default:
+                raise ValueError(f"evolution.{name} ({getattr(self, name)}) has no effect with evolution.strategy esgd")
+        for name in ("recombine", "elite"):
+            if (getattr(self, name) or 1) > self.parents:
+                raise ValueError(
+                    f"evolution.{name} ({getattr(self, name)}) is larger than evolution.parents ({self.parents})"
+                )
+        if self.every < 2:
+            raise ValueError("evolution.strategy (esgd) needs epochs between the phases: evolution.every above 1")
+        return self
+
     def resolved(self, workers: int = 1) -> Evolution:
         """With the defaults that depend on the strategy and on the workers that there are."""
-        if self.strategy == "none" or is_named(self.strategy):
+        if self.strategy not in LR:
             return self
         accept, lr = self.accept or ACCEPT[self.strategy][0], self.lr or LR[self.strategy]
         wave = self.wave or (workers if accept == "chain" else None)
@@ -227,6 +256,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _splits(self) -> Config:
         evolution, data = self.evolution, self.data
+        for name in NOT_OF_ESGD if evolution.strategy == "esgd" else ():
+            value = getattr(self.parent, name)
+            if value != Parent.model_fields[name].default:
+                raise ValueError(f"parent.{name} ({value}) has no effect with evolution.strategy esgd")
         if evolution.of == "average" and self.parent.average == "none":
             raise ValueError("evolution.of (average) needs parent.average")
         if evolution.of == "average" and evolution.every < 2:

@@ -9,7 +9,6 @@ import platform
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from spartan_ray.distributed.transport import RayTransport, pool_size
 from spartan_ray.distributed.worker import claim_device
 from spartan_ray.engine.evaluator import EvaluatorSpec
 from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.moments import load_optimizer, optimizer_state
 from spartan_ray.engine.population import Population
 from spartan_ray.engine.strategies.requests import Strategy
 from spartan_ray.errors import Diverged, InputError, one_line
@@ -28,16 +28,23 @@ from spartan_ray.run.checkpoint import (
     be_after_epoch,
     latest_checkpoint,
     load_evolution,
-    load_optimizer,
-    optimizer_state,
     prune,
     save_checkpoint,
     save_weights,
 )
 from spartan_ray.run.config import Config
+from spartan_ray.run.esgd import Parents
 from spartan_ray.run.journal import write_journal
+from spartan_ray.run.progress import Progress
 from spartan_ray.run.record import Row, RunFolder, lock_folder, phase_row
-from spartan_ray.run.setup import epochs_behind, make_average, make_population, make_strategy, refuse_sets
+from spartan_ray.run.setup import (
+    epochs_behind,
+    make_average,
+    make_breeder,
+    make_population,
+    make_strategy,
+    refuse_sets,
+)
 from spartan_ray.vision.averaging import Average
 from spartan_ray.vision.classification import Normaliser, score
 from spartan_ray.vision.data import load_splits
@@ -52,30 +59,6 @@ STEP_RATIO_LIMIT = 1.4
 
 class Stopped(Exception):
     """The user asked the run to end."""
-
-
-@dataclass
-class Progress:
-    """What a run is at. `rows` and `said` grow, so that a reader can ask for the new ones."""
-
-    folder: str | None = None
-    phase: str = "starting"
-    epoch: int = 0
-    epochs: int = 0
-    unit: str = ""
-    done: int = 0
-    total: int = 0
-    images: int = 0
-    started: float = 0.0
-    rows: list[Row] = field(default_factory=list)  # of the whole run
-    said: list[Row | str] = field(default_factory=list)  # rows of this driver and notes, as they came
-    driver_pid: int = field(default_factory=os.getpid)
-    worker_pids: list[int] = field(default_factory=list)
-
-    @property
-    def notes(self) -> list[str]:
-        """One-line messages for the user."""
-        return [said for said in self.said if isinstance(said, str)]
 
 
 class Driver:
@@ -95,6 +78,7 @@ class Driver:
         self.said_too_long = False
         self.pool: Pool | None = None
         self.population: Population | None = None
+        self.parents: Parents | None = None  # of evolutionary SGD, instead of a population
         self.average: Average | None = None
         self.strategy: Strategy | None = None
         self.at_end = contextlib.ExitStack()
@@ -105,7 +89,7 @@ class Driver:
         """The whole run, or what is left of it. False when `stop` ended it early."""
         try:
             first = self._set_up()
-            evolve_every = self.config.evolution.every if self.population else math.inf
+            evolve_every = self.config.evolution.every if self.evolves else math.inf
             for epoch in range(first, self.config.run.epochs + 1):
                 self.progress.epoch = epoch
                 row = self._evolve(epoch) if epoch % evolve_every == 0 else self._train(epoch)
@@ -127,8 +111,16 @@ class Driver:
             self.at_end.close()
         return True
 
+    @property
+    def evolves(self) -> bool:
+        """Whether the run has evolve phases."""
+        return self.config.evolution.strategy != "none"
+
     def _train(self, epoch: int) -> Row:
         """An epoch of gradient descent on the SGD split."""
+        if self.parents:
+            self._begin("sgd", "parents", self.config.evolution.parents)
+            return self.parents.train(epoch)
         self._begin("sgd", "images", len(self.splits.sgd))
         started = time.perf_counter()
 
@@ -145,6 +137,9 @@ class Driver:
 
     def _evolve(self, generation: int) -> Row:
         """An evolve phase; it counts as an epoch."""
+        if self.parents:
+            self._begin("evolve", "members", self.config.evolution.population)
+            return self.parents.evolve(generation, self.record.path / "journal")
         assert self.population
         assert self.strategy
         moments = self.config.parent.moments_after_evolution
@@ -253,6 +248,11 @@ class Driver:
             refuse_sets(config, self.strategy, len(splits.evolution))
             self.population = make_population(config, splits, self.model, self._note, self._start_workers)
             self.at_end.callback(self.population.close)
+        if config.evolution.strategy == "esgd":
+            esgd, spec = make_breeder(config, splits)
+            pool = self._start_workers(spec)
+            self.at_end.callback(pool.close)
+            self.parents = Parents(esgd, pool, config.run.seed, self.model, len(spec.case_N), len(splits.sgd))
         # While the workers start: torch's first optimizer takes a second to import what it needs.
         self.trainer = Trainer(
             config.parent,
@@ -291,7 +291,7 @@ class Driver:
         self._note(f"{sizes} images of {len(splits.classes)} classes; {team}; {self.record.path}")
         for note in notes:
             self._note(note)
-        if self.population and config.evolution.every > config.run.epochs:
+        if self.evolves and config.evolution.every > config.run.epochs:
             self._note(
                 f"no evolve phase: evolution.every ({config.evolution.every}) > run.epochs ({config.run.epochs})"
             )
@@ -316,9 +316,11 @@ class Driver:
         if self.population and (optimizer := self.population.updates.optimizer):
             tensors["evolution"], optimizers["evolution"] = optimizer_state(optimizer)
             optimizers["evolution"]["kind"] = self.population.updates.kind
+        if self.parents:
+            tensors["evolution"], optimizers["evolution"] = self.parents.state()
         loop = Loop(
             epoch=epoch,
-            generation=epoch // every * every if self.population else 0,
+            generation=epoch // every * every if self.evolves else 0,
             steps=self.trainer.steps,
             device=self.device.type,
             data=self.data_digest,
@@ -332,7 +334,7 @@ class Driver:
 
         def replayed(epoch: int) -> bool:
             """Whether the next evolve phase starts from what it has."""
-            return bool(run.keep_parents and self.population and -(epoch + 1) % every + 1 <= to_replay)
+            return bool(run.keep_parents and self.evolves and -(epoch + 1) % every + 1 <= to_replay)
 
         prune(folder, epoch, run.keep + max(0, to_go_on - 1), replayed)  # to go on from each of `keep`
 
@@ -352,6 +354,8 @@ class Driver:
         self.trainer.steps = loop.steps
         if self.population:
             load_evolution(self.population, checkpoint)
+        if self.parents:
+            self.parents.load(checkpoint.tensors["evolution"], loop.optimizers.get("evolution", {}))
 
     def _finish(self) -> None:
         if self.average:

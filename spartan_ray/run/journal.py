@@ -25,7 +25,9 @@ UPDATES = {"rate": "f", "factor": "f", "length": "f"}
 Journal = dict[str, NDArray[Any]]
 
 
-def write_journal(folder: Path, generation: int, outcome: Outcome, parent: str, next_parent: str) -> None:
+def write_journal(
+    folder: Path, generation: int, outcome: Outcome, parent: str, next_parent: str, more: Journal | None = None
+) -> None:
     """Write `folder`/000005.npz for generation 5. `parent` and `next_parent` are the digests of the network
     before and after it. Raises RunError when it cannot be written.
 
@@ -34,11 +36,14 @@ def write_journal(folder: Path, generation: int, outcome: Outcome, parent: str, 
     weight * gain * noise(seed); the optimizer makes the update of it at `rate`, which is rate times the
     estimate for plain sgd, and the parent moves by factor * length * update. With momentum, adam or weight
     decay the update depends on the generations before and on the parent too. A phase of several generations has their
-    rows one after another, and a rate, factor and length of each."""
+    rows one after another, and a rate, factor and length of each. Of evolutionary SGD the members are the offspring;
+    `more` says of which parents each is the mean, how fit the parents were, and which candidates, the parents before
+    the offspring, are the next parents."""
     members, generations = outcome.members, outcome.generations or [outcome]
     content = io.BytesIO()
     np.savez(
         content,
+        allow_pickle=False,
         member=np.arange(len(members)),
         seed=members.seed_K,
         offset=members.offset_K,
@@ -54,6 +59,7 @@ def write_journal(folder: Path, generation: int, outcome: Outcome, parent: str, 
         after=np.float64(outcome.after),
         parent=np.array(parent),
         next_parent=np.array(next_parent),
+        **(more or {}),
     )
     write_whole(folder / f"{generation:06d}.npz", content.getvalue())
 

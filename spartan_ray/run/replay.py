@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 
 from spartan_ray.engine.executor import LocalExecutor
-from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.process import threads
 from spartan_ray.engine.strategies.es import EvolutionStrategies
 from spartan_ray.engine.strategies.requests import (
@@ -29,71 +27,37 @@ from spartan_ray.engine.strategies.requests import (
 from spartan_ray.errors import InputError
 from spartan_ray.naming import is_named
 from spartan_ray.run.checkpoint import (
-    REPLAY_PARTS,
-    CheckpointError,
     be_after_epoch,
-    epochs_kept,
-    load_checkpoint,
     load_evolution,
     save_weights,
 )
-from spartan_ray.run.journal import Journal, read_journal
-from spartan_ray.run.loading import load_run_config, refuse_links
+from spartan_ray.run.journal import Journal
+from spartan_ray.run.recorded import CPU, Recorded
 from spartan_ray.run.setup import epochs_behind, make_average, make_population, make_strategy
 from spartan_ray.vision.averaging import Average
 from spartan_ray.vision.classification import Normaliser
-from spartan_ray.vision.data import load_splits
-from spartan_ray.vision.models import build_model, describe
-
-CPU = torch.device("cpu")
 
 
-def ran_on_gpu(run: Path) -> bool:
-    """Whether a run used a GPU, by its environment.json, which only informs."""
-    try:
-        return "cuda" in str(json.loads((run / "environment.json").read_text())["driver"]["device"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
-class Replay:
+class Replay(Recorded):
     """The evolve phases of a run folder, in this process and on a device of the kind that the run used.
 
     `note` takes one-line messages. Raises InputError for a folder that is not of a run with evolve phases."""
 
     def __init__(self, run: Path, note: Callable[[str], None], device: torch.device = CPU) -> None:
-        self.run = run
-        self.note = note
-        refuse_links(run)
-        self.config = load_run_config(run)
-        strategy_name = self.config.evolution.strategy
-        # Those that the run has had, whether their journals are still there or not.
-        last = max(epochs_kept(run / "checkpoints"), default=0)
-        every = self.config.evolution.every
-        self.generations = list(range(every, last + 1, every)) if strategy_name != "none" else []
-        if not self.generations:
-            raise InputError(f"{run}: has had no evolve phase (evolution.strategy {strategy_name})")
-        self.device = device
+        super().__init__(run, note, device)
         self.average: Average | None = None
-        self.splits = splits = load_splits(self.config.data, self.config.run.seed, note)
-        self.normalise = Normaliser(splits.mean_C, splits.std_C, device)
-        self.data_digest = splits.digest()
-        self.description = describe(self.config.parent, splits)
-        self.model = FlatModel(build_model(self.config.parent, len(splits.classes)), device)
-        self.population = make_population(self.config, splits, self.model, note)
+        self.normalise = Normaliser(self.splits.mean_C, self.splits.std_C, device)
+        self.population = make_population(self.config, self.splits, self.model, note)
         assert self.population.here
         self.executor: LocalExecutor = self.population.here
-        strategy = make_strategy(self.config.evolution, len(splits.classes))
+        strategy = make_strategy(self.config.evolution, len(self.splits.classes))
         assert strategy, "or there were no generations"
         self.strategy = strategy
 
     def descendant(self, generation: int, member: int, file: Path) -> tuple[float, float]:
         """Write the weights of a member to a file; its fitness on record, and as it is scored now."""
         journal = self._begin(generation)
-        if not 0 <= member < len(journal["member"]):
-            raise InputError(
-                f"--member {member}: generation {generation} has the members 0 to {len(journal['member']) - 1}"
-            )
+        self.refuse_member(member, generation, journal)
         evolution = self.config.evolution
         fitness_K = journal["fitness"]
         population = len(fitness_K) // len(journal["rate"])
@@ -169,22 +133,8 @@ class Replay:
 
     def _begin(self, generation: int) -> Journal:
         """Be at the parent before a generation; its journal."""
-        if generation not in self.generations:
-            raise InputError(f"--generation {generation}: {self.run} has {', '.join(map(str, self.generations))}")
-        path, checkpoints = self.run / "journal" / f"{generation:06d}.npz", self.run / "checkpoints"
-        journal = read_journal(path)
-        try:
-            checkpoint = load_checkpoint(checkpoints, generation - 1, REPLAY_PARTS)
-        except CheckpointError as error:
-            if self.config.run.keep_parents:
-                raise InputError(f"the parent before generation {generation} is missing: {error}") from None
-            kept = ", ".join(map(str, epochs_kept(checkpoints)))
-            raise InputError(
-                f"{self.run}: the parent before generation {generation} was not kept (run.keep_parents is false; "
-                f"there are checkpoints of the epochs {kept})"
-            ) from None
-        if checkpoint.loop.data != self.data_digest:
-            raise InputError(f"{self.run}: data.root: the images are not those that the run had")
+        path, journal, checkpoint = self.read(generation)
+        checkpoints = self.run / "checkpoints"
         if self.config.evolution.of == "average":
             self.average = make_average(self.config, self.model, self.splits.to(self.device), self.normalise)
         if self.population.subspace:

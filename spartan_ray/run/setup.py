@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from spartan_ray.engine.draws import gradient_cases, share_cases
+from spartan_ray.engine.breeding import BreederSpec
+from spartan_ray.engine.draws import draw_cases, gradient_cases, share_cases
 from spartan_ray.engine.evaluator import EvaluatorSpec
 from spartan_ray.engine.executor import Executor
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.population import GRADIENT_CASES, Population
 from spartan_ray.engine.strategies.es import EvolutionStrategies
+from spartan_ray.engine.strategies.esgd import EvolutionarySGD
 from spartan_ray.engine.strategies.random_gradients import RandomGradients
 from spartan_ray.engine.strategies.requests import CaseSet, Strategy
 from spartan_ray.errors import InputError, one_line
-from spartan_ray.naming import SUBSPACES, imported, is_named, kind_and_number
+from spartan_ray.naming import SUBSPACES, imported, is_named, kind_and_number, optimizer_ranges
 from spartan_ray.run.config import Config, Evolution
 from spartan_ray.vision.averaging import Average
 from spartan_ray.vision.classification import (
@@ -35,15 +37,17 @@ from spartan_ray.vision.classification import (
 from spartan_ray.vision.config import AVERAGES
 from spartan_ray.vision.data import Splits
 from spartan_ray.vision.models import build_model
+from spartan_ray.vision.training import Course
 
 # SGD images that recalibrate BatchNorm: the same ones in the whole run.
 REFERENCE_IMAGES = 512
 
 
 def make_strategy(config: Evolution, classes: int) -> Strategy | None:
-    """The strategy that the configuration names; None where every epoch is SGD."""
+    """The strategy that the configuration names; None where every epoch is SGD, and for evolutionary SGD, which has
+    several parents."""
     config = config.resolved()
-    if config.strategy == "none":
+    if config.strategy in ("none", "esgd"):
         return None
     if is_named(config.strategy):
         return _strategy_of_name(config)
@@ -151,6 +155,33 @@ def make_population(
         threads=config.cluster.cpus_per_worker,
         executor=executor,
         note=note,
+    )
+
+
+def make_breeder(config: Config, splits: Splits) -> tuple[EvolutionarySGD, BreederSpec]:
+    """The strategy of a run by evolutionary SGD, and what does its work on a device. Raises InputError when there are
+    too few images."""
+    evolution, seed = config.evolution, config.run.seed
+    count = image_counts(evolution, len(splits.evolution), len(splits.sgd))["fitness"]
+    normalise = Normaliser(splits.mean_C, splits.std_C, torch.device("cpu"))
+    strategy = EvolutionarySGD(
+        evolution.population,
+        parents=evolution.parents,
+        recombine=evolution.recombine,
+        elite=evolution.elite,
+        sigma=evolution.sigma,
+        sigma_decay=evolution.sigma_decay,
+        every=evolution.every,
+        optimizers=optimizer_ranges("evolution.optimizers", evolution.optimizers),
+    )
+    return strategy, BreederSpec(
+        functools.partial(build_model, config.parent, len(splits.classes)),
+        make_fitness(evolution, splits),
+        evolution.noise,
+        config.cluster.cpus_per_worker,
+        course=Course(config.parent, splits.sgd, normalise, config.data.augment, config.run.epochs),
+        # The same in the whole run: an individual is compared with what it was epochs ago.
+        case_N=draw_cases({"fitness": count}, len(splits.evolution), seed, 0)["fitness"],
     )
 
 

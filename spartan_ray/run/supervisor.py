@@ -15,7 +15,8 @@ from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.transport import nodes_here_first
 from spartan_ray.errors import RunError
 from spartan_ray.run.config import Config
-from spartan_ray.run.driver import Driver, Progress
+from spartan_ray.run.driver import Driver
+from spartan_ray.run.progress import Progress
 from spartan_ray.run.record import Row
 
 # Seconds that a driver which was lost may take to end and let go of its run folder.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.flat import FlatModel, mean
 
 
 class Average:
@@ -89,11 +89,3 @@ class Average:
             yield
         finally:
             restore()
-
-
-def mean(theta: list[torch.Tensor]) -> torch.Tensor:
-    """Of several vectors, D."""
-    sum_D = theta[0].clone()
-    for theta_D in theta[1:]:
-        sum_D += theta_D
-    return sum_D.div_(len(theta))

@@ -9,15 +9,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from spartan_ray.engine.breeding import OptimizerState
 from spartan_ray.engine.draws import permutation, random_key
+from spartan_ray.engine.evaluator import packed, unpacked
 from spartan_ray.engine.flat import FlatModel
-from spartan_ray.engine.optimizer import rescale_moments
+from spartan_ray.engine.moments import load_optimizer, optimizer_state, rescale_moments
+from spartan_ray.engine.strategies.esgd import Settings
 from spartan_ray.noise.kernels import kernel_for
 from spartan_ray.vision.classification import Normaliser, mean_gradient
 from spartan_ray.vision.config import Parent as ParentConfig
 from spartan_ray.vision.data import Images
 from spartan_ray.vision.leaves import Leaves
 
+CPU = torch.device("cpu")
 # Purposes of the keys of `permutation` and of torch's generators, beside the seed.
 ORDER_OF_EPOCH = 1 << 32
 AUGMENTATION_OF_EPOCH = 1 << 34
@@ -136,6 +140,31 @@ class Trainer:
     def reset_moments(self) -> None:
         """Forget the moments: the optimizer starts anew."""
         self.optimizer.state.clear()
+
+
+class Course:
+    """An epoch of gradient descent, with an optimizer and a learning rate that are said each time."""
+
+    def __init__(self, config: ParentConfig, images: Images, normalise: Normaliser, augment: bool, epochs: int) -> None:
+        self.config, self.images, self.normalise = config, images, normalise
+        self.augment, self.epochs = augment, epochs
+
+    def to(self, device: torch.device) -> None:
+        self.images, self.normalise = self.images.to(device), self.normalise.to(device)
+
+    def __call__(
+        self, model: FlatModel, settings: Settings, state: OptimizerState | None, seed: int, epoch: int
+    ) -> OptimizerState:
+        """Train in place on all images; what the optimizer remembers then."""
+        config = self.config.model_copy(update={"optimizer": settings.optimizer, "lr": settings.lr})
+        trainer = Trainer(config, model, self.images, self.normalise, seed, self.augment, self.epochs)
+        if state:
+            tensors, rest = state
+            load_optimizer(trainer.optimizer, {name: unpacked(value, CPU) for name, value in tensors.items()}, rest)
+        trainer.train_epoch(epoch, lambda count: None)
+        model.module.zero_grad(set_to_none=True)
+        tensors, rest = optimizer_state(trainer.optimizer)
+        return {name: packed(tensor) for name, tensor in tensors.items()}, rest
 
 
 def shift_and_flip(pixels_NHWC: torch.Tensor, random: torch.Generator) -> torch.Tensor:

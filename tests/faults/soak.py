@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from whole_runs import attend
 
 from spartan_ray.run.config import Config
-from spartan_ray.run.driver import Progress
+from spartan_ray.run.progress import Progress
 from spartan_ray.run.supervisor import Supervisor
 
 # Counted in generations, not seconds: where starting a worker is slow, the run must still get on.

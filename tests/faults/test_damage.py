@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from whole_runs import parse_config
 
+from spartan_ray.engine.moments import load_optimizer, optimizer_state
 from spartan_ray.engine.strategies.requests import Outcome, noisy
 from spartan_ray.errors import InputError, RunError
 from spartan_ray.report.reading import read_run
@@ -39,8 +40,6 @@ from spartan_ray.run.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_network,
-    load_optimizer,
-    optimizer_state,
     prune,
     save_checkpoint,
     write_whole,

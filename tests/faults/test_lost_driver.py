@@ -21,8 +21,8 @@ from spartan_ray.distributed.config import Cluster
 from spartan_ray.errors import InputError, RunError
 from spartan_ray.run.checkpoint import epochs_kept, latest_checkpoint, load_checkpoint
 from spartan_ray.run.config import Config, Evolution, Run
-from spartan_ray.run.driver import Progress
 from spartan_ray.run.loading import load_config
+from spartan_ray.run.progress import Progress
 from spartan_ray.run.supervisor import Supervisor
 from spartan_ray.vision.config import Data, Parent
 

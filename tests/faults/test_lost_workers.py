@@ -19,7 +19,7 @@ import pytest
 from whole_runs import attend, change, in_worker, metrics, run, run_here, same_result
 
 from spartan_ray.run.config import Config, Evolution, Run
-from spartan_ray.run.driver import Progress
+from spartan_ray.run.progress import Progress
 from spartan_ray.run.supervisor import Supervisor
 from spartan_ray.vision.config import Data, Parent
 
@@ -101,6 +101,24 @@ def worker_processes() -> list[psutil.Process]:
             if process.cmdline()[0].startswith("ray::Worker"):  # not warm ones, and no agents, with which a node ends
                 found.append(process)
     return found
+
+
+def test_workers_killed_while_parents_train_and_while_offspring_are_scored(local_ray: None, config: Config) -> None:
+    evolution = {"strategy": "esgd", "every": 3, "population": 200, "optimizer": "sgd", "noise": "gaussian"}
+    config = change(config, run={"epochs": 6}, parent={"batch_size": 8}, evolution=evolution)
+    calm, _ = run_here(config)
+    when = {(2, "sgd"): 1, (3, "evolve"): 20, (5, "sgd"): 0, (6, "evolve"): 100}
+    chance = random.Random(0)
+
+    def kill(progress: Progress) -> None:
+        if progress.worker_pids and progress.done >= when.get((progress.epoch, progress.phase), math.inf):
+            del when[progress.epoch, progress.phase]
+            os.kill(chance.choice(progress.worker_pids), signal.SIGKILL)
+
+    folder = run(config, kill)
+    assert not when
+    assert sum(row["retries"] for row in metrics(folder)) >= 3
+    assert same_result(folder, calm)
 
 
 def test_a_worker_that_returns_nan_one_that_raises_and_one_that_hangs(undisturbed: Path, config: Config) -> None:

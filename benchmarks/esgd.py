@@ -1,0 +1,89 @@
+"""Evolutionary SGD beside plain SGD at the same number of epochs: `python benchmarks/esgd.py IMAGES RUNS`.
+
+IMAGES is a folder as `data.name folder` takes it. Runs go into RUNS; those that are there are not done again. Beside
+four parents of evolutionary SGD: each of four learning rates of the same range alone, of which the evolution split
+chooses one, and that one for as many epochs as the four parents have together. Prints the mean of the seeds, with the
+least and the most."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import spartan_ray
+from spartan_ray.report.reading import read_run
+
+PARENTS, GENERATIONS, EVERY = 4, 4, 5
+LOW, HIGH = 0.003, 0.1
+EPOCHS = GENERATIONS * (EVERY - 1)
+IMAGES = {"sgd_images": 10_000, "evolution_images": 5_000, "validation_images": 5_000}
+ESGD = {
+    "strategy": "esgd", "every": EVERY, "parents": PARENTS, "population": 32, "recombine": 2, "elite": 2,
+    "noise": "gaussian", "sigma_decay": 0.7, "optimizers": f"sgd:{LOW}..{HIGH}",
+}  # fmt: skip
+MEASURES = ("test_accuracy", "test_loss", "evolution_loss")
+
+
+class Bench:
+    """The runs of one seed."""
+
+    def __init__(self, images: str, runs: Path, model: str, seed: int) -> None:
+        self.images, self.runs, self.model, self.seed = images, runs, model, seed
+
+    def run(self, name: str, epochs: int, evolution: dict[str, object], lr: float | None = None) -> pd.DataFrame:
+        """The record of a run, which is made if it is not there."""
+        folder = self.runs / f"{name}-{self.seed}"
+        if not (folder / "final.safetensors").exists():
+            spartan_ray.train(
+                run={"name": folder.name, "out": str(self.runs), "epochs": epochs, "seed": self.seed, "keep": 1},
+                data={"name": "folder", "root": self.images} | IMAGES,
+                parent={"model": self.model} | ({} if lr is None else {"lr": lr}),
+                evolution=evolution,
+                cluster={"workers": 2},
+            )
+        return read_run(folder).metrics
+
+    def rows(self) -> list[dict[str, float | str]]:
+        """A row a way: where it ended, and at the epoch that validation chooses."""
+        found = {"ESGD, four parents": self.run("esgd", GENERATIONS * EVERY, ESGD)}
+        rates = np.geomspace(LOW, HIGH, PARENTS).round(4).tolist()
+        alone = {rate: self.run(f"sgd-{rate:g}", EPOCHS, {"strategy": "none"}, rate) for rate in rates}
+        best = min(rates, key=lambda rate: float(alone[rate]["evolution_loss"].iloc[-1]))
+        found |= {"SGD, the best of four learning rates": alone[best]}
+        long = self.run(f"long-{best:g}", EPOCHS * PARENTS, {"strategy": "none"}, best)
+        found |= {"SGD at that rate, four times the epochs": long}
+        for rate in rates:
+            found[f"SGD at {rate:g}"] = alone[rate]
+        rows: list[dict[str, float | str]] = []
+        for way, frame in found.items():
+            at_best = frame.iloc[int(frame["validation_accuracy"].argmax())]
+            row = {"way": way} | {name: float(frame[name].iloc[-1]) for name in MEASURES}
+            rows.append(row | {"best validation: test_accuracy": float(at_best["test_accuracy"])})
+        return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("images", help="a folder with train/<class>/* and test/<class>/*")
+    parser.add_argument("runs", type=Path, help="where the runs are")
+    parser.add_argument("--model", default="convnet", help="the network (default: convnet)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    arguments = parser.parse_args()
+    rows = [
+        row
+        for seed in range(arguments.seeds)
+        for row in Bench(arguments.images, arguments.runs, arguments.model, seed).rows()
+    ]
+    frame = pd.DataFrame(rows)
+    columns = [str(name) for name in frame if name != "way"]
+    print("| | " + " | ".join(columns) + " |\n| --- |" + " --- |" * len(columns))
+    for way, group in frame.groupby("way", sort=False):
+        cells = [f"{group[name].mean():.3f} ({group[name].min():.3f} - {group[name].max():.3f})" for name in columns]
+        print(f"| {way} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

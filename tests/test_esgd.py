@@ -1,0 +1,370 @@
+"""Evolutionary SGD: its draws and its selection beside plain readings of the paper, its guarantee, and the same bits
+however a run of it is done."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from local import CPU, NORMALISE, PARENT, SPLITS, trained
+from safetensors.torch import load_file
+from whole_runs import change, metrics, run_here, same_result
+
+from spartan_ray.engine.breeding import Breeding, Individual, LocalBreeders, OptimizerState
+from spartan_ray.engine.evaluator import packed
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.strategies.esgd import EvolutionarySGD, Settings
+from spartan_ray.errors import InputError
+from spartan_ray.noise.contract import noise
+from spartan_ray.report.page import write_report
+from spartan_ray.report.reading import read_run
+from spartan_ray.run.checkpoint import load_checkpoint
+from spartan_ray.run.config import Config, Evolution, Run
+from spartan_ray.run.esgd import Parents
+from spartan_ray.run.journal import read_journal
+from spartan_ray.run.loading import load_config
+from spartan_ray.run.replay_esgd import EsgdReplay
+from spartan_ray.run.setup import make_breeder
+from spartan_ray.vision.classification import score
+from spartan_ray.vision.models import initial_model
+from spartan_ray.vision.training import Trainer
+
+ESGD: dict[str, Any] = {"strategy": "esgd", "every": 3, "population": 10, "parents": 4, "recombine": 2, "elite": 2}
+ESGD |= {"optimizers": "sgd:0.003..0.1,adam:1e-4..1e-2", "sigma": 0.02, "fitness_images": 100}
+
+
+def config(**evolution: Any) -> Config:
+    return Config(run=Run(seed=7), parent=PARENT, evolution=Evolution(**ESGD | evolution))
+
+
+def breeders(**evolution: Any) -> tuple[EvolutionarySGD, LocalBreeders]:
+    strategy, spec = make_breeder(config(**evolution), SPLITS)
+    return strategy, LocalBreeders(spec, CPU)
+
+
+def individual(model: FlatModel, **known: Any) -> Individual:
+    return Individual(packed(model.theta_D.clone()), [packed(buffer.clone()) for buffer in model.buffers], **known)
+
+
+def network_of(theta_D: Any, buffers: list[Any]) -> FlatModel:
+    model = FlatModel(initial_model(PARENT, 10, 5)[0], CPU)
+    model.theta_D.copy_(torch.tensor(np.array(theta_D)))
+    model.load_buffers([torch.tensor(np.array(buffer)) for buffer in buffers])
+    return model
+
+
+def loss_of(theta_D: Any, buffers: list[Any], case_N: Any) -> float:
+    """Of a network, computed without evaluator, noise or folding."""
+    images = SPLITS.evolution[torch.from_numpy(case_N)]
+    return score(network_of(theta_D, buffers).module, images, NORMALISE).loss
+
+
+def test_settings_are_drawn_from_their_ranges_for_each_parent_and_generation() -> None:
+    strategy = EvolutionarySGD(parents=400, optimizers=[("sgd", 0.01, 1.0), ("adam", 1e-4, 1e-4)])
+    drawn = strategy.settings(3, 10)
+    assert drawn == strategy.settings(3, 10)
+    assert drawn != strategy.settings(3, 15)
+    assert drawn != strategy.settings(4, 10)
+    assert {round(one.lr, 9) for one in drawn if one.optimizer == "adam"} == {1e-4}
+    rates = np.array([one.lr for one in drawn if one.optimizer == "sgd"])
+    assert 150 < len(rates) < 250
+    assert 0.01 <= rates.min() < 0.013
+    assert 0.8 < rates.max() < 1.0
+    assert 0.4 < (rates < 0.1).mean() < 0.6  # uniform in its logarithm
+
+
+def test_an_offspring_has_different_parents_and_all_pairs_are_equally_likely() -> None:
+    strategy = EvolutionarySGD(4000, parents=4, recombine=2, sigma=0.1, sigma_decay=0.5, every=5)
+    offspring = strategy.offspring(1, 15)
+    pairs, count = np.unique(offspring.parent_KR, axis=0, return_counts=True)
+    assert pairs.tolist() == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
+    assert abs(count - 4000 / 6).max() < 4 * math.sqrt(4000 / 6)
+    assert len(set(offspring.seed_K.tolist())) == 4000
+    assert set(offspring.gain_K.tolist()) == {np.float32(0.1 * 0.5**2)}
+    assert not np.array_equal(offspring.parent_KR, strategy.offspring(1, 20).parent_KR)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_elite_is_the_best_of_parents_and_offspring_and_the_others_are_drawn_from_what_is_left(seed: int) -> None:
+    strategy = EvolutionarySGD(6, parents=4, elite=2)
+    fitness_C = np.array([3.0, -1.0, math.nan, 5.0, 5.0, math.inf, 0.0, 4.0, -math.inf, 2.0])
+    order_P = strategy.select(fitness_C, seed, 5).tolist()
+    assert order_P[:2] == [3, 4]  # the best, the earlier of equals first
+    assert set(order_P[2:]) <= {7, 0, 9, 6, 1}  # whatever is finite
+    assert len(set(order_P)) == 4
+    assert fitness_C[order_P[2]] > fitness_C[order_P[3]]
+    drawn = {tuple(strategy.select(fitness_C, seed, generation)[2:].tolist()) for generation in range(5, 500, 5)}
+    assert len(drawn) == 10  # all pairs of five come up
+
+
+def test_all_that_is_not_finite_comes_last() -> None:
+    strategy = EvolutionarySGD(2, parents=2, elite=1)
+    for generation in range(5, 100, 5):
+        assert strategy.select(np.array([math.nan, 1.0, math.nan, math.nan]), 0, generation)[0] == 1
+
+
+def test_an_offspring_is_the_mean_of_its_parents_and_its_noise() -> None:
+    strategy, here = breeders()
+    parents = [individual(trained()) for _ in range(4)]
+    for place, parent in enumerate(parents):
+        parent.theta_D[...] += np.float32(0.01) * noise("uniform", place, 0, len(parent.theta_D))
+        for buffer in parent.buffers:
+            buffer[...] += place
+    offspring = strategy.offspring(7, 3)
+    rows = [offspring[k : k + 1] for k in range(len(offspring))]
+    fitness_K = here.each("score", rows, parents)
+    made = here.each("make", rows, parents)
+    for k, one in enumerate(made):
+        mothers = [parents[place] for place in offspring.parent_KR[k]]
+        theta_D = np.mean([mother.theta_D.astype(np.float64) for mother in mothers], axis=0)
+        theta_D += float(offspring.gain_K[k]) * noise("uniform", int(offspring.seed_K[k]), 0, len(theta_D))
+        np.testing.assert_allclose(one.theta_D, theta_D, rtol=1e-6, atol=1e-7)
+        for number, buffer in enumerate(one.buffers):
+            both = [mother.buffers[number] for mother in mothers]
+            wanted = np.mean(both, axis=0) if buffer.dtype == np.float32 else np.max(both, axis=0)
+            np.testing.assert_allclose(buffer, wanted, rtol=1e-6)
+        assert one.fitness == fitness_K[k]
+        assert one.fitness == pytest.approx(-loss_of(one.theta_D, one.buffers, here.breeder.case_N), rel=1e-4)
+    # Whoever does what part: nothing is left of what was done before.
+    _, other = breeders()
+    assert other.each("score", rows[7:], parents) + other.each("score", rows[:7], parents) == (
+        fitness_K[7:] + fitness_K[:7]
+    )
+
+
+def test_an_epoch_is_that_of_the_trainer_with_the_settings_that_were_drawn() -> None:
+    _, here = breeders()
+    model = trained()
+    start = individual(model)
+    settings, seed = Settings("adam", 0.003), 11
+    course = PARENT.model_copy(update={"optimizer": "adam", "lr": 0.003})
+    trainer = Trainer(course, model, SPLITS.sgd, NORMALISE, seed, augment=False)
+    one = start
+    for epoch in (1, 2):  # the second one goes on with the moments of the first
+        trainer.train_epoch(epoch, lambda count: None)
+        ((after, fitness),) = here.each("train", [(replace(one, fitness=-math.inf), settings, seed, epoch)])
+        assert after.theta_D.tobytes() == model.theta_D.numpy().tobytes()
+        for buffer, wanted in zip(after.buffers, model.buffers, strict=True):
+            assert np.array_equal(buffer, wanted.numpy())
+        assert after.fitness == fitness
+        one = after
+
+
+class Worse:
+    """A course on which every second epoch harms."""
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+    def __call__(
+        self, model: FlatModel, settings: Settings, state: OptimizerState | None, seed: int, epoch: int
+    ) -> OptimizerState:
+        trainer = Trainer(PARENT, model, SPLITS.sgd, NORMALISE, seed, augment=False)
+        trainer.train_epoch(epoch, lambda count: None)
+        if (epoch + seed) % 2:
+            model.theta_D.add_(1.0)
+        if epoch == 4:
+            model.theta_D.fill_(math.nan)
+        return {}, {"epoch": epoch}
+
+
+def test_an_individual_whose_fitness_falls_backs_off_with_its_optimizer() -> None:
+    _, here = breeders()
+    here.breeder.course = Worse()
+    start = replace(individual(trained()), optimizer=({}, {"epoch": 0}))
+    bytes_before = start.theta_D.tobytes()
+    for epoch in (1, 4):
+        ((kept, fitness),) = here.each("train", [(start, Settings("sgd", 0.1), 0, epoch)])
+        assert kept is None
+        assert fitness == pytest.approx(-loss_of(start.theta_D, start.buffers, here.breeder.case_N), rel=1e-5)
+    assert start.theta_D.tobytes() == bytes_before
+    breeding = Breeding(EvolutionarySGD(parents=1, recombine=1), here, 0, trained(), 100)
+    breeding.individuals = [start]
+    assert breeding.train(4, 5, 600) == 1
+    assert breeding.individuals[0].theta_D is start.theta_D
+    assert breeding.individuals[0].optimizer == ({}, {"epoch": 0})
+    assert breeding.individuals[0].fitness == fitness
+
+
+def test_neither_the_best_nor_the_mean_of_the_elite_ever_degrades() -> None:
+    """The paper's guarantee, on a course that harms every second epoch and with noise that harms most offspring."""
+    strategy, here = breeders(sigma=0.1, elite=3)
+    here.breeder.course = Worse()
+    breeding = Breeding(strategy, here, 7, trained(), 100)
+    best, elite, backed_off, taken = [-math.inf], [-math.inf], 0, 0
+    for epoch in range(1, 10):
+        if epoch % 3:
+            backed_off += breeding.train(epoch, -(-epoch // 3) * 3, 600)
+        else:
+            taken += breeding.evolve(epoch)[0].accepted
+        fitness_P = np.sort(breeding.fitness_P)
+        best.append(float(fitness_P[-1]))
+        elite.append(float(fitness_P[-3:].mean()))
+    assert best == sorted(best)
+    assert elite == sorted(elite)
+    assert backed_off
+    assert taken
+    assert best[-1] > best[1]
+
+
+def test_adam_s_step_count_is_each_individual_s_own() -> None:
+    """An optimizer's state is never changed in place: what backs off would have it changed too."""
+    _, here = breeders()
+    settings = Settings("adam", 0.003)
+    ((one, _),) = here.each("train", [(individual(trained(), fitness=-math.inf), settings, 0, 1)])
+    before = {name: np.array(value) for name, value in one.optimizer[0].items()}
+    here.each("train", [(one, settings, 0, 2)])
+    for name, value in one.optimizer[0].items():
+        assert np.array_equal(before[name], value)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"recombine": 5}, "evolution.recombine (5) is larger than evolution.parents (4)"),
+    ({"elite": 5}, "evolution.elite (5) is larger than evolution.parents (4)"),
+    ({"every": 1}, "evolution.strategy (esgd) needs epochs between the phases: evolution.every above 1"),
+    ({"mirrored": True}, "evolution.mirrored (True) has no effect with evolution.strategy esgd: it needs es"),
+    ({"mutate": "batchnorm"}, "evolution.mutate (batchnorm) has no effect with evolution.strategy esgd"),
+    ({"confirm": True}, "evolution.confirm (True) has no effect with evolution.strategy esgd"),
+    ({"lr": 0.1}, "evolution.lr (0.1) has no effect with evolution.strategy esgd"),
+    ({"optimizers": "sgd"}, "evolution.optimizers ('sgd'): expected sgd or adam or adamw, each with a range"),
+    ({"optimizers": "sgd:0.1..0.01"}, "evolution.optimizers ('sgd:0.1..0.01'): expected"),
+    ({"optimizers": "lion:0.1..1"}, "evolution.optimizers ('lion:0.1..1'): expected"),
+    ({"strategy": "es", "elite": None}, "evolution.optimizers (sgd:0.003..0.1,adam:1e-4..1e-2) has no effect with "),
+    ({"strategy": "none", "sigma": 0.01}, None),
+])  # fmt: skip
+def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        config(**changes)
+        return
+    with pytest.raises(InputError) as error:
+        config(**changes)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("field", ["lr", "optimizer", "average", "gradient_noise", "moments_after_evolution"])
+def test_what_of_the_parent_is_drawn_or_unused_is_refused(field: str) -> None:
+    value = {"lr": 0.5, "optimizer": "adam", "average": "ema:0.9", "gradient_noise": 0.1}.get(field, "reset")
+    with pytest.raises(InputError, match=rf"parent\.{field} \({value}\) has no effect with evolution.strategy esgd"):
+        change(config(), parent={field: value})
+
+
+def test_images_that_are_not_there_are_refused() -> None:
+    with pytest.raises(InputError, match=r"evolution.fitness_images \(601\)"):
+        make_breeder(config(fitness_images=601), SPLITS)
+
+
+@pytest.fixture(scope="module")
+def esgd_run(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one worker, to look at and to compare with."""
+    from conftest import small
+
+    folder, notes = run_here(of_small(small(tmp_path_factory.mktemp("esgd")), workers=1))
+    assert not any("lost" in note for note in notes)
+    return folder
+
+
+def of_small(small: Config, **cluster: Any) -> Config:
+    return change(small, run={"epochs": 8, "keep": 9}, evolution=ESGD | {"fitness_images": None}, cluster=cluster)
+
+
+def test_the_same_bits_with_two_workers_and_going_on_from_any_epoch(
+    esgd_run: Path, small_config: Config, tmp_path: Path
+) -> None:
+    two, _ = run_here(of_small(small_config, workers=2))
+    assert same_result(two, esgd_run)
+    for epoch in (1, 3, 5):  # within a generation, whose optimizers go on, and after a selection
+        lost = Path(shutil.copytree(esgd_run, tmp_path / f"lost-{epoch}"))
+        (lost / "final.safetensors").unlink()
+        for path in (lost / "checkpoints").glob("*.sha256"):
+            if int(path.stem.removeprefix("epoch-")) > epoch:
+                path.unlink()
+        run_here(change(load_config(str(lost)), cluster={"workers": 2}), folder=lost)
+        assert same_result(lost, esgd_run)
+
+
+def test_the_record_and_the_report_of_a_run(esgd_run: Path) -> None:
+    rows = metrics(esgd_run)
+    assert [row["kind"] for row in rows] == ["sgd", "sgd", "evolve"] * 2 + ["sgd", "sgd"]
+    best = [row["parents_fitness_max"] for row in rows]
+    assert best == sorted(best)
+    assert best[-1] > best[0]
+    phases = [row for row in rows if row["kind"] == "evolve"]
+    assert [row["parent_fitness_after"] for row in phases] == [best[2], best[5]]
+    for row in rows[0:2] + rows[3:5]:
+        assert row["lr"] > 0
+        assert 0 <= row["backed_off"] <= 4
+    assert rows[0]["evolution_loss"] == pytest.approx(-best[0], rel=1e-6)  # all evolution images score
+    page = next(path for path in write_report([read_run(esgd_run)], esgd_run / "report") if path.suffix == ".html")
+    assert "esgd every 3 epochs" in page.read_text()
+    assert load_file(esgd_run / "final.safetensors").keys() == initial_model(PARENT, 10, 0)[0].state_dict().keys()
+
+
+def test_offspring_and_parents_are_made_again_from_the_journal(esgd_run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(esgd_run, tmp_path / "run"))
+    said: list[str] = []
+    replay = EsgdReplay(folder, said.append)
+    assert replay.generations == [3, 6]
+    assert all(replay.verify(generation) for generation in replay.generations)
+    assert all("agrees" in line for line in said)
+    for generation, member in ((3, 0), (6, 9)):
+        recorded, scored = replay.descendant(generation, member, tmp_path / "one.safetensors")
+        assert recorded == scored
+    with pytest.raises(InputError, match="--member 10: generation 6 has the members 0 to 9"):
+        replay.descendant(6, 10, tmp_path / "one.safetensors")
+    path = folder / "journal" / "000003.npz"
+    journal = read_journal(path)
+    assert sorted(journal["order"]) == sorted(set(journal["order"]))
+    for name, wrong in (("order", journal["order"] + 11), ("parents", journal["parents"] - 3), ("parents", None)):
+        changed = {**journal, name: wrong}
+        np.savez(path, allow_pickle=False, **{key: value for key, value in changed.items() if value is not None})
+        with pytest.raises(InputError, match=f"not a journal: {name}"):
+            replay.verify(3)
+    np.savez(path, allow_pickle=False, **journal | {"order": journal["order"][::-1].copy()})
+    assert not replay.verify(3)
+
+
+def test_a_run_is_what_breeding_in_this_process_makes(esgd_run: Path) -> None:
+    """A plain loop, from the network before the first epoch."""
+    run_config = load_config(str(esgd_run))
+    replay = EsgdReplay(esgd_run, lambda note: None)
+    replay.parents.model.module.load_state_dict(load_file(esgd_run / "checkpoints" / "epoch-000000.safetensors"))
+    strategy, spec = make_breeder(run_config, replay.splits)
+    breeding = Breeding(strategy, LocalBreeders(spec, CPU), run_config.run.seed, replay.parents.model, len(spec.case_N))
+    for epoch in range(1, 9):
+        if epoch % 3:
+            breeding.train(epoch, -(-epoch // 3) * 3, len(replay.splits.sgd))
+        else:
+            breeding.evolve(epoch)
+        replay.parents.load(*(kept(esgd_run, epoch)))
+        assert breeding.digest() == replay.parents.breeding.digest()
+
+
+def kept(run: Path, epoch: int) -> tuple[Any, Any]:
+    checkpoint = load_checkpoint(run / "checkpoints", epoch)
+    return checkpoint.tensors["evolution"], checkpoint.loop.optimizers["evolution"]
+
+
+def test_a_checkpoint_of_other_parents_is_refused(esgd_run: Path) -> None:
+    tensors, rest = kept(esgd_run, 4)
+    parents: Parents = EsgdReplay(esgd_run, lambda note: None).parents
+    one = {name: value for name, value in tensors.items() if name != "2.theta"}
+    wrong: list[tuple[Any, Any]] = [
+        (tensors, rest | {"kind": "adam"}),
+        (tensors, rest | {"parents": rest["parents"][:3]}),
+        (one, rest),
+        (one | {"2.theta": torch.zeros(3)}, rest),
+        (tensors, {}),
+    ]
+    for state, others in wrong:
+        with pytest.raises(InputError, match="the checkpoint is of other parents"):
+            parents.load(state, others)
+    parents.load(tensors, rest)
+    state, others = parents.state()
+    assert others == rest
+    assert all(torch.equal(state[name], tensors[name]) for name in tensors)
