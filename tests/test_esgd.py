@@ -3,8 +3,10 @@ however a run of it is done."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,8 @@ from spartan_ray.run.esgd import Parents
 from spartan_ray.run.journal import read_journal
 from spartan_ray.run.loading import load_config
 from spartan_ray.run.replay_esgd import EsgdReplay
-from spartan_ray.run.setup import make_breeder
-from spartan_ray.vision.classification import score
+from spartan_ray.run.setup import REFERENCE_IMAGES, make_breeder
+from spartan_ray.vision.classification import recalibrate, score
 from spartan_ray.vision.models import initial_model
 from spartan_ray.vision.training import Trainer
 
@@ -138,6 +140,56 @@ def test_an_offspring_is_the_mean_of_its_parents_and_its_noise() -> None:
     )
 
 
+def test_an_offspring_that_is_scored_by_statistics_of_its_own_keeps_them() -> None:
+    _, here = breeders(batchnorm="recalibrate")
+    parents = [individual(trained()) for _ in range(4)]
+    strategy, _ = breeders()
+    (made,) = here.each("make", [strategy.offspring(7, 3)[:1]], parents)
+    alike = network_of(made.theta_D, parents[0].buffers)
+    recalibrate(alike.module, NORMALISE(SPLITS.sgd[slice(0, REFERENCE_IMAGES)].pixels_NHWC))
+    for buffer, wanted in zip(made.buffers, alike.buffers, strict=True):
+        np.testing.assert_allclose(buffer, wanted.numpy(), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(made.buffers[0], parents[0].buffers[0])
+    assert made.fitness == pytest.approx(-loss_of(made.theta_D, made.buffers, here.breeder.case_N), rel=1e-4)
+
+
+def test_what_scoring_leaves_in_a_network_or_does_not_need_is_not_in_an_offspring(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    strategy, here = breeders()
+    breeder, parents = here.breeder, [individual(trained()) for _ in range(4)]
+    row = strategy.offspring(7, 3)[:1]
+    (right,) = here.each("make", [row], parents)
+    ready = breeder.fitness.ready
+
+    @contextlib.contextmanager
+    def spoiling(network: torch.nn.Module) -> Iterator[None]:
+        with ready(network):
+            yield
+        for buffer in network.buffers():
+            buffer.fill_(9)
+
+    monkeypatch.setattr(breeder.fitness, "ready", spoiling)
+    monkeypatch.setattr(breeder, "needed_R2", np.array([[0, 100]]))
+    (made,) = here.each("make", [row], parents)
+    assert made.theta_D.tobytes() == right.theta_D.tobytes()
+    for buffer, wanted in zip(made.buffers, right.buffers, strict=True):
+        assert np.array_equal(buffer, wanted)
+
+
+def test_each_parent_sees_the_images_in_an_order_of_its_own() -> None:
+    strategy, here = breeders(optimizers="sgd:0.01..0.01")
+    breeding = Breeding(strategy, here, 7, trained(), 100)
+    breeding.individuals = [replace(one, fitness=-math.inf) for one in breeding.individuals]
+    assert breeding.train(1, 3, 600) == 0
+    assert len({one.theta_D.tobytes() for one in breeding.individuals}) == 4
+    model = trained()
+    key = int(np.random.Philox(key=np.array([7, (1 << 41) + 2], np.uint64)).random_raw()) >> 1
+    course = PARENT.model_copy(update={"lr": breeding.strategy.settings(7, 3)[2].lr})
+    Trainer(course, model, SPLITS.sgd, NORMALISE, key, augment=False).train_epoch(1, lambda count: None)
+    assert breeding.individuals[2].theta_D.tobytes() == model.theta_D.numpy().tobytes()
+
+
 def test_an_epoch_is_that_of_the_trainer_with_the_settings_that_were_drawn() -> None:
     _, here = breeders()
     model = trained()
@@ -203,6 +255,7 @@ def test_neither_the_best_nor_the_mean_of_the_elite_ever_degrades() -> None:
             backed_off += breeding.train(epoch, -(-epoch // 3) * 3, 600)
         else:
             taken += breeding.evolve(epoch)[0].accepted
+            assert all(one.optimizer is None for one in breeding.individuals)
         fitness_P = np.sort(breeding.fitness_P)
         best.append(float(fitness_P[-1]))
         elite.append(float(fitness_P[-3:].mean()))

@@ -516,14 +516,29 @@ def test_a_run_by_each_method_resumes_and_replays(local_ray: None, small_config:
 
 
 @pytest.mark.ray
-def test_an_average_needs_the_epochs_that_it_is_of(local_ray: None, small_config: Config) -> None:
-    config = change(small_config, run={"epochs": 3}, parent={"average": "epochs:2"}, evolution={"strategy": "none"})
+def test_an_average_goes_on_from_the_last_epoch_that_has_all_that_it_is_of(
+    local_ray: None, small_config: Config, tmp_path: Path
+) -> None:
+    """Epoch 4 is lost, and 3 needs 2, which is damaged."""
+    run = {"epochs": 5, "keep": 9}
+    config = change(small_config, run=run, parent={"average": "epochs:2"}, evolution={"strategy": "none"})
     whole, _ = run_here(config)
-    for epoch, suffix in ((3, "sha256"), (1, "safetensors")):
-        (whole / "checkpoints" / f"epoch-00000{epoch}.{suffix}").unlink()
-    (whole / "final.safetensors").unlink()
-    with pytest.raises(InputError, match=r"the average or the trajectory needs epoch 1: .*epoch-000001\.safetensors"):
-        run_here(config, folder=whole)
+    lost = Path(shutil.copytree(whole, tmp_path / "lost"))
+    for name in ("final.safetensors", "average.safetensors"):
+        (lost / name).unlink()
+    for epoch in (4, 5):
+        (lost / "checkpoints" / f"epoch-00000{epoch}.sha256").unlink()
+    damaged = lost / "checkpoints" / "epoch-000002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    _, notes = run_here(config, folder=lost)
+    assert [note for note in notes if "trying" in note or "going on" in note] == [
+        f"{damaged}: torn or changed: not what epoch-000002.sha256 says; trying the one before it",
+        f"{damaged}: torn or changed: not what epoch-000002.sha256 says; trying the one before it",
+        "going on after epoch 1",
+    ]
+    assert same_result(lost, whole)
+    assert (whole / "average.safetensors").read_bytes() == (lost / "average.safetensors").read_bytes()
+    assert all(row["average_seconds"] >= 0 for row in metrics(lost))
 
 
 @pytest.mark.parametrize(("sections", "said"), [
@@ -533,6 +548,7 @@ def test_an_average_needs_the_epochs_that_it_is_of(local_ray: None, small_config
     ({"evolution": {"of": "average", "every": 1}, "parent": {"average": "ema:.9"}}, "evolution.of (average) needs epo"),
     ({"data": {"sgd_on_evolution": True}, "parent": {"average": "soup:2"}}, "parent.average (soup) chooses by images"),
     ({"evolution": {"of": "average"}}, "evolution.of (average) needs parent.average"),
+    ({"evolution": {"of": "average", "strategy": "none"}}, "evolution.of (average) has no effect with evolution.strat"),
     ({"evolution": {"subspace": "random:0"}}, "evolution.subspace ('random:0'): expected none, random:1 to"),
     ({"evolution": {"subspace": "random:4", "sigma_scale": "relative"}}, "evolution.sigma_scale (relative) has no"),
     ({"evolution": {"generations": 2, "strategy": "random-gradients"}}, "evolution.generations (2) has no effect with"),

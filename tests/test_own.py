@@ -188,7 +188,9 @@ def test_a_strategy_that_cannot_be_used_is_one_line(name: str, more: dict[str, A
 def test_a_name_that_is_none_is_refused_with_the_field(name: str) -> None:
     with pytest.raises(InputError, match=r"^parent\.model \('.*'\): expected resnet18, convnet, or package"):
         Parent(model=name)
-    with pytest.raises(InputError, match=r"^evolution\.strategy \('.*'\): expected es, random-gradients, esgd, none, or "):
+    with pytest.raises(
+        InputError, match=r"^evolution\.strategy \('.*'\): expected es, random-gradients, esgd, none, or "
+    ):
         Evolution(strategy=name)
 
 

@@ -34,7 +34,7 @@ from spartan_ray.run.supervisor import Supervisor
 
 TIMINGS = {"seconds", "evaluation_seconds", "images_per_second", "scoring_seconds", "update_seconds",
            "gradient_seconds", "broadcast_seconds", "retries", "late_results", "workers",
-           "images_discarded", "time", "run_seconds"}  # fmt: skip
+           "images_discarded", "time", "run_seconds", "average_seconds"}  # fmt: skip
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data.name", "digits", "--parent.model", "convnet", "--evolution.every", "2", "--evolution.population", "4"]
 

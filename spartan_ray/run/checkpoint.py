@@ -155,14 +155,18 @@ def load_checkpoint(folder: Path, epoch: int, parts: tuple[str, ...] = PARTS) ->
     return Checkpoint(tensors, loop)
 
 
-def latest_checkpoint(run: Path, warn: Callable[[str], None]) -> tuple[Checkpoint, bytes]:
+def latest_checkpoint(
+    run: Path, warn: Callable[[str], None], behind: Callable[[Config], int] = lambda config: 1
+) -> tuple[Checkpoint, bytes]:
     """The last checkpoint of a run folder that is intact, and metrics.jsonl as it was then; `warn` takes a
-    line for each that is not.
+    line for each that is not. `behind` says of how many epochs the networks are needed, the checkpoint's the last.
 
     Raises InputError when there is none."""
     for epoch in reversed(epochs_kept(run / "checkpoints")):
         try:
             checkpoint = load_checkpoint(run / "checkpoints", epoch)
+            for earlier in range(max(0, epoch - behind(checkpoint.loop.config) + 1), epoch):
+                load_checkpoint(run / "checkpoints", earlier, ("network",))
             return checkpoint, _load_metrics(run / "metrics.jsonl", checkpoint)
         except CheckpointError as error:
             warn(f"{error}; trying the one before it")

@@ -260,6 +260,8 @@ class Config(Section):
             value = getattr(self.parent, name)
             if value != Parent.model_fields[name].default:
                 raise ValueError(f"parent.{name} ({value}) has no effect with evolution.strategy esgd")
+        if evolution.of == "average" and evolution.strategy == "none":
+            raise ValueError("evolution.of (average) has no effect with evolution.strategy none")
         if evolution.of == "average" and self.parent.average == "none":
             raise ValueError("evolution.of (average) needs parent.average")
         if evolution.of == "average" and evolution.every < 2:

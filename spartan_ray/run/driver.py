@@ -93,7 +93,10 @@ class Driver:
             for epoch in range(first, self.config.run.epochs + 1):
                 self.progress.epoch = epoch
                 row = self._evolve(epoch) if epoch % evolve_every == 0 else self._train(epoch)
+                started = time.perf_counter()
                 self._remember(epoch)
+                if self.average:
+                    row["average_seconds"] = time.perf_counter() - started
                 lr = self.trainer.optimizer.param_groups[0]["lr"]
                 row = self.record.append({"epoch": epoch, "lr": lr} | row | self._score_splits())
                 self._refuse_divergence(row)
@@ -216,7 +219,7 @@ class Driver:
         if self.folder:
             lock = lock_folder(self.folder, self.patience)
             self.at_end.callback(lock.close)
-            checkpoint, metrics = latest_checkpoint(self.folder, self._note)
+            checkpoint, metrics = latest_checkpoint(self.folder, self._note, lambda config: epochs_behind(config)[0])
         config, workers = self.config, pool_size(self.config.cluster)
         if checkpoint:
             run = checkpoint.loop.config
@@ -263,7 +266,7 @@ class Driver:
             config.data.augment,
             config.run.epochs,
         )
-        self.average = make_average(config, self.model, self.splits, self.normalise)
+        self.average = make_average(config, self.model, self.splits, self.normalise, lambda: self._advance(0))
         if self.pool:
             self.pool.wait_until_joined()
         devices = {

@@ -185,14 +185,18 @@ def make_breeder(config: Config, splits: Splits) -> tuple[EvolutionarySGD, Breed
     )
 
 
-def make_average(config: Config, model: FlatModel, splits: Splits, normalise: Normaliser) -> Average | None:
-    """The average of the parent that the configuration names. The evolution split chooses what goes into a soup."""
+def make_average(
+    config: Config, model: FlatModel, splits: Splits, normalise: Normaliser, look: Callable[[], None] = lambda: None
+) -> Average | None:
+    """The average of the parent that the configuration names. The evolution split chooses what goes into a soup; `look`
+    is called before each scoring and may raise to end it."""
     found = kind_and_number("parent.average", config.parent.average, AVERAGES, ("ema",))
     if found is None:
         return None
     reference_NCHW = normalise(splits.sgd[slice(0, REFERENCE_IMAGES)].pixels_NHWC)
 
     def accuracy() -> float:
+        look()
         return score(model.module, splits.evolution, normalise).accuracy
 
     return Average(*found, model, lambda: recalibrate(model.module, reference_NCHW), accuracy)
