@@ -8,6 +8,7 @@ least and the most."""
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ EPOCHS = GENERATIONS * (EVERY - 1)
 IMAGES = {"sgd_images": 10_000, "evolution_images": 5_000, "validation_images": 5_000}
 ESGD = {
     "strategy": "esgd", "every": EVERY, "parents": PARENTS, "population": 32, "recombine": 2, "elite": 2,
-    "noise": "gaussian", "sigma_decay": 0.7, "optimizers": f"sgd:{LOW}..{HIGH}",
+    "batchnorm": "recalibrate", "noise": "gaussian", "sigma_decay": 0.7, "optimizers": f"sgd:{LOW}..{HIGH}",
 }  # fmt: skip
 MEASURES = ("test_accuracy", "test_loss", "evolution_loss")
 
@@ -37,6 +38,7 @@ class Bench:
         """The record of a run, which is made if it is not there."""
         folder = self.runs / f"{name}-{self.seed}"
         if not (folder / "final.safetensors").exists():
+            shutil.rmtree(folder, ignore_errors=True)
             spartan_ray.train(
                 run={"name": folder.name, "out": str(self.runs), "epochs": epochs, "seed": self.seed, "keep": 1},
                 data={"name": "folder", "root": self.images} | IMAGES,

@@ -2,7 +2,7 @@
 
 IMAGES is a folder as `data.name folder` takes it. ResNet18 parents are overfit by gradient descent; each way scores
 its members once, and every smaller population is a part of the larger one. Rows go into FOLDER/rows.jsonl as they are
-found; started again, it goes on with what is missing."""
+found; started again, it goes on with what is missing. `benchmarks/methods_table.py` makes tables of the rows."""
 
 from __future__ import annotations
 

@@ -483,3 +483,64 @@ def test_a_slow_worker_has_smaller_chunks_and_a_small_update_fewer_slices() -> N
         pool.seconds_per_noise = seconds_per_noise
         assert pool.weighted_sum(SEEDS, WEIGHTS, 0, SIZE).tobytes() == weighted_sum(SEEDS, WEIGHTS, SIZE).tobytes()
     assert team.transport.sent == [("accumulate", size) for size in (51, 50, 51, 50, 101)]
+
+
+ITEMS = [float(number) for number in range(9)]
+TWICE = [2 * item for item in ITEMS]
+
+
+@pytest.mark.parametrize("chunk", [4, "auto"])
+def test_each_of_some_items_is_answered_once_and_in_order(chunk: Any) -> None:
+    team = Team(Scripted(2), chunk=chunk)
+    for at_once in (None, 1):
+        team.transport.sent.clear()
+        team.done = 0
+        assert team.pool.each("0.5", ITEMS, cases=3, at_once=at_once) == TWICE
+        sizes = [size for _, size in team.transport.sent]
+        assert sizes == ([4, 4, 1] if chunk == 4 and not at_once else [1] * 9)
+        assert team.done == 9
+    assert team.pool.each("0", ITEMS) == TWICE
+    assert team.done == 9  # what forwards no cases is no progress
+
+
+def test_work_of_which_nothing_is_known_may_take_long_and_what_is_known_may_not() -> None:
+    """An epoch of 40,000 images that takes longer than the timeout of a task, and then a worker that hangs."""
+    team = Team(Scripted(2), task_timeout=600)
+    assert team.pool.each("2000", ITEMS, cases=40_000, at_once=1) == TWICE
+    assert not team.notes
+    team.transport.freeze(team.transport.alive()[0])
+    assert team.pool.each("2000", ITEMS + ITEMS, cases=40_000, at_once=1) == TWICE + TWICE
+    assert any("no answer for 600 s or more" in note for note in team.notes)
+
+
+def test_an_answer_that_is_not_finite_counts_when_a_second_worker_gives_it() -> None:
+    def script(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method == "ask" and (process.pid == 1 or 5.0 in arguments[1]):
+            return lambda answer: [float("nan")] * len(answer)
+        return None
+
+    team = Team(Scripted(2, script))
+    found = team.pool.each("1", ITEMS, at_once=1, is_finite=np.isfinite)
+    assert np.array_equal(found, [*TWICE[:5], float("nan"), *TWICE[6:]], equal_nan=True)
+    assert any("returned NaN where" in note for note in team.notes)
+
+
+def test_what_fails_on_three_workers_has_the_answer_that_is_made_of_the_reason_or_ends_the_run() -> None:
+    def script(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        return Failed("ValueError: too large") if method == "ask" and 5.0 in arguments[1] else None
+
+    team = Team(Scripted(3, script))
+    found = team.pool.each("1", ITEMS, give_up=lambda reason: reason)
+    assert found == [*TWICE[:5], "ValueError: too large", *TWICE[6:]]
+    with pytest.raises(PoolError, match="1 failed on 3 workers: ValueError: too large"):
+        Team(Scripted(3, script)).pool.each("1", ITEMS)
+
+
+def test_an_offspring_that_cannot_be_scored_is_the_worst_or_ends_the_run() -> None:
+    one = noisy(np.array([7], np.uint64), 0.0, 0.1)
+    team = Team(Scripted(1))
+    team.pool.could_not_score(one, "no memory")
+    assert team.notes == ["the member of seed 7 failed and is scored worst: no memory"]
+    assert team.pool.counts["members_failed"] == 1
+    with pytest.raises(RunError, match="the member of seed 7 failed: no memory"):
+        Team(Scripted(1), on_member_error="stop").pool.could_not_score(one, "no memory")

@@ -47,7 +47,7 @@ def config(**evolution: Any) -> Config:
 
 def breeders(**evolution: Any) -> tuple[EvolutionarySGD, LocalBreeders]:
     strategy, spec = make_breeder(config(**evolution), SPLITS)
-    return strategy, LocalBreeders(spec, CPU)
+    return strategy, LocalBreeders(spec, CPU, print)
 
 
 def individual(model: FlatModel, **known: Any) -> Individual:
@@ -120,7 +120,7 @@ def test_an_offspring_is_the_mean_of_its_parents_and_its_noise() -> None:
             buffer[...] += place
     offspring = strategy.offspring(7, 3)
     rows = [offspring[k : k + 1] for k in range(len(offspring))]
-    fitness_K = here.each("score", rows, parents)
+    fitness_K = [one.fitness for one in here.each("score", rows, parents)]
     made = here.each("make", rows, parents)
     for k, one in enumerate(made):
         mothers = [parents[place] for place in offspring.parent_KR[k]]
@@ -131,26 +131,30 @@ def test_an_offspring_is_the_mean_of_its_parents_and_its_noise() -> None:
             both = [mother.buffers[number] for mother in mothers]
             wanted = np.mean(both, axis=0) if buffer.dtype == np.float32 else np.max(both, axis=0)
             np.testing.assert_allclose(buffer, wanted, rtol=1e-6)
-        assert one.fitness == fitness_K[k]
-        assert one.fitness == pytest.approx(-loss_of(one.theta_D, one.buffers, here.breeder.case_N), rel=1e-4)
+        assert one.fitness is one.optimizer is None
+        assert fitness_K[k] == pytest.approx(-loss_of(one.theta_D, one.buffers, here.breeder.case_N), rel=1e-4)
     # Whoever does what part: nothing is left of what was done before.
     _, other = breeders()
-    assert other.each("score", rows[7:], parents) + other.each("score", rows[:7], parents) == (
-        fitness_K[7:] + fitness_K[:7]
-    )
+    again = other.each("score", rows[7:], parents) + other.each("score", rows[:7], parents)
+    assert [one.fitness for one in again] == fitness_K[7:] + fitness_K[:7]
 
 
 def test_an_offspring_that_is_scored_by_statistics_of_its_own_keeps_them() -> None:
     _, here = breeders(batchnorm="recalibrate")
     parents = [individual(trained()) for _ in range(4)]
     strategy, _ = breeders()
-    (made,) = here.each("make", [strategy.offspring(7, 3)[:1]], parents)
+    row = strategy.offspring(7, 3).rows([0])
+    (made,), (scored,) = here.each("make", row, parents), here.each("score", row, parents)
     alike = network_of(made.theta_D, parents[0].buffers)
     recalibrate(alike.module, NORMALISE(SPLITS.sgd[slice(0, REFERENCE_IMAGES)].pixels_NHWC))
     for buffer, wanted in zip(made.buffers, alike.buffers, strict=True):
         np.testing.assert_allclose(buffer, wanted.numpy(), rtol=1e-5, atol=1e-6)
     assert not np.allclose(made.buffers[0], parents[0].buffers[0])
-    assert made.fitness == pytest.approx(-loss_of(made.theta_D, made.buffers, here.breeder.case_N), rel=1e-4)
+    assert scored.fitness == pytest.approx(-loss_of(made.theta_D, made.buffers, here.breeder.case_N), rel=1e-4)
+    # A parent that was trained too: what is saved is what was scored.
+    (answer,) = here.each("train", [(replace(parents[0], fitness=-math.inf), Settings("sgd", 0.01), 0, 1)])
+    one = answer.individual
+    assert one.fitness == pytest.approx(-loss_of(one.theta_D, one.buffers, here.breeder.case_N), rel=1e-4)
 
 
 def test_what_scoring_leaves_in_a_network_or_does_not_need_is_not_in_an_offspring(
@@ -200,11 +204,12 @@ def test_an_epoch_is_that_of_the_trainer_with_the_settings_that_were_drawn() -> 
     one = start
     for epoch in (1, 2):  # the second one goes on with the moments of the first
         trainer.train_epoch(epoch, lambda count: None)
-        ((after, fitness),) = here.each("train", [(replace(one, fitness=-math.inf), settings, seed, epoch)])
+        (answer,) = here.each("train", [(replace(one, fitness=-math.inf), settings, seed, epoch)])
+        after = answer.individual
         assert after.theta_D.tobytes() == model.theta_D.numpy().tobytes()
         for buffer, wanted in zip(after.buffers, model.buffers, strict=True):
             assert np.array_equal(buffer, wanted.numpy())
-        assert after.fitness == fitness
+        assert after.fitness == answer.fitness == answer.found
         one = after
 
 
@@ -232,16 +237,17 @@ def test_an_individual_whose_fitness_falls_backs_off_with_its_optimizer() -> Non
     start = replace(individual(trained()), optimizer=({}, {"epoch": 0}))
     bytes_before = start.theta_D.tobytes()
     for epoch in (1, 4):
-        ((kept, fitness),) = here.each("train", [(start, Settings("sgd", 0.1), 0, epoch)])
-        assert kept is None
-        assert fitness == pytest.approx(-loss_of(start.theta_D, start.buffers, here.breeder.case_N), rel=1e-5)
+        (answer,) = here.each("train", [(start, Settings("sgd", 0.1), 0, epoch)])
+        assert answer.individual is None
+        assert not answer.found >= answer.fitness
+        assert answer.fitness == pytest.approx(-loss_of(start.theta_D, start.buffers, here.breeder.case_N), rel=1e-5)
     assert start.theta_D.tobytes() == bytes_before
     breeding = Breeding(EvolutionarySGD(parents=1, recombine=1), here, 0, trained(), 100)
     breeding.individuals = [start]
     assert breeding.train(4, 5, 600) == 1
     assert breeding.individuals[0].theta_D is start.theta_D
     assert breeding.individuals[0].optimizer == ({}, {"epoch": 0})
-    assert breeding.individuals[0].fitness == fitness
+    assert breeding.individuals[0].fitness == answer.fitness
 
 
 def test_neither_the_best_nor_the_mean_of_the_elite_ever_degrades() -> None:
@@ -266,11 +272,35 @@ def test_neither_the_best_nor_the_mean_of_the_elite_ever_degrades() -> None:
     assert best[-1] > best[1]
 
 
+def test_an_offspring_for_which_the_fitness_raises_is_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy, here = breeders()
+    said: list[str] = []
+    here.note = said.append
+    breeding = Breeding(strategy, here, 7, trained(), 100)
+    breeding.train(1, 3, 600)
+    plain, count = type(here.breeder.fitness).__call__, 0
+
+    def raising(fitness: Any, network: torch.nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise ValueError("the fourth")
+        return plain(fitness, network, batch)
+
+    monkeypatch.setattr(type(here.breeder.fitness), "__call__", raising)
+    outcome, more = breeding.evolve(3)
+    assert np.flatnonzero(np.isnan(outcome.fitness_K)).tolist() == [3]
+    assert 3 + 4 not in more["order"]
+    assert len(said) == 1
+    assert said[0].startswith(f"the member of seed {outcome.members.seed_K[3]} failed and is scored worst: ValueError:")
+
+
 def test_adam_s_step_count_is_each_individual_s_own() -> None:
     """An optimizer's state is never changed in place: what backs off would have it changed too."""
     _, here = breeders()
     settings = Settings("adam", 0.003)
-    ((one, _),) = here.each("train", [(individual(trained(), fitness=-math.inf), settings, 0, 1)])
+    (answer,) = here.each("train", [(individual(trained(), fitness=-math.inf), settings, 0, 1)])
+    one = answer.individual
     before = {name: np.array(value) for name, value in one.optimizer[0].items()}
     here.each("train", [(one, settings, 0, 2)])
     for name, value in one.optimizer[0].items():
@@ -388,36 +418,72 @@ def test_a_run_is_what_breeding_in_this_process_makes(esgd_run: Path) -> None:
     replay = EsgdReplay(esgd_run, lambda note: None)
     replay.parents.model.module.load_state_dict(load_file(esgd_run / "checkpoints" / "epoch-000000.safetensors"))
     strategy, spec = make_breeder(run_config, replay.splits)
-    breeding = Breeding(strategy, LocalBreeders(spec, CPU), run_config.run.seed, replay.parents.model, len(spec.case_N))
+    breeding = Breeding(
+        strategy, LocalBreeders(spec, CPU, print), run_config.run.seed, replay.parents.model, len(spec.case_N)
+    )
     for epoch in range(1, 9):
         if epoch % 3:
             breeding.train(epoch, -(-epoch // 3) * 3, len(replay.splits.sgd))
         else:
             breeding.evolve(epoch)
-        replay.parents.load(*(kept(esgd_run, epoch)))
+        replay.parents.load(*kept(esgd_run, epoch))
         assert breeding.digest() == replay.parents.breeding.digest()
 
 
-def kept(run: Path, epoch: int) -> tuple[Any, Any]:
+def kept(run: Path, epoch: int) -> tuple[Any, Any, Any]:
     checkpoint = load_checkpoint(run / "checkpoints", epoch)
-    return checkpoint.tensors["evolution"], checkpoint.loop.optimizers["evolution"]
+    tensors = checkpoint.tensors
+    return tensors["evolution"], tensors["optimizer"], checkpoint.loop.optimizers["evolution"]
 
 
 def test_a_checkpoint_of_other_parents_is_refused(esgd_run: Path) -> None:
-    tensors, rest = kept(esgd_run, 4)
+    networks, moments, rest = kept(esgd_run, 4)
     parents: Parents = EsgdReplay(esgd_run, lambda note: None).parents
-    one = {name: value for name, value in tensors.items() if name != "2.theta"}
+    fewer = {name: value for name, value in networks.items() if name != "2.theta"}
+    infinite = [one | {"fitness": "inf"} for one in rest["parents"]]
     wrong: list[tuple[Any, Any]] = [
-        (tensors, rest | {"kind": "adam"}),
-        (tensors, rest | {"parents": rest["parents"][:3]}),
-        (one, rest),
-        (one | {"2.theta": torch.zeros(3)}, rest),
-        (tensors, {}),
+        (networks, rest | {"kind": "adam"}),
+        (networks, rest | {"parents": rest["parents"][:3]}),
+        (networks, rest | {"parents": infinite}),
+        (fewer, rest),
+        (fewer | {"2.theta": torch.zeros(3)}, rest),
+        (networks, {}),
     ]
     for state, others in wrong:
         with pytest.raises(InputError, match="the checkpoint is of other parents"):
-            parents.load(state, others)
-    parents.load(tensors, rest)
-    state, others = parents.state()
+            parents.load(state, moments, others)
+    parents.load(networks, moments, rest)
+    state, again, others = parents.state()
     assert others == rest
-    assert all(torch.equal(state[name], tensors[name]) for name in tensors)
+    assert all(torch.equal(state[name], networks[name]) for name in networks)
+    assert moments
+    assert all(torch.equal(again[name], moments[name]) for name in moments)
+    assert not {name for name in networks if "optimizer" in name}
+    parents.load(networks, None, rest)
+    assert all(one.optimizer is None for one in parents.breeding.individuals)
+
+
+def frozen(num_classes: int) -> torch.nn.Module:
+    """A network whose first convolution is not trained."""
+    network = initial_model(PARENT, num_classes, 0)[0]
+    next(network.children()).requires_grad_(False)
+    return network
+
+
+def test_what_is_not_trained_is_the_same_in_all_and_kept(local_ray: None, small_config: Config) -> None:
+    config = change(
+        small_config,
+        run={"epochs": 4},
+        data={"augment": True},
+        parent={"model": "test_esgd:frozen", "schedule": "cosine", "precision": "bf16", "weight_decay": 0.01},
+        evolution=ESGD | {"recombine": 3, "batchnorm": "recalibrate", "fitness_images": None},
+    )
+    folder, _ = run_here(config)
+    networks, _, _ = kept(folder, 4)
+    fixed = [value for name, value in networks.items() if name.endswith(".buffer.9")]
+    assert all(torch.equal(one, next(frozen(10).parameters())) for one in fixed)
+    assert len(fixed) == 4
+    rows = metrics(folder)
+    assert rows[2]["lr"] is None
+    for row in rows:  # what is saved is what was scored, with the statistics that it was scored with
+        assert -row["evolution_loss"] == pytest.approx(row["parents_fitness_max"], rel=1e-4)

@@ -49,10 +49,13 @@ def _row_line(row: dict[str, Any], epochs: int) -> str:
         f"validation {number(row['validation_accuracy'])}  test {number(row['test_accuracy'])}  "
         f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
     )
+    if row.get("backed_off"):
+        line += f"  {row['backed_off']} of {row['parents']} parents backed off"
     if row["kind"] == "evolve":
         before, after = number(row["parent_fitness_before"]), number(row["parent_fitness_after"])
         line += f"  parent {before} -> {after} {effect(row)}"
-        line += f"  step ratio {number(row['step_ratio'], 2)}" if row["accepted"] and row["step_ratio"] else ""
+        line += f"  step ratio {number(row['step_ratio'], 2)}" if row["accepted"] and "selected" not in row else ""
+        line += f"  {row['selected']} of {row['parents']} parents are offspring" if "selected" in row else ""
     return line
 
 

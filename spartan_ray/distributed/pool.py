@@ -28,6 +28,8 @@ from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part
 from spartan_ray.engine.subspace import Basis
 from spartan_ray.noise.contract import NoiseKind
 
+# A case of work of which nothing is known takes no longer than this, and ten times that, or its worker hangs.
+SLOW_CASE_SECONDS = 0.1
 # What a worker answers: scores, what the fitness raised by member, the seconds to load what was new and to score.
 Answer = tuple[Scores, dict[int, str], float, float]
 
@@ -59,6 +61,7 @@ class Pool:
         self.basis: tuple[int, Any] = 0, None
         self.seconds_per_member: float | None = None
         self.seconds_per_noise = 0.0  # an element of one noise vector, in the last update
+        self.seconds_each: dict[str, float] = {}  # of an item, in the last `each` of a method
 
     @property
     def infos(self) -> list[WorkerInfo]:
@@ -160,8 +163,8 @@ class Pool:
             fitness_K[rows], cases_K[rows] = scores.fitness_K, scores.cases_K
         return Scores(mean_KM, fitness_K, cases_K)
 
-    def _give_up(self, members: Members, member: int, reason: str) -> None:
-        self.note(given_up(members, member, TRIES, reason, self.cluster.on_member_error == "stop"))
+    def _give_up(self, members: Members, member: int, reason: str, tries: int = TRIES) -> None:
+        self.note(given_up(members, member, tries, reason, self.cluster.on_member_error == "stop"))
         self.counts["members_failed"] += 1
 
     def weighted_sum(
@@ -192,30 +195,56 @@ class Pool:
         self.seconds_per_noise = range_.seconds / (range_.elements * max(len(seed_K), 1))
         return sum_D
 
-    def each(self, method: str, items: Sequence[Any], *shared: Any, cases: int = 0) -> list[Any]:
+    def share(self, value: Any) -> Any:
+        """What stands for a value among the arguments of `each`."""
+        return self.transport.put(value)
+
+    def each(
+        self,
+        method: str,
+        items: Sequence[Any],
+        *shared: Any,
+        cases: int = 0,
+        at_once: int | None = None,
+        is_finite: Callable[[Any], bool] = lambda answer: True,
+        give_up: Callable[[str], Any] | None = None,
+    ) -> list[Any]:
         """What `method(items, *shared)` of the workers' evaluators answers for each of some items, in their order. Each
-        takes so many cases. An answer that is a number and not finite is asked of a second worker too."""
-        sent = [self.transport.put(value) for value in shared]
+        forwards so many cases; a task has so many items `at_once`, or as many as one of members. An answer that is not
+        finite is asked of a second worker too; what fails on three workers has the answer that `give_up` makes of the
+        reason, or raises PoolError."""
         answers: list[Any] = [None] * len(items)
+        known = self.seconds_each.get(method)
 
         def submit(worker: Any, start: int, stop: int) -> Any:
-            return self.transport.submit(worker, "ask", method, items[start:stop], *sent)
+            return self.transport.submit(worker, "ask", method, items[start:stop], *shared)
 
         def next_size(slot: Slot, left: int) -> int:
-            usual = range_.seconds / range_.elements if range_.elements else None
-            return chunk_size(left, len(items), self.dispatcher.size, usual)
+            if at_once:
+                return at_once
+            if self.cluster.chunk != "auto":
+                return self.cluster.chunk
+            return chunk_size(left, len(items), self.dispatcher.size, known)
 
-        def give_up(start: int, reason: str) -> list[Any]:
+        def fail(start: int, reason: str) -> list[Any]:
+            if give_up:
+                return [give_up(reason)]
             raise PoolError(f"{method} failed on {TRIES} workers: {reason}")
 
-        def is_finite(answer: list[Any]) -> bool:
-            return all(math.isfinite(one) for one in answer if isinstance(one, float))
-
         range_ = Range(submit, next_size, deque([Span(0, len(items))]), len(items), smallest=1)
-        for _, span, answer in self.dispatcher.cover(range_, is_finite, give_up):
+        # What nothing is known of may take long, as an epoch does, and is not taken to hang before.
+        range_.seconds, range_.elements = (cases * SLOW_CASE_SECONDS if known is None else known), 1
+        for _, span, answer in self.dispatcher.cover(range_, lambda answer: all(map(is_finite, answer)), fail):
             answers[span.start : span.stop] = answer
-            self.advance(len(span), len(span) * cases)
+            self.advance(len(span) if cases else 0, len(span) * cases)
+        if range_.elements > 1:
+            first = cases * SLOW_CASE_SECONDS if known is None else known
+            self.seconds_each[method] = (range_.seconds - first) / (range_.elements - 1)
         return answers
+
+    def could_not_score(self, member: Members, reason: str) -> None:
+        """Say that an offspring is the worst, or end the run."""
+        self._give_up(member, 0, reason, tries=1)
 
     def _chunk_size(self, members: int, slot: Slot, left: int) -> int:
         if self.cluster.chunk != "auto":

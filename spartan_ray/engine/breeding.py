@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,11 +17,13 @@ from torch import nn
 
 from spartan_ray.engine.draws import random_key
 from spartan_ray.engine.evaluator import Evaluator, EvaluatorSpec, ParentState, packed, unpacked
+from spartan_ray.engine.executor import given_up
 from spartan_ray.engine.fitness import Fitness
 from spartan_ray.engine.flat import FlatModel, mean
 from spartan_ray.engine.process import as_in_a_worker
 from spartan_ray.engine.strategies.esgd import EvolutionarySGD, Offspring, Settings
-from spartan_ray.engine.strategies.requests import Members, Outcome, noisy
+from spartan_ray.engine.strategies.requests import PARENT, Members, Outcome, noisy
+from spartan_ray.errors import RunError
 from spartan_ray.noise.contract import NoiseKind
 
 # Beside the seed: what a parent's data order and the like are drawn by.
@@ -40,6 +43,13 @@ class Individual:
     optimizer: OptimizerState | None = None
     fitness: float | None = None  # None: not known yet
 
+    def become(self, model: FlatModel) -> None:
+        """Make a network this one."""
+        device = model.theta_D.device
+        model.theta_D.copy_(unpacked(self.theta_D, device))
+        model.write()
+        model.load_buffers([unpacked(buffer, device) for buffer in self.buffers])
+
 
 class Course(Protocol):
     """Trains a network for an epoch, whatever that is; picklable."""
@@ -51,6 +61,24 @@ class Course(Protocol):
         self, model: FlatModel, settings: Settings, state: OptimizerState | None, seed: int, epoch: int
     ) -> OptimizerState:
         """Train in place; what the optimizer remembers then. A function of what it is given alone."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of an individual: what it is now, or None where it backs off to what it was, the fitness that it has,
+    and the one that training led to."""
+
+    individual: Individual | None
+    fitness: float
+    found: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The fitness of an offspring, NaN with the reason where it could not be scored."""
+
+    fitness: float
+    reason: str = ""
 
 
 class Breeder(Evaluator):
@@ -70,58 +98,59 @@ class Breeder(Evaluator):
         self.course.to(device)
         self.case_N = case_N
 
-    def train(self, items: Sequence[tuple[Individual, Settings, int, int]]) -> list[tuple[Individual | None, float]]:
-        """Train individuals with settings, a seed and the number of an epoch each. What became of each, or None where
-        its fitness fell and it backs off to what it was, and the fitness that it has."""
+    def train(self, items: Sequence[tuple[Individual, Settings, int, int]]) -> list[Trained]:
+        """Train individuals with settings, a seed and the number of an epoch each. One whose fitness falls backs off to
+        what it was."""
         return [self._train(*item) for item in items]
 
-    def _train(
-        self, individual: Individual, settings: Settings, seed: int, epoch: int
-    ) -> tuple[Individual | None, float]:
+    def _train(self, individual: Individual, settings: Settings, seed: int, epoch: int) -> Trained:
         before = self._fitness_of(individual) if individual.fitness is None else individual.fitness
-        self.model.theta_D.copy_(unpacked(individual.theta_D, self.device))
-        self.model.write()
-        self.model.load_buffers([unpacked(buffer, self.device) for buffer in individual.buffers])
+        individual.become(self.model)
         state = self.course(self.model, settings, individual.optimizer, seed, epoch)
         self.model.read()
+        self.fitness.moved(self.model.module)
         trained = self._individual(state)
         after = self._fitness_of(trained)
-        return (replace(trained, fitness=after), after) if after >= before else (None, before)
+        return Trained(replace(trained, fitness=after) if after >= before else None, max(before, after), after)
 
-    def score(self, offspring: Sequence[Offspring], parents: Sequence[Individual]) -> list[float]:
+    def score(self, offspring: Sequence[Offspring], parents: Sequence[Individual]) -> list[Scored]:
         """The fitness of offspring, each a table of one row."""
-        return [self._mixed(one, parents) for one in offspring]
+        found = []
+        for one in offspring:
+            self._load_mean(one, parents)
+            scores, failed = self.evaluate(noisy(one.seed_K, 0.0, float(one.gain_K[0])), "fitness", -math.inf)
+            found.append(Scored(float(scores.fitness_K[0]), failed.get(0, "")))
+        return found
 
     def make(self, offspring: Sequence[Offspring], parents: Sequence[Individual]) -> list[Individual]:
-        """Offspring as individuals, with the fitness that `score` gives them."""
+        """Offspring as individuals, of a fitness that `score` knows."""
         made = []
         for one in offspring:
-            fitness = self._mixed(one, parents)
+            self._load_mean(one, parents)
             self.descend(int(one.seed_K[0]), 0.0, float(one.gain_K[0]))
             self.model.load_buffers(self.parent_buffers)
             self.fitness.moved(self.model.module)
-            made.append(replace(self._individual(None), fitness=fitness))
+            made.append(self._individual(None))
         return made
 
-    def _mixed(self, one: Offspring, parents: Sequence[Individual]) -> float:
-        """The fitness of a row of offspring; the mean of its parents is loaded then."""
+    def _load_mean(self, one: Offspring, parents: Sequence[Individual]) -> None:
+        """Take the mean of the parents of a row of offspring for the parent. What is not trained is the same in all."""
         chosen = [parents[place] for place in one.parent_KR[0]]
         theta_D = mean([unpacked(parent.theta_D, self.device) for parent in chosen])
-        buffers = [
-            mean([unpacked(buffer, self.device) for buffer in buffers])
-            for buffers in zip(*(parent.buffers for parent in chosen), strict=True)
-        ]
-        return self._fitness(theta_D, buffers, noisy(one.seed_K, 0.0, float(one.gain_K[0])))
+        buffers = chosen[0].buffers.copy()
+        for place in range(len(list(self.model.module.buffers()))):
+            buffers[place] = mean([unpacked(parent.buffers[place], self.device) for parent in chosen])
+        self._load(theta_D, buffers)
+
+    def _load(self, theta_D: Any, buffers: list[Any]) -> None:
+        self.load(ParentState(theta_D, buffers, {"fitness": self.case_N}), same_cases=True)
 
     def _fitness_of(self, individual: Individual) -> float:
-        return self._fitness(individual.theta_D, individual.buffers, noisy(np.zeros(1, np.uint64), 0.0, 0.0))
-
-    def _fitness(self, theta_D: Any, buffers: list[Any], member: Members) -> float:
-        """The fitness of a member of a network. Raises what the fitness raised."""
-        self.load(ParentState(theta_D, buffers, {"fitness": self.case_N}))
-        scores, failed = self.evaluate(member, "fitness", -math.inf)
+        """Raises what the fitness raised: without a score nothing can be compared with it."""
+        self._load(individual.theta_D, individual.buffers)
+        scores, failed = self.evaluate(PARENT, "fitness", -math.inf)
         if failed:
-            raise RuntimeError(failed[0])
+            raise RunError(failed[0])
         return float(scores.fitness_K[0])
 
     def _individual(self, state: OptimizerState | None) -> Individual:
@@ -152,9 +181,26 @@ class Breeders(Protocol):
     def workers(self) -> int:
         """How many breeders there are now."""
 
-    def each(self, method: str, items: Sequence[Any], *shared: Any, cases: int = 0) -> list[Any]:
-        """What `method(items, *shared)` of a breeder answers for each of some items, in their order. Each takes so many
-        cases."""
+    def share(self, value: Any) -> Any:
+        """What stands for a value among the arguments of `each`: it is sent to each node once."""
+
+    def each(
+        self,
+        method: str,
+        items: Sequence[Any],
+        *shared: Any,
+        cases: int = 0,
+        at_once: int | None = None,
+        is_finite: Callable[[Any], bool] = lambda answer: True,
+        give_up: Callable[[str], Any] | None = None,
+    ) -> list[Any]:
+        """What `method(items, *shared)` of a breeder answers for each of some items, in their order. Each forwards so
+        many cases; a breeder gets so many items `at_once`, or as many as it does of members. An answer that is not
+        finite is asked of a second breeder too; what no breeder can answer has the answer that `give_up` makes of the
+        reason, or ends the run."""
+
+    def could_not_score(self, member: Members, reason: str) -> None:
+        """Say that an offspring is the worst, or end the run, as the configuration says."""
 
 
 class LocalBreeders:
@@ -162,14 +208,21 @@ class LocalBreeders:
 
     workers = 1
 
-    def __init__(self, spec: BreederSpec, device: torch.device) -> None:
-        self.breeder, self.threads = spec.make(device), spec.threads
-        self.counts: dict[str, float] = {"retries": 0}
+    def __init__(self, spec: BreederSpec, device: torch.device, note: Callable[[str], None]) -> None:
+        self.breeder, self.threads, self.note = spec.make(device), spec.threads, note
+        self.counts: dict[str, float] = {"retries": 0, "members_failed": 0}
 
-    def each(self, method: str, items: Sequence[Any], *shared: Any, cases: int = 0) -> list[Any]:
+    def share(self, value: Any) -> Any:
+        return value
+
+    def each(self, method: str, items: Sequence[Any], *shared: Any, **_: Any) -> list[Any]:
         with as_in_a_worker(self.threads, self.breeder.device):
             answers: list[Any] = getattr(self.breeder, method)(items, *shared)
             return answers
+
+    def could_not_score(self, member: Members, reason: str) -> None:
+        self.counts["members_failed"] += 1
+        self.note(given_up(member, 0, 1, reason))
 
 
 class Breeding:
@@ -203,49 +256,74 @@ class Breeding:
             (individual, settings[place], random_key(self.seed, ORDER_OF_PARENT + place), epoch)
             for place, individual in enumerate(self.individuals)
         ]
-        answers = self.breeders.each("train", items, cases=cases)
+        answers: list[Trained] = self.breeders.each(
+            "train", items, cases=cases, at_once=1, is_finite=lambda answer: math.isfinite(answer.found)
+        )
         self.individuals = [
-            replace(individual, fitness=fitness) if trained is None else trained
-            for individual, (trained, fitness) in zip(self.individuals, answers, strict=True)
+            answer.individual or replace(individual, fitness=answer.fitness)
+            for individual, answer in zip(self.individuals, answers, strict=True)
         ]
-        return sum(trained is None for trained, _ in answers)
+        return sum(answer.individual is None for answer in answers)
 
     def evolve(self, generation: int) -> tuple[Outcome, dict[str, NDArray[Any]]]:
         """The selection of a generation; its account, of the offspring, and what the journal needs beside it."""
-        before_P = self.fitness_P
+        before_P, parents = self.fitness_P, self._shared()
         offspring = self.strategy.offspring(self.seed, generation)
-        rows = [offspring[k : k + 1] for k in range(len(offspring))]
-        fitness_K = np.array(self.breeders.each("score", rows, self.individuals, cases=self.cases))
-        order_P = self.strategy.select(np.concatenate([before_P, fitness_K]), self.seed, generation)
-        self.become(offspring, order_P)
-        taken = order_P[order_P >= len(before_P)] - len(before_P)
         count = len(offspring)
+        started = time.perf_counter()
+        answers: list[Scored] = self.breeders.each(
+            "score",
+            offspring.rows(range(count)),
+            parents,
+            cases=self.cases,
+            is_finite=lambda answer: math.isfinite(answer.fitness),
+            give_up=lambda reason: Scored(math.nan, reason),
+        )
+        scored = time.perf_counter()
+        members = Members(offspring.seed_K, np.zeros(count, np.float32), offspring.gain_K)
+        for k, answer in enumerate(answers):
+            if answer.reason:
+                self.breeders.could_not_score(members[k : k + 1], answer.reason)
+        fitness_K = np.array([answer.fitness for answer in answers])
+        order_P = self.strategy.select(np.concatenate([before_P, fitness_K]), self.seed, generation)
+        self.become(offspring, fitness_K, order_P, parents)
         weight_K = np.zeros(count)
-        weight_K[taken] = 1
+        weight_K[order_P[order_P >= len(before_P)] - len(before_P)] = 1
+        best = int(order_P[0]) - len(before_P)
         outcome = Outcome(
-            Members(offspring.seed_K, np.zeros(count, np.float32), offspring.gain_K),
+            members,
             fitness_K,
             np.full(count, self.cases),
             weight_K,
             before=float(before_P.max()),
             after=float(self.fitness_P.max()),
-            chosen=int(taken[0]) if len(taken) else None,
-            note=None if len(taken) else "no offspring was among those selected",
+            chosen=best if best >= 0 else None,
+            note=None if best >= 0 else "no offspring is better than the best parent",
             cases=self.cases,
             cases_scored=count * self.cases,
+            seconds={"scoring": scored - started, "update": time.perf_counter() - scored},
         )
         return outcome, {"parents": offspring.parent_KR, "parent_fitness": before_P, "order": order_P}
 
-    def become(self, offspring: Offspring, order_P: NDArray[np.int64]) -> None:
+    def become(
+        self, offspring: Offspring, fitness_K: NDArray[np.float64], order_P: NDArray[np.int64], parents: Any = None
+    ) -> None:
         """Make the candidates of these numbers the parents: the parents come first, then the offspring. Their
-        optimizers are fresh."""
+        optimizers are fresh. `parents` are the parents as they were shared."""
         count = len(self.individuals)
-        rows = [offspring[place - count : place - count + 1] for place in order_P.tolist() if place >= count]
-        made = iter(self.breeders.each("make", rows, self.individuals) if rows else [])
+        taken = [place - count for place in order_P.tolist() if place >= count]
+        shared = parents or self._shared()
+        made = iter(self.breeders.each("make", offspring.rows(taken), shared, at_once=1) if taken else [])
         self.individuals = [
-            next(made) if place >= count else replace(self.individuals[place], optimizer=None)
+            replace(next(made), fitness=float(fitness_K[place - count]))
+            if place >= count
+            else replace(self.individuals[place], optimizer=None)
             for place in order_P.tolist()
         ]
+
+    def _shared(self) -> Any:
+        """The parents as breeders need them, without their optimizers."""
+        return self.breeders.share([replace(one, optimizer=None) for one in self.individuals])
 
     def digest(self) -> str:
         """SHA-256 of the parameters and buffers of all parents, in their order."""

@@ -117,14 +117,15 @@ class Evaluator:
             return torch.cuda.get_device_name(self.device)
         return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
-    def load(self, parent: ParentState) -> None:
-        """Take a new parent. On a CPU its parameters stay where they are, shared with other workers."""
+    def load(self, parent: ParentState, same_cases: bool = False) -> None:
+        """Take a new parent. On a CPU its parameters stay where they are, shared with other workers. With `same_cases`
+        they stay prepared as they are."""
         self.theta_D = unpacked(parent.theta_D, self.device)
         self.parent, self.buffers = parent, self.model.buffers
         self.versions, self.statistics = [-1] * len(self.buffers), len(list(self.model.module.buffers()))
         self.parent_buffers = [unpacked(buffer, self.device) for buffer in parent.buffers]
         self.random = torch.Generator().manual_seed(parent.seed).get_state()
-        if not _same_cases(self.case_sets, parent.case_sets):
+        if not same_cases:
             self.prepared.clear()
             self.own = None, []
         self.case_sets = parent.case_sets
@@ -177,7 +178,6 @@ class Evaluator:
         exceed the threshold is left. What is not finite in any statistic has NaN for all of them, and for its fitness.
         So has a member for which the fitness raised an error, and its text is in the second answer by the member's
         place."""
-        batches = [] if own else self._batches(cases, part)
         size = self.stack.size if self.stack else 1
         sums: list[torch.Tensor | None] = []
         failed: dict[int, str] = {}
@@ -189,8 +189,7 @@ class Evaluator:
                 try:
                     # A pass always has as many rows: the last member stands in those that are left.
                     rows = [*range(first, stop), *[stop - 1] * (first + size - stop)]
-                    if own:
-                        batches = self._own_batches(cases, own, members.seed_K[rows])
+                    batches = self._own_batches(cases, own, members.seed_K[rows]) if own else self._batches(cases, part)
                     sum_BM, cases_B = self._score(members, rows, batches, threshold, bool(own))
                     sums.append(sum_BM if size == 1 else sum_BM[: stop - first])
                     cases_K[first:stop] = cases_B[: stop - first]
@@ -370,10 +369,6 @@ def batched(case_N: torch.Tensor, largest: int | None) -> Iterator[torch.Tensor]
     passes = -(-len(case_N) // largest) if largest else 1
     for start, stop in pairwise(len(case_N) * number // passes for number in range(passes + 1)):
         yield case_N[start:stop]
-
-
-def _same_cases(one: dict[CaseSet, NDArray[np.int64]], other: dict[CaseSet, NDArray[np.int64]]) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def packed(buffer: torch.Tensor) -> Any:

@@ -59,5 +59,5 @@ def load_optimizer(optimizer: Optimizer, tensors: TensorDict, rest: dict[str, An
             laid_out = torch.empty_like(parameter).copy_(value) if value.ndim else value.clone()
             state.setdefault(int(number), {})[name] = laid_out.detach()
         optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
-    except (ValueError, IndexError, KeyError, TypeError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the checkpoint is of another optimizer: {error}") from None

@@ -72,13 +72,17 @@ def _setup(run: RunRecord) -> str:
     """The run in a line."""
     data, parent, evolution = run.config.data, run.config.parent, run.config.evolution.resolved()
     text = f"{data.name}{_changed(data, exclude={'name', 'root', 'download'})}; seed {run.config.run.seed}; "
-    text += f"{parent.model}, {parent.optimizer} at lr {parent.lr:g}"
+    esgd = evolution.strategy == "esgd"
+    text += f"{parent.model}" + ("" if esgd else f", {parent.optimizer} at lr {parent.lr:g}")
     text += _changed(parent, exclude={"model", "optimizer", "lr", "threads"})
     if evolution.strategy != "none":
         text += f"; {evolution.strategy} every {evolution.every} epochs: {evolution.population} members"
+        text += f" of {evolution.parents} parents" * esgd
         text += f" by {evolution.fitness}" + f", accept {evolution.accept}" * bool(evolution.accept)
         text += f", lr {evolution.lr:g}" if evolution.lr and evolution.step == "lr" else ""
-        text += _changed(evolution, exclude={"strategy", "every", "population", "fitness", "accept", "lr", "wave"})
+        text += _changed(
+            evolution, exclude={"strategy", "every", "population", "fitness", "accept", "lr", "wave", "parents"}
+        )
     return f"{text}; {run.environment.processor}, torch {run.environment.versions.get('torch')}"
 
 

@@ -42,6 +42,13 @@ class Epoch(BaseModel):
     average_test_accuracy: Real | None = None
     average_test_loss: Number = None
     """Of the average of the weights (parent.average)."""
+    parents: Count | None = None
+    parents_fitness_min: Number = None
+    parents_fitness_mean: Number = None
+    parents_fitness_max: Number = None
+    """Of the parents, where there are several (evolutionary SGD)."""
+    backed_off: Count | None = None
+    """Parents whose fitness fell in an epoch of gradient descent: they are what they were."""
     seconds: Real
     evaluation_seconds: Real
     images_per_second: Real
@@ -81,6 +88,8 @@ class EvolvePhase(Epoch):
     """Mean fitness of the members and length of the update, 0 where there was none, where a phase has several."""
     step_ratio: Number
     """Norm of the phase's move over the norm of one mutation."""
+    selected: Count | None = None
+    """Offspring among the next parents, of several (evolutionary SGD)."""
     images_scored: Count = 0
     images_saved: Count = 0
     """By early rejection, or by racing."""

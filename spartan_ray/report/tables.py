@@ -93,7 +93,9 @@ def evolve_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                     "confirm before": "" if pd.isna(confirm[0]) else number(confirm[0]),
                     "confirm after": "" if pd.isna(confirm[1]) else number(confirm[1]),
                     "moved": _moved(phase),
-                    "step ratio": number(phase["step_ratio"], 2),
+                    "selected": _count(phase.get("selected")),
+                    "parents' mean": _fitness(phase.get("parents_fitness_mean")),
+                    "step ratio": "" if _of_parents(phase) else number(phase["step_ratio"], 2),
                     "images saved": _share(phase, "images_saved"),
                     "images discarded": _share(phase, "images_discarded"),
                     "scoring s": number(phase["scoring_seconds"], 1),
@@ -116,6 +118,16 @@ def _moved(phase: dict[Any, Any]) -> str:
         return found
     member, count = int(phase["chosen_member"]), int(phase["accepted_members"])
     return f"{found}: member {member}" if count == 1 else f"{found}: {count} members, last: member {member}"
+
+
+def _of_parents(phase: Mapping[Any, Any]) -> bool:
+    """Whether it is a selection among several parents and their offspring."""
+    return not pd.isna(phase.get("parents"))
+
+
+def _fitness(value: Any) -> str:
+    """Nothing where there is none."""
+    return "" if pd.isna(value) else number(value)
 
 
 def _count(value: Any) -> str:

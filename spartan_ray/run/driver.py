@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import platform
@@ -49,7 +50,7 @@ from spartan_ray.vision.averaging import Average
 from spartan_ray.vision.classification import Normaliser, score
 from spartan_ray.vision.data import load_splits
 from spartan_ray.vision.models import describe, initial_model, refuse_unfit
-from spartan_ray.vision.training import Trainer
+from spartan_ray.vision.training import Trainer, lr_factor
 
 # The train loss is taken on so many SGD images at most: the same ones every epoch.
 TRAIN_LOSS_IMAGES = 5000
@@ -142,7 +143,9 @@ class Driver:
         """An evolve phase; it counts as an epoch."""
         if self.parents:
             self._begin("evolve", "members", self.config.evolution.population)
-            return self.parents.evolve(generation, self.record.path / "journal")
+            row = self.parents.evolve(generation, self.record.path / "journal")
+            self._note_phase(generation, row)
+            return row
         assert self.population
         assert self.strategy
         moments = self.config.parent.moments_after_evolution
@@ -162,10 +165,7 @@ class Driver:
         elif row["accepted"] and moments == "reset":
             self.trainer.reset_moments()
         self._advance(self.progress.total - self.progress.done)
-        if outcome.note:
-            self._note(f"epoch {generation}: {outcome.note}")
-        if dead := row["fitness_nonfinite"]:
-            self._note(f"epoch {generation}: {dead} of {len(outcome.members)} members are not finite: worst of all")
+        self._note_phase(generation, row)
         evolution = self.config.evolution
         too_long = row["step_ratio"] > STEP_RATIO_LIMIT and evolution.strategy == "es" and evolution.step != "search"
         if too_long and not self.said_too_long:
@@ -176,6 +176,14 @@ class Driver:
                 f"a smaller {smaller}, or evolution.step search, is likely to do better"
             )
         return {"kind": "evolve", "seconds": time.perf_counter() - started} | row
+
+    def _note_phase(self, generation: int, row: Row) -> None:
+        """Say why the parent stayed, and which members could not be scored."""
+        if row["note"]:
+            self._note(f"epoch {generation}: {row['note']}")
+        if dead := row["fitness_nonfinite"]:
+            count = row["population"] * row["generations"]
+            self._note(f"epoch {generation}: {dead} of {count} members are not finite: worst of all")
 
     def _remember(self, epoch: int) -> None:
         """Take in the network at the end of an epoch, for what is made of the last ones; 0 is before the first."""
@@ -206,10 +214,11 @@ class Driver:
         if self.model.is_finite() and row["train_loss"] is not None and row["evolution_loss"] is not None:
             return
         last = self.record.path / "checkpoints" / f"epoch-{row['epoch'] - 1:06d}.safetensors"
+        parent, evolution = self.config.parent, self.config.evolution
+        smaller = f"parent.lr ({parent.lr:g})" if not self.parents else f"evolution.optimizers ({evolution.optimizers})"
         raise Diverged(
             f"{self.record.path}: the network diverged in epoch {row['epoch']} ({row['kind']}): its loss or its "
-            "parameters are not finite; start a new run with a smaller parent.lr "
-            f"({self.config.parent.lr:g}). {last} is before it"
+            f"parameters are not finite; start a new run with smaller {smaller}. {last} is before it"
         )
 
     def _set_up(self) -> int:
@@ -255,7 +264,9 @@ class Driver:
             esgd, spec = make_breeder(config, splits)
             pool = self._start_workers(spec)
             self.at_end.callback(pool.close)
-            self.parents = Parents(esgd, pool, config.run.seed, self.model, len(spec.case_N), len(splits.sgd))
+            factor = functools.partial(lr_factor, config.parent.schedule, epochs=config.run.epochs)
+            images = len(spec.case_N), len(splits.sgd)
+            self.parents = Parents(esgd, pool, config.run.seed, self.model, *images, factor)
         # While the workers start: torch's first optimizer takes a second to import what it needs.
         self.trainer = Trainer(
             config.parent,
@@ -320,7 +331,7 @@ class Driver:
             tensors["evolution"], optimizers["evolution"] = optimizer_state(optimizer)
             optimizers["evolution"]["kind"] = self.population.updates.kind
         if self.parents:
-            tensors["evolution"], optimizers["evolution"] = self.parents.state()
+            tensors["evolution"], tensors["optimizer"], optimizers["evolution"] = self.parents.state()
         loop = Loop(
             epoch=epoch,
             generation=epoch // every * every if self.evolves else 0,
@@ -353,12 +364,14 @@ class Driver:
         be_after_epoch(self.model.module, checkpoint, checkpoints, epochs, self._remember)
         if self.average and self.average.kind == "ema":
             self.average.theta_D.copy_(checkpoint.tensors["average"]["theta"])
-        load_optimizer(self.trainer.optimizer, checkpoint.tensors["optimizer"], loop.optimizers["optimizer"])
+        moments = checkpoint.tensors["optimizer"]
+        if self.parents:
+            self.parents.load(checkpoint.tensors["evolution"], moments, loop.optimizers.get("evolution", {}))
+        else:
+            load_optimizer(self.trainer.optimizer, moments, loop.optimizers["optimizer"])
         self.trainer.steps = loop.steps
         if self.population:
             load_evolution(self.population, checkpoint)
-        if self.parents:
-            self.parents.load(checkpoint.tensors["evolution"], loop.optimizers.get("evolution", {}))
 
     def _finish(self) -> None:
         if self.average:

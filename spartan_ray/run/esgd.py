@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from spartan_ray.engine.breeding import Breeders, Breeding, Individual
@@ -13,7 +16,7 @@ from spartan_ray.engine.evaluator import packed, unpacked
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.moments import TensorDict
 from spartan_ray.engine.strategies.esgd import EvolutionarySGD
-from spartan_ray.errors import InputError
+from spartan_ray.errors import InputError, one_line
 from spartan_ray.run.journal import write_journal
 from spartan_ray.run.record import Row, phase_row
 
@@ -24,11 +27,20 @@ class Parents:
     """The parents of a run; the network of the driver is the fittest of them after each epoch."""
 
     def __init__(
-        self, strategy: EvolutionarySGD, breeders: Breeders, seed: int, model: FlatModel, cases: int, images: int
+        self,
+        strategy: EvolutionarySGD,
+        breeders: Breeders,
+        seed: int,
+        model: FlatModel,
+        cases: int,
+        images: int,
+        lr_factor: Callable[[int], float] = lambda epoch: 1.0,
     ) -> None:
-        """`cases` is how many images score a network, `images` how many train it."""
+        """`cases` is how many images score a network, `images` how many train it, `lr_factor` the learning rate of an
+        epoch over that of the first."""
         self.breeding = Breeding(strategy, breeders, seed, model, cases)
         self.every, self.seed, self.model, self.images = strategy.every, seed, model, images
+        self.lr_factor = lr_factor
 
     def train(self, epoch: int) -> Row:
         """An epoch of each parent."""
@@ -40,7 +52,7 @@ class Parents:
         settings = self.breeding.strategy.settings(self.seed, generation)[self.breeding.best]
         return {
             "kind": "sgd",
-            "lr": settings.lr,
+            "lr": settings.lr * self.lr_factor(epoch),
             "optimizer": settings.optimizer,
             "seconds": seconds,
             "images_per_second": len(self.breeding.individuals) * self.images / seconds,
@@ -55,10 +67,13 @@ class Parents:
         before = self.breeding.digest()
         outcome, more = self.breeding.evolve(generation)
         outcome.counts, outcome.workers = self._since(counts), self.breeding.breeders.workers
-        outcome.seconds = {"scoring": time.perf_counter() - started, "update": 0.0, "gradient": 0.0}
         self._show_best()
         write_journal(journal, generation, outcome, before, self.breeding.digest(), more)
-        return {"kind": "evolve", "seconds": time.perf_counter() - started} | phase_row(outcome) | self._fitness()
+        selected = int(np.count_nonzero(outcome.weight_K))
+        # The parent of the record is the fittest one: it has moved if an offspring is.
+        moved = {"accepted": outcome.chosen is not None, "accepted_members": 1, "selected": selected}
+        row = {"kind": "evolve", "lr": None, "seconds": time.perf_counter() - started}
+        return row | phase_row(outcome) | moved | {"step_ratio": None} | self._fitness()
 
     def _fitness(self) -> Row:
         fitness_P = self.breeding.fitness_P
@@ -71,45 +86,43 @@ class Parents:
         return {name: value - counts[name] for name, value in self.breeding.breeders.counts.items()}
 
     def _show_best(self) -> None:
-        best, device = self.breeding.individuals[self.breeding.best], self.model.theta_D.device
-        self.model.theta_D.copy_(unpacked(best.theta_D, device))
-        self.model.write()
-        self.model.load_buffers([unpacked(buffer, device) for buffer in best.buffers])
+        self.breeding.individuals[self.breeding.best].become(self.model)
 
-    def state(self) -> tuple[TensorDict, dict[str, Any]]:
-        """What a checkpoint has of the parents: tensors, named `3.theta` for parent 3, and what JSON can hold."""
-        tensors: TensorDict = {}
+    def state(self) -> tuple[TensorDict, TensorDict, dict[str, Any]]:
+        """What a checkpoint has of the parents: tensors of the networks, named `3.theta` for parent 3, those of their
+        optimizers, and what JSON can hold."""
+        networks: TensorDict = {}
+        moments: TensorDict = {}
         rest = []
         for place, one in enumerate(self.breeding.individuals):
             named = {"theta": one.theta_D} | {f"buffer.{number}": buffer for number, buffer in enumerate(one.buffers)}
-            moments, others = one.optimizer or ({}, None)
-            named |= {f"optimizer.{name}": value for name, value in moments.items()}
-            tensors |= {f"{place}.{name}": unpacked(value, CPU) for name, value in named.items()}
+            networks |= {f"{place}.{name}": unpacked(value, CPU).contiguous() for name, value in named.items()}
+            tensors, others = one.optimizer or ({}, None)
+            moments |= {f"{place}.{name}": unpacked(value, CPU).contiguous() for name, value in tensors.items()}
             rest.append({"fitness": one.fitness, "optimizer": others})
-        return tensors, {"kind": "esgd", "parents": rest}
+        return networks, moments, {"kind": "esgd", "parents": rest}
 
-    def load(self, tensors: TensorDict, rest: dict[str, Any]) -> None:
-        """Be what `state` was taken of. Raises InputError for the state of others."""
+    def load(self, networks: TensorDict, moments: TensorDict | None, rest: dict[str, Any]) -> None:
+        """Be what `state` was taken of, or, without moments, the networks of it. Raises InputError for the state of
+        others."""
         try:
             if rest["kind"] != "esgd" or len(rest["parents"]) != len(self.breeding.individuals):
-                raise ValueError("other parents")
+                raise ValueError("not so many parents")
             individuals = []
             for place, known in enumerate(rest["parents"]):
-                prefix = f"{place}.optimizer."
-                moments = {
-                    name.removeprefix(prefix): packed(value)
-                    for name, value in tensors.items()
-                    if name.startswith(prefix)
-                }
-                theta_D = tensors[f"{place}.theta"]
-                buffers = [tensors[f"{place}.buffer.{number}"] for number in range(len(self.model.buffers))]
+                theta_D = networks[f"{place}.theta"]
+                buffers = [networks[f"{place}.buffer.{number}"] for number in range(len(self.model.buffers))]
                 for given, own in zip((theta_D, *buffers), (self.model.theta_D, *self.model.buffers), strict=True):
                     if given.shape != own.shape or given.dtype != own.dtype:
                         raise ValueError(f"{tuple(given.shape)} instead of {tuple(own.shape)}")
-                optimizer = None if known["optimizer"] is None else (moments, known["optimizer"])
                 fitness = None if known["fitness"] is None else float(known["fitness"])
-                packed_buffers = [packed(buffer) for buffer in buffers]
-                individuals.append(Individual(packed(theta_D), packed_buffers, optimizer, fitness))
+                if fitness is not None and not math.isfinite(fitness):
+                    raise ValueError(f"the fitness {fitness}")
+                state = None
+                if moments is not None and known["optimizer"] is not None:
+                    mine = {name: value for name, value in moments.items() if name.startswith(f"{place}.")}
+                    state = {name.partition(".")[2]: packed(value) for name, value in mine.items()}, known["optimizer"]
+                individuals.append(Individual(packed(theta_D), [packed(buffer) for buffer in buffers], state, fitness))
         except (KeyError, ValueError, TypeError) as error:
-            raise InputError(f"the checkpoint is of other parents: {error}") from None
+            raise InputError(f"the checkpoint is of other parents: {one_line(str(error))}") from None
         self.breeding.individuals = individuals

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from spartan_ray.engine.breeding import LocalBreeders
-from spartan_ray.engine.evaluator import unpacked
 from spartan_ray.engine.strategies.esgd import Offspring
 from spartan_ray.errors import InputError
 from spartan_ray.run.checkpoint import save_weights
@@ -24,25 +23,25 @@ class EsgdReplay(Recorded):
     def __init__(self, run: Path, note: Callable[[str], None], device: torch.device = CPU) -> None:
         super().__init__(run, note, device)
         strategy, spec = make_breeder(self.config, self.splits)
-        breeders, seed = LocalBreeders(spec, device), self.config.run.seed
+        breeders, seed = LocalBreeders(spec, device, note), self.config.run.seed
         self.parents = Parents(strategy, breeders, seed, self.model, len(spec.case_N), len(self.splits.sgd))
 
     def descendant(self, generation: int, member: int, file: Path) -> tuple[float, float]:
         """Write the weights of an offspring to a file; its fitness on record, and as it is scored now."""
         journal = self._begin(generation)
         self.refuse_member(member, generation, journal)
-        breeding = self.parents.breeding
-        (made,) = breeding.breeders.each("make", [_offspring(journal)[member : member + 1]], breeding.individuals)
-        self.model.theta_D.copy_(unpacked(made.theta_D, self.device))
-        self.model.load_buffers([unpacked(buffer, self.device) for buffer in made.buffers])
+        breeders, row = self.parents.breeding.breeders, _offspring(journal).rows([member])
+        (scored,) = breeders.each("score", row, self.parents.breeding.individuals)
+        (made,) = breeders.each("make", row, self.parents.breeding.individuals)
+        made.become(self.model)
         save_weights(file, self.model.state_dict(), self.description)
-        return float(journal["fitness"][member]), float(made.fitness)
+        return float(journal["fitness"][member]), float(scored.fitness)
 
     def verify(self, generation: int) -> bool:
         """Make the next parents of a generation again from its journal; whether their bits are the recorded ones."""
         journal = self._begin(generation)
         breeding, order_P = self.parents.breeding, journal["order"]
-        breeding.become(_offspring(journal), order_P)
+        breeding.become(_offspring(journal), journal["fitness"], order_P)
         agrees = breeding.digest() == str(journal["next_parent"])
         count = int((order_P >= len(order_P)).sum())
         moves = f"{count} of {len(journal['member'])} offspring are parents"
@@ -52,20 +51,22 @@ class EsgdReplay(Recorded):
     def _begin(self, generation: int) -> Journal:
         """Have the parents before a generation; its journal."""
         path, journal, checkpoint = self.read(generation)
-        self.parents.load(checkpoint.tensors["evolution"], checkpoint.loop.optimizers.get("evolution", {}))
+        self.parents.load(checkpoint.tensors["evolution"], None, checkpoint.loop.optimizers.get("evolution", {}))
         breeding = self.parents.breeding
         if breeding.digest() != str(journal["parent"]):
             raise InputError(f"{path}: the journal of other parents than the checkpoint's")
         parents, count = len(breeding.individuals), len(journal["member"])
         _check(path, journal, "parents", (count, breeding.strategy.recombine), parents)
         _check(path, journal, "order", (parents,), parents + count)
+        if len(set(journal["order"].tolist())) < parents:
+            raise InputError(f"{path}: not a journal: order has one candidate twice")
         return journal
 
 
 def _check(path: Path, journal: Journal, name: str, shape: tuple[int, ...], below: int) -> None:
     """Raises InputError unless a column has whole numbers of a shape from 0 up to a bound."""
     found = journal.get(name)
-    whole = found is not None and found.dtype.kind == "i" and found.shape == shape
+    whole = found is not None and found.dtype.kind == "i" and found.shape == shape and found.size
     if found is None or not whole or found.min() < 0 or found.max() >= below:
         raise InputError(f"{path}: not a journal: {name} is missing or of another kind")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from spartan_ray.engine.breeding import BreederSpec
 from spartan_ray.engine.draws import draw_cases, gradient_cases, share_cases
-from spartan_ray.engine.evaluator import EvaluatorSpec
+from spartan_ray.engine.evaluator import EvaluatorSpec, packed
 from spartan_ray.engine.executor import Executor
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.population import GRADIENT_CASES, Population
@@ -163,7 +163,7 @@ def make_breeder(config: Config, splits: Splits) -> tuple[EvolutionarySGD, Breed
     too few images."""
     evolution, seed = config.evolution, config.run.seed
     count = image_counts(evolution, len(splits.evolution), len(splits.sgd))["fitness"]
-    normalise = Normaliser(splits.mean_C, splits.std_C, torch.device("cpu"))
+    images = packed(splits.sgd.pixels_NHWC), packed(splits.sgd.labels_N)
     strategy = EvolutionarySGD(
         evolution.population,
         parents=evolution.parents,
@@ -179,7 +179,7 @@ def make_breeder(config: Config, splits: Splits) -> tuple[EvolutionarySGD, Breed
         make_fitness(evolution, splits),
         evolution.noise,
         config.cluster.cpus_per_worker,
-        course=Course(config.parent, splits.sgd, normalise, config.data.augment, config.run.epochs),
+        course=Course(config.parent, images, splits.mean_C, splits.std_C, config.data.augment, config.run.epochs),
         # The same in the whole run: an individual is compared with what it was epochs ago.
         case_N=draw_cases({"fitness": count}, len(splits.evolution), seed, 0)["fitness"],
     )

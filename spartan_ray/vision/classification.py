@@ -6,7 +6,6 @@ Shapes: N images, C colours, M = 2 statistics: minus the cross-entropy, and whet
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -43,12 +42,6 @@ class Normaliser:
         self.scale_C = (1 / (255 * torch.tensor(std_C, dtype=torch.float64))).float().to(device)
         shift_C = torch.tensor(mean_C, dtype=torch.float64) / torch.tensor(std_C, dtype=torch.float64)
         self.shift_C = shift_C.float().to(device)
-
-    def to(self, device: torch.device) -> Normaliser:
-        """The same on a device."""
-        moved = copy.copy(self)
-        moved.scale_C, moved.shift_C = self.scale_C.to(device), self.shift_C.to(device)
-        return moved
 
     def __call__(self, pixels_NHWC: torch.Tensor) -> torch.Tensor:
         """Float images, N x C x H x W in channels-last memory."""

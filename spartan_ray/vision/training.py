@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,14 +144,24 @@ class Trainer:
 
 
 class Course:
-    """An epoch of gradient descent, with an optimizer and a learning rate that are said each time."""
+    """An epoch of gradient descent, with an optimizer and a learning rate that are said each time. `images` are packed,
+    so that the workers of a node share them."""
 
-    def __init__(self, config: ParentConfig, images: Images, normalise: Normaliser, augment: bool, epochs: int) -> None:
-        self.config, self.images, self.normalise = config, images, normalise
+    def __init__(
+        self,
+        config: ParentConfig,
+        images: tuple[Any, Any],
+        mean_C: tuple[float, ...],
+        std_C: tuple[float, ...],
+        augment: bool,
+        epochs: int,
+    ) -> None:
+        self.config, self.packed, self.mean_C, self.std_C = config, images, mean_C, std_C
         self.augment, self.epochs = augment, epochs
 
     def to(self, device: torch.device) -> None:
-        self.images, self.normalise = self.images.to(device), self.normalise.to(device)
+        self.images = Images(*(unpacked(part, device) for part in self.packed))
+        self.normalise = Normaliser(self.mean_C, self.std_C, device)
 
     def __call__(
         self, model: FlatModel, settings: Settings, state: OptimizerState | None, seed: int, epoch: int

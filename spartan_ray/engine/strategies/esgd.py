@@ -8,7 +8,7 @@ C = P + K candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,10 @@ class Offspring(Columns):
     parent_KR: NDArray[np.int64]
     seed_K: NDArray[np.uint64]
     gain_K: NDArray[np.float32]
+
+    def rows(self, places: Iterable[int]) -> list[Offspring]:
+        """Some of them, each by itself."""
+        return [self[place : place + 1] for place in places]
 
 
 class EvolutionarySGD:
