@@ -86,6 +86,8 @@ class Bench:
         self.thetas = self._thetas()
         self.reference_NCHW = self.normalise(splits.sgd[slice(0, 512)].pixels_NHWC)
         self.begin()
+        # Other processors round otherwise, and overfit another parent.
+        self.weights = self.model.digest()[:12]
 
     def _thetas(self) -> list[torch.Tensor]:
         """The parent at the ends of its last epochs, with its buffers at the end."""
@@ -114,13 +116,16 @@ class Bench:
 
     def add(self, **row: Any) -> None:
         with self.rows_path.open("a") as file:
-            file.write(json.dumps({"parent": self.parent, "precision": self.precision} | row) + "\n")
+            file.write(json.dumps(self._about() | row) + "\n")
         print(json.dumps(row), flush=True)
+
+    def _about(self) -> dict[str, Any]:
+        return {"parent": self.parent, "weights": self.weights, "precision": self.precision}
 
     def done(self, way: str) -> bool:
         """Whether all rows of a way are there."""
         lines = self.rows_path.read_text().splitlines() if self.rows_path.exists() else []
-        mine = {"parent": self.parent, "precision": self.precision, "way": way, "last": True}
+        mine = self._about() | {"way": way, "last": True}
         return any(mine.items() <= {**row, "lengths": None}.items() for row in map(json.loads, lines))
 
     def baselines(self) -> None:

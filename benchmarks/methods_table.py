@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=Path, help="rows.jsonl of benchmarks/methods.py")
     rows = pd.read_json(parser.parse_args().rows, lines=True)
-    print(f"{rows['parent'].nunique()} parents\n")
+    print(f"{rows['weights'].nunique()} parents\n")
     still = rows[rows["fitness"].isna() & rows["test_loss"].notna()]
     lines = [
         [str(way), f"{group['test_loss'].mean():.3f}", f"{group['test_accuracy'].mean():.4f}"]

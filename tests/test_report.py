@@ -99,7 +99,7 @@ def test_the_report_tells_who_replaced_the_parent_and_what_confirmed_it(tmp_path
     assert "images discarded" not in phases[0]
     paths = write_report([run], tmp_path / "report")
     assert "step_search.png" in [path.name for path in paths]
-    assert "gain in fitness along the update, a line a phase" in (tmp_path / "report" / "report.html").read_text()
+    assert "gain in fitness along the update" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_report_is_three_pictures_a_text_and_a_page_that_needs_nothing(tmp_path: Path) -> None:

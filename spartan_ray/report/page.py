@@ -19,13 +19,14 @@ PICTURES = {
 
 
 SEARCH_CAPTION = "gain in fitness along the update"
+PARENTS_CAPTION = "fitness of the parents: the best, their mean, and from the worst to the best"
 
 
 def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
     """Write the pictures, report.md and report.html (self-contained); returns their paths."""
     import jinja2
 
-    from spartan_ray.report.plots import draw_measure, draw_search
+    from spartan_ray.report.plots import draw_measure, draw_parents, draw_search
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,18 +36,21 @@ def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
     pictures = {measure: folder / f"{measure}.png" for measure in PICTURES}
     for measure, path in pictures.items():
         draw_measure(frames, measure, PICTURES[measure], path)
-    search = folder / "step_search.png"
-    searched = any("search_ratios" in frame and frame["search_ratios"].notna().any() for frame in frames.values())
-    if searched:
-        draw_search(frames, SEARCH_CAPTION, search)
+    more: dict[str, Path] = {}  # by their captions
+    for column, caption, draw, name in (
+        ("search_ratios", SEARCH_CAPTION, draw_search, "step_search.png"),
+        ("parents", PARENTS_CAPTION, draw_parents, "parents.png"),
+    ):
+        if any(column in frame and frame[column].notna().any() for frame in frames.values()):
+            more[caption] = folder / name
+            draw(frames, caption, more[caption])
     final, phases = final_table(frames), evolve_table(frames)
 
     text = f"# {', '.join(frames)}\n\n{markdown(final)}\n"
     text += "\n".join(f"![{PICTURES[measure]}]({path.name})" for measure, path in pictures.items())
     if len(phases):
         text += f"\n\n## Evolve phases\n\n{markdown(phases)}"
-    if searched:
-        text += f"\n![{SEARCH_CAPTION}]({search.name})"
+    text += "".join(f"\n![{caption}]({path.name})" for caption, path in more.items())
     report = folder / "report.md"
     report.write_text(text + "\n")
 
@@ -56,16 +60,17 @@ def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
         jinja2.Template(template, autoescape=True).render(
             names=list(frames),
             setups=[(name, _setup(run)) for name, run in zip(frames, runs, strict=True)],
-            pictures=[
-                (PICTURES[measure], base64.b64encode(path.read_bytes()).decode()) for measure, path in pictures.items()
-            ],
+            pictures=[(PICTURES[measure], _inline(path)) for measure, path in pictures.items()],
             final=final.to_html(index=False, border=0),
             phases=phases.to_html(index=False, border=0) if len(phases) else "",
-            search=base64.b64encode(search.read_bytes()).decode() if searched else "",
-            search_caption=SEARCH_CAPTION,
+            more=[(caption, _inline(path)) for caption, path in more.items()],
         )
     )
-    return [*pictures.values(), *([search] if searched else []), report, page]
+    return [*pictures.values(), *more.values(), report, page]
+
+
+def _inline(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _setup(run: RunRecord) -> str:

@@ -67,3 +67,25 @@ def draw_search(frames: Mapping[str, pd.DataFrame], label: str, path: Path) -> N
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_parents(frames: Mapping[str, pd.DataFrame], label: str, path: Path) -> None:
+    """Draw the fitness of the parents of each run that has several: a band from the worst to the best, and the mean."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for number, (name, frame) in enumerate(frames.items()):
+        if "parents" not in frame:
+            continue
+        colour, epoch = COLOURS[number % len(COLOURS)], frame["epoch"]
+        lowest, mean, highest = (frame[f"parents_fitness_{part}"].astype(float) for part in ("min", "mean", "max"))
+        axes.fill_between(epoch, lowest, highest, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(epoch, mean, color=colour, linewidth=1, linestyle="--")
+        axes.plot(epoch, highest, color=colour, linewidth=1.8, label=name)
+        evolve = frame[frame["kind"] == "evolve"]
+        axes.scatter(evolve["epoch"], highest[evolve.index], color=colour, s=46, zorder=3)
+    axes.set(xlabel="epoch", ylabel=label.split(":", maxsplit=1)[0])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
