@@ -311,8 +311,9 @@ def test_adam_s_step_count_is_each_individual_s_own() -> None:
     ({"recombine": 5}, "evolution.recombine (5) is larger than evolution.parents (4)"),
     ({"elite": 5}, "evolution.elite (5) is larger than evolution.parents (4)"),
     ({"every": 1}, "evolution.strategy (esgd) needs epochs between the phases: evolution.every above 1"),
-    ({"mirrored": True}, "evolution.mirrored (True) has no effect with evolution.strategy esgd: it needs es"),
+    ({"mirrored": True}, "evolution.mirrored (True) has no effect with evolution.strategy esgd"),
     ({"mutate": "batchnorm"}, "evolution.mutate (batchnorm) has no effect with evolution.strategy esgd"),
+    ({"step_ratio": 0.3}, "evolution.step_ratio (0.3) has no effect with evolution.strategy esgd"),
     ({"confirm": True}, "evolution.confirm (True) has no effect with evolution.strategy esgd"),
     ({"lr": 0.1}, "evolution.lr (0.1) has no effect with evolution.strategy esgd"),
     ({"optimizers": "sgd"}, "evolution.optimizers ('sgd'): expected sgd or adam or adamw, each with a range"),
@@ -463,6 +464,13 @@ def test_a_checkpoint_of_other_parents_is_refused(esgd_run: Path) -> None:
     assert not {name for name in networks if "optimizer" in name}
     parents.load(networks, None, rest)
     assert all(one.optimizer is None for one in parents.breeding.individuals)
+
+
+def test_that_nothing_was_learned_is_said(local_ray: None, small_config: Config) -> None:
+    config = change(small_config, run={"epochs": 2}, evolution=ESGD | {"optimizers": "sgd:1e5..1e6"})
+    _, notes = run_here(config)
+    said = "all parents backed off: smaller rates may serve (evolution.optimizers sgd:1e5..1e6)"
+    assert [note for note in notes if "backed off" in note] == [f"epoch {epoch}: {said}" for epoch in (1, 2)]
 
 
 def frozen(num_classes: int) -> torch.nn.Module:

@@ -35,7 +35,7 @@ class Run(Section):
     keep: PositiveInt = 3
     """Checkpoints kept, one an epoch; those that replay needs come on top."""
     keep_parents: bool = True
-    """Keep the parent before each evolve phase too (ResNet18: 45 MB each): `spartan replay` needs it."""
+    """Keep the parent before each evolve phase too (ResNet18: 45 MB; esgd: all parents): `spartan replay` needs it."""
 
 
 # A field that only one setting of another field uses: refused elsewhere, unless it has its default.
@@ -57,7 +57,8 @@ ONLY_WITH: dict[str, tuple[str, str]] = {
 # All that evolutionary SGD uses, and what of the parent it draws itself or has no use for.
 OF_ESGD = {"strategy", "every", "population", "fitness", "fitness_images", "batchnorm", "precision", "noise", "sigma"}
 OF_ESGD |= {"sigma_decay", "parents", "recombine", "elite", "optimizers"}
-NOT_OF_ESGD = ("optimizer", "lr", "gradient_noise", "moments_after_evolution", "average")
+NOT_OF_ESGD = {"optimizer": ": evolution.optimizers says it", "lr": ": evolution.optimizers says it"}
+NOT_OF_ESGD |= {"gradient_noise": "", "moments_after_evolution": "", "average": ""}
 STRATEGIES = ("es", "random-gradients", "esgd", "none")
 ACCEPT = {"es": ("always", "if-better"), "random-gradients": ("best", "chain")}
 LR = {"es": 0.0005, "random-gradients": 0.01}
@@ -155,17 +156,17 @@ class Evolution(Section):
     def _together(self) -> Evolution:
         if self.strategy == "none" or is_named(self.strategy):
             return self
+        if self.strategy == "esgd":
+            return self._as_esgd()
         chosen = self.resolved()
         for name, (switch, wanted) in ONLY_WITH.items():
-            if switch == "accept" and wanted not in ACCEPT.get(self.strategy, ()):
+            if switch == "accept" and wanted not in ACCEPT[self.strategy]:
                 switch, wanted = "strategy", "random-gradients"
             value, setting = getattr(self, name), getattr(chosen, switch)
             if value != type(self).model_fields[name].default and setting not in wanted.split(" or "):
                 raise ValueError(
                     f"evolution.{name} ({value}) has no effect with evolution.{switch} {setting}: it needs {wanted}"
                 )
-        if self.strategy == "esgd":
-            return self._as_esgd()
         if chosen.accept not in ACCEPT[self.strategy]:
             wanted = " or ".join(ACCEPT[self.strategy])
             raise ValueError(
@@ -256,10 +257,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _splits(self) -> Config:
         evolution, data = self.evolution, self.data
-        for name in NOT_OF_ESGD if evolution.strategy == "esgd" else ():
+        for name, instead in NOT_OF_ESGD.items() if evolution.strategy == "esgd" else ():
             value = getattr(self.parent, name)
             if value != Parent.model_fields[name].default:
-                raise ValueError(f"parent.{name} ({value}) has no effect with evolution.strategy esgd")
+                raise ValueError(f"parent.{name} ({value}) has no effect with evolution.strategy esgd{instead}")
         if evolution.of == "average" and evolution.strategy == "none":
             raise ValueError("evolution.of (average) has no effect with evolution.strategy none")
         if evolution.of == "average" and self.parent.average == "none":

@@ -124,7 +124,13 @@ class Driver:
         """An epoch of gradient descent on the SGD split."""
         if self.parents:
             self._begin("sgd", "parents", self.config.evolution.parents)
-            return self.parents.train(epoch)
+            row = self.parents.train(epoch)
+            if row["backed_off"] == row["parents"]:
+                rates = self.config.evolution.optimizers
+                self._note(
+                    f"epoch {epoch}: all parents backed off: smaller rates may serve (evolution.optimizers {rates})"
+                )
+            return row
         self._begin("sgd", "images", len(self.splits.sgd))
         started = time.perf_counter()
 
