@@ -215,6 +215,8 @@ class Pool:
         reason, or raises PoolError."""
         answers: list[Any] = [None] * len(items)
         known = self.seconds_each.get(method)
+        # What nothing is known of may take long, as an epoch does, and is not taken to hang before.
+        usual = cases * SLOW_CASE_SECONDS if known is None else known
 
         def submit(worker: Any, start: int, stop: int) -> Any:
             return self.transport.submit(worker, "ask", method, items[start:stop], *shared)
@@ -232,14 +234,12 @@ class Pool:
             raise PoolError(f"{method} failed on {TRIES} workers: {reason}")
 
         range_ = Range(submit, next_size, deque([Span(0, len(items))]), len(items), smallest=1)
-        # What nothing is known of may take long, as an epoch does, and is not taken to hang before.
-        range_.seconds, range_.elements = (cases * SLOW_CASE_SECONDS if known is None else known), 1
+        range_.seconds, range_.elements = usual, 1
         for _, span, answer in self.dispatcher.cover(range_, lambda answer: all(map(is_finite, answer)), fail):
             answers[span.start : span.stop] = answer
             self.advance(len(span) if cases else 0, len(span) * cases)
         if range_.elements > 1:
-            first = cases * SLOW_CASE_SECONDS if known is None else known
-            self.seconds_each[method] = (range_.seconds - first) / (range_.elements - 1)
+            self.seconds_each[method] = (range_.seconds - usual) / (range_.elements - 1)
         return answers
 
     def could_not_score(self, member: Members, reason: str) -> None:

@@ -11,6 +11,8 @@ matplotlib.use("Agg")
 
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
@@ -33,11 +35,7 @@ def draw_measure(frames: Mapping[str, pd.DataFrame], measure: str, label: str, p
         axes.scatter([], [], color="grey", s=46, label="after an evolve phase (hollow: parent unmoved)")
     axes.set(xlabel="epoch", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(figure, axes, path)
 
 
 def draw_search(frames: Mapping[str, pd.DataFrame], label: str, path: Path) -> None:
@@ -62,11 +60,7 @@ def draw_search(frames: Mapping[str, pd.DataFrame], label: str, path: Path) -> N
     if most > 0:  # what is much too long would hide the rest
         axes.set_ylim(bottom=max(axes.get_ylim()[0], -most))
     axes.set(xlabel="step ratio: length of the update in mutations", ylabel=label)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(figure, axes, path)
 
 
 def draw_parents(frames: Mapping[str, pd.DataFrame], label: str, path: Path) -> None:
@@ -82,8 +76,15 @@ def draw_parents(frames: Mapping[str, pd.DataFrame], label: str, path: Path) -> 
         axes.plot(epoch, highest, color=colour, linewidth=1.8, label=name)
         evolve = frame[frame["kind"] == "evolve"]
         axes.scatter(evolve["epoch"], highest[evolve.index], color=colour, s=46, zorder=3)
+    axes.scatter([], [], color="grey", s=46, label="after an evolve phase")
+    axes.plot([], [], color="grey", linewidth=1, linestyle="--", label="mean of the parents")
     axes.set(xlabel="epoch", ylabel=label.split(":", maxsplit=1)[0])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _save(figure, axes, path)
+
+
+def _save(figure: Figure, axes: Axes, path: Path) -> None:
+    """Write a picture as all of them look."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
