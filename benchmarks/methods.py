@@ -1,8 +1,9 @@
 """Ways to spend a budget of forwarded images on an evolve phase: `python benchmarks/methods.py IMAGES FOLDER`.
 
-IMAGES is a folder as `data.name folder` takes it. ResNet18 parents are overfit by gradient descent; each way scores
-its members once, and every smaller population is a part of the larger one. Rows go into FOLDER/rows.jsonl as they are
-found; started again, it goes on with what is missing. `benchmarks/methods_table.py` makes tables of the rows."""
+IMAGES is a folder as `data.name folder` takes it. ResNet18 parents, of whatever width, are overfit by gradient descent;
+each way scores its members once, and every smaller population is a part of the larger one. Rows go into
+FOLDER/rows.jsonl as they are found; started again, it goes on with what is missing. `benchmarks/methods_table.py` makes
+tables of the rows."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import json
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,14 @@ from spartan_ray.vision.averaging import Average
 from spartan_ray.vision.classification import Classification, Normaliser, recalibrate, score
 from spartan_ray.vision.config import Data, Parent
 from spartan_ray.vision.data import Images, Splits, load_splits
-from spartan_ray.vision.models import initial_model
+from spartan_ray.vision.resnet import ResNet18
 from spartan_ray.vision.training import Trainer
 
 CPU = torch.device("cpu")
 EPOCHS, KEPT = 14, 9
 SGD_IMAGES, EVOLUTION_IMAGES, SEARCH_IMAGES = 10_000, 20_000, 2_048
 BUDGETS = (1_000_000, 4_000_000)
+POPULATIONS = (50, 200, 1000, 5000)
 # Members that are scored between two writes.
 BLOCK = 2_000
 # Images at most that judge an update, of those that scored members and of those that did not, and of the gradient.
@@ -49,7 +51,7 @@ STATISTICS = ("loss", "accuracy")
 
 @dataclass(frozen=True)
 class Way:
-    """How members are made, and on how many images each is scored."""
+    """How members are made, and on how many images each is scored. sigma is that of a ResNet18 of the usual width."""
 
     images: int
     own: bool = False
@@ -57,6 +59,11 @@ class Way:
     subspace: str = "none"
     sigma: float = 0.01
     generations: int = 1
+
+    def at(self, width: int) -> Way:
+        """This way for a ResNet18 of a width: initial weights are as the square root of it, sigma goes with them."""
+        of_weights = self.mutate == "all" and not self.subspace.startswith("trajectory")
+        return replace(self, sigma=self.sigma * math.sqrt(64 / width)) if of_weights else self
 
 
 WAYS = {
@@ -76,12 +83,13 @@ WAYS = {
 class Bench:
     """One parent, and what is found about it."""
 
-    def __init__(self, splits: Splits, folder: Path, parent: int, precision: Any) -> None:
-        self.splits, self.folder, self.parent, self.precision = splits, folder, parent, precision
+    def __init__(self, splits: Splits, folder: Path, parent: int, width: int, precision: Any) -> None:
+        self.splits, self.folder, self.parent, self.width, self.precision = splits, folder, parent, width, precision
         self.normalise = Normaliser(splits.mean_C, splits.std_C, CPU)
         self.rows_path = folder / "rows.jsonl"
         self.config = Parent(threads=2)
-        self.network = initial_model(self.config, len(splits.classes), parent)[0]
+        torch.manual_seed(parent)
+        self.network = ResNet18(len(splits.classes), "imagenet", width)
         self.model = FlatModel(self.network, CPU)
         self.thetas = self._thetas()
         self.reference_NCHW = self.normalise(splits.sgd[slice(0, 512)].pixels_NHWC)
@@ -91,7 +99,7 @@ class Bench:
 
     def _thetas(self) -> list[torch.Tensor]:
         """The parent at the ends of its last epochs, with its buffers at the end."""
-        path = self.folder / f"parent-{self.parent}.pt"
+        path = self.folder / f"parent-{self.parent}-{self.width}.pt"
         if not path.exists():
             trainer = Trainer(self.config, self.model, self.splits.sgd, self.normalise, self.parent, augment=False)
             kept: list[torch.Tensor] = []
@@ -120,7 +128,7 @@ class Bench:
         print(json.dumps(row), flush=True)
 
     def _about(self) -> dict[str, Any]:
-        return {"parent": self.parent, "weights": self.weights, "precision": self.precision}
+        return {"parent": self.parent, "width": self.width, "weights": self.weights, "precision": self.precision}
 
     def done(self, way: str) -> bool:
         """Whether all rows of a way are there."""
@@ -181,16 +189,16 @@ class Bench:
         return population
 
     def single(self, name: str, way: Way) -> None:
-        """One update by every population up to the largest budget, by loss and by accuracy, of the same members."""
+        """One update by every population, the largest of which is of the largest budget or of POPULATIONS, by loss and by accuracy, of the same members."""
         with self.population(way) as population:
             population.begin(("fitness", "search"), 1)
-            most = BUDGETS[-1] // way.images // 2 * 2
+            most = max(BUDGETS[-1] // way.images // 2 * 2, POPULATIONS[-1])
             members = pairs_of(self.parent, most, way.sigma)
             mean_KM = self._scored(name, way, population, members)
             gradient_D = self._gradient(population)
             before = self._judged(population.case_sets["fitness"][:JUDGED])
             budgets = [budget // way.images // 2 * 2 for budget in BUDGETS]
-            populations = sorted({50, 200, 1000, 5000, *budgets} & set(range(most + 1)))
+            populations = sorted({*POPULATIONS, *budgets})
             for count in populations:
                 for column, fitness in enumerate(STATISTICS):
                     row = self._update(population, members[:count], mean_KM[:count, column], way, column)
@@ -205,7 +213,8 @@ class Bench:
 
     def _scored(self, name: str, way: Way, population: Population, members: Members) -> NDArray[np.float64]:
         """The members' mean statistics, K x M, from the file as far as it goes."""
-        path = self.folder / f"scores-{self.parent}-{self.precision}-{name.replace(' ', '-').replace(',', '')}.npy"
+        slug = name.replace(" ", "-").replace(",", "")
+        path = self.folder / f"scores-{self.parent}-{self.width}-{self.precision}-{slug}.npy"
         found = np.load(path) if path.exists() else np.empty((0, 2))
         while len(found) < len(members):
             started, first = time.time(), len(found)
@@ -320,6 +329,7 @@ def main() -> None:
     parser.add_argument("images", help="a folder with train/<class>/* and test/<class>/*")
     parser.add_argument("folder", type=Path, help="where rows and scores are kept")
     parser.add_argument("--parents", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--width", type=int, default=64, help="channels of the first stage (default: 64)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the scoring (default: fp32)")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), help=f"some of: {'; '.join(WAYS)}")
     arguments = parser.parse_args()
@@ -329,11 +339,12 @@ def main() -> None:
     data = Data(name="folder", root=arguments.images, sgd_images=SGD_IMAGES, evolution_images=EVOLUTION_IMAGES)
     splits = load_splits(data, 0)
     for parent in range(arguments.parents):
-        bench = Bench(splits, arguments.folder, parent, arguments.precision)
+        bench = Bench(splits, arguments.folder, parent, arguments.width, arguments.precision)
         bench.baselines()
         for name in arguments.ways:
             if not bench.done(name):
-                (bench.single if WAYS[name].generations == 1 else bench.several)(name, WAYS[name])
+                way = WAYS[name].at(arguments.width)
+                (bench.single if way.generations == 1 else bench.several)(name, way)
 
 
 if __name__ == "__main__":

@@ -45,25 +45,27 @@ def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 class ResNet18(nn.Module):
-    """Images to logits; the stem is imagenet's (7x7 stride 2, pooling) or cifar's (3x3)."""
+    """Images to logits; the stem is imagenet's (7x7 stride 2, pooling) or cifar's (3x3).
 
-    def __init__(self, classes: int, stem: Literal["imagenet", "cifar"]) -> None:
+    width is the number of channels of the first stage; the fourth has eight times as many."""
+
+    def __init__(self, classes: int, stem: Literal["imagenet", "cifar"], width: int = 64) -> None:
         super().__init__()
-        self.conv1 = _conv(3, 64, 7, stride=2)
-        self.bn1 = FoldedBatchNorm2d(64)
+        self.conv1 = _conv(3, width, 7, stride=2)
+        self.bn1 = FoldedBatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = _stage(64, 64)
-        self.layer2 = _stage(64, 128)
-        self.layer3 = _stage(128, 256)
-        self.layer4 = _stage(256, 512)
+        self.layer1 = _stage(width, width)
+        self.layer2 = _stage(width, 2 * width)
+        self.layer3 = _stage(2 * width, 4 * width)
+        self.layer4 = _stage(4 * width, 8 * width)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512, classes)
+        self.fc = nn.Linear(8 * width, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if stem == "cifar":
-            self.conv1, self.maxpool = _conv(3, 64, 3), nn.Identity()
+            self.conv1, self.maxpool = _conv(3, width, 3), nn.Identity()
 
     def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         # The largest of the positive parts is the positive part of the largest: torchvision's order takes four times
