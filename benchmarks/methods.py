@@ -189,7 +189,7 @@ class Bench:
         return population
 
     def single(self, name: str, way: Way) -> None:
-        """One update by every population, the largest of which is of the largest budget or of POPULATIONS, by loss and by accuracy, of the same members."""
+        """One update by every population, by loss and by accuracy; the smaller ones are parts of the largest."""
         with self.population(way) as population:
             population.begin(("fitness", "search"), 1)
             most = max(BUDGETS[-1] // way.images // 2 * 2, POPULATIONS[-1])

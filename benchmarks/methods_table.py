@@ -69,11 +69,8 @@ def by_population(rows: pd.DataFrame, fitness: str) -> None:
     print_table(["way", *(f"K = {population:,}" for population in POPULATIONS)], lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", type=Path, help="rows.jsonl of benchmarks/methods.py")
-    rows = pd.read_json(parser.parse_args().rows, lines=True)
-    print(f"{rows['weights'].nunique()} parents\n")
+def print_tables(rows: pd.DataFrame) -> None:
+    """All that is known of the parents of a width."""
     still = rows[rows["fitness"].isna() & rows["test_loss"].notna()]
     lines = [
         [str(way), f"{group['test_loss'].mean():.3f}", f"{group['test_accuracy'].mean():.4f}"]
@@ -85,6 +82,14 @@ def main() -> None:
         print(f"By {fitness}: changes of loss, and of accuracy in tenths of a point\n")
         by_budget(found, fitness)
         by_population(found, fitness)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", type=Path, help="rows.jsonl of benchmarks/methods.py")
+    for width, rows in pd.read_json(parser.parse_args().rows, lines=True).groupby("width"):
+        print(f"ResNet18 of width {width}, {rows['weights'].nunique()} parents\n")
+        print_tables(rows)
 
 
 if __name__ == "__main__":
