@@ -275,7 +275,7 @@ class Evaluator:
             rows, *shape = statistic_BNM.shape
             if shape[:1] != [size] or len(shape) > 2:
                 raise ValueError(f"the fitness of {size} cases is {tuple(shape)}: expected a row a case")
-            sum_BM = statistic_BNM.reshape(rows, size, -1).double().sum(1)
+            sum_BM = statistic_BNM.reshape(rows, size, -1).sum(1, dtype=torch.float64)
             if lost:  # they keep what they had
                 sum_BM[list(lost)] = 0
             total_BM = sum_BM if total_BM is None else total_BM + sum_BM

@@ -1,4 +1,5 @@
-"""BatchNorm folded into the convolutions before it, for scoring."""
+"""BatchNorm folded into the convolutions before it, for scoring. Shapes: C channels of all BatchNorm layers, S weights
+of a memory, G runs of them, F folded weights, R biases."""
 
 from __future__ import annotations
 
@@ -7,11 +8,33 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from spartan_ray.vision.fold import fold_for
 from spartan_ray.vision.layers import FoldedBatchNorm2d, LiveConv2d
+
+# Elements that a weight in its memory starts at a multiple of, so that vectors can be loaded whole.
+ALIGNED = 64
+
+
+class Source(NamedTuple):
+    """A memory of float32 weights and the runs of them that are folded: where each is there and in the folded memory,
+    how many they are, and their channel, G x 4."""
+
+    weight_S: torch.Tensor
+    run_G4: torch.Tensor
+
+
+class Memory(NamedTuple):
+    """All folded weights and shifts of a precision, and those of each convolution, which are views of them."""
+
+    weight_F: torch.Tensor
+    shift_R: torch.Tensor
+    folded: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Call(NamedTuple):
@@ -67,44 +90,95 @@ class Folding:
     """Folds the BatchNorm layers of a network into the convolutions whose output goes nowhere else, for scoring.
 
     With its own statistics BatchNorm is a factor and a shift of each channel, which the convolution before it can do
-    on the way: the same function to rounding, in a tenth less time. `with folding(dtype):` folds the weights as
-    they are then. `image_NCHW` shows which convolution feeds which layer, and the sizes of the maps."""
+    on the way: the same function to rounding, in a tenth less time. `with folding(dtype):` folds the weights as they
+    are then, of all layers at once, into memory that is there for it. `image_NCHW` shows which convolution feeds which
+    layer, and the sizes of the maps."""
 
     def __init__(self, module: nn.Module, image_NCHW: torch.Tensor) -> None:
         seen, uses = calls(module, image_NCHW)
         times = Counter(call.layer for call in seen)
-        self.pairs = [
+        found = [
             (conv, norm, input_NCHW.shape[2:])
             for conv, input_NCHW, output_NCHW in seen
             for norm, normalised_NCHW, _ in seen
             if isinstance(conv, LiveConv2d) and isinstance(norm, FoldedBatchNorm2d) and normalised_NCHW is output_NCHW
-            if uses[id(output_NCHW)] == times[conv] == times[norm] == 1
+            if uses[id(output_NCHW)] == times[conv] == times[norm] == 1 and conv.weight.dtype == torch.float32
         ]
+        self.pairs = [(conv, norm) for conv, norm, _ in found]
+        self.device = image_NCHW.device
+        self.fold = fold_for(self.device)
+        self.shapes: list[torch.Size] = []
+        self.runs: list[NDArray[np.int64]] = []
+        channel_R: list[int] = []
+        self.size = channels = 0
+        for conv, _, map_size in found:
+            shape, run_G4 = conv.runs(map_size)
+            self.shapes.append(shape)
+            self.runs.append(run_G4 + np.array([0, self.size, 0, channels]))
+            channel_R += [channels + output % conv.out_channels for output in range(shape[0])]
+            self.size += -(-shape.numel() // ALIGNED) * ALIGNED
+            channels += conv.out_channels
+        self.channel_R = torch.tensor(channel_R, dtype=torch.int64, device=self.device)
+        eps_C = [norm.eps for conv, norm in self.pairs for _ in range(conv.out_channels)]
+        self.eps_C = torch.tensor(eps_C, device=self.device)
+        self.places: list[tuple[int, int]] = []
+        self.sources: list[Source] = []
+        self.memories: dict[torch.dtype, Memory] = {}
 
     @contextlib.contextmanager
     def __call__(self, dtype: torch.dtype) -> Iterator[None]:
         try:
-            with torch.inference_mode():
-                for conv, norm, size in self.pairs:
-                    conv.folded, norm.folded = self._folded(conv, norm, size, dtype), True
+            folded = self._folded(dtype) if self.pairs else []
+            for (conv, norm), weight_and_bias in zip(self.pairs, folded, strict=True):
+                conv.folded, norm.folded = weight_and_bias, True
             yield
         finally:
-            for conv, norm, _ in self.pairs:
+            for conv, norm in self.pairs:
                 conv.folded, norm.folded = None, False
 
-    @staticmethod
-    def _folded(
-        conv: LiveConv2d, norm: FoldedBatchNorm2d, size: torch.Size, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The convolution's weight, arranged, and its bias with those of the layer after it."""
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        gain_O = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight = conv.arranged(size)
-        gain_R = gain_O.repeat(len(weight) // len(gain_O)).view(-1, *[1] * (weight.dim() - 1))
-        # A matrix of taps is a copy, and may be changed in place.
-        weight = weight * gain_R if weight.dim() == 4 else weight.mul_(gain_R)
-        shift_O = norm.bias - norm.running_mean * gain_O
-        if conv.bias is not None:
-            shift_O = shift_O + conv.bias * gain_O
-        return weight.to(dtype), shift_O.to(dtype)
+    @torch.inference_mode()
+    def _folded(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The convolutions' weights and biases, arranged, with those of the layers after them."""
+        weight_C, bias_C, mean_C, variance_C = (
+            torch.cat([getattr(norm, name) for _, norm in self.pairs])
+            for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        gain_C = weight_C * (variance_C + self.eps_C).rsqrt()
+        shift_C = bias_C - mean_C * gain_C
+        if any(conv.bias is not None for conv, _ in self.pairs):
+            biases = [torch.zeros_like(norm.bias) if conv.bias is None else conv.bias for conv, norm in self.pairs]
+            shift_C += torch.cat(biases) * gain_C
+        if dtype not in self.memories:
+            self.memories[dtype] = self._memory(dtype)
+        weight_F, shift_R, folded = self.memories[dtype]
+        for weight_S, run_G4 in self._sources():
+            self.fold(weight_S, gain_C, run_G4, weight_F)
+        shift_R.copy_(shift_C[self.channel_R])
+        return folded
+
+    def _sources(self) -> list[Source]:
+        """What holds the weights: for theta_D's, one for all of them."""
+        weights = [conv.weight.contiguous(memory_format=torch.channels_last) for conv, _ in self.pairs]
+        places = [(weight.untyped_storage().data_ptr(), int(weight.storage_offset())) for weight in weights]
+        if places != self.places:
+            found: dict[int, tuple[torch.Tensor, list[NDArray[np.int64]]]] = {}
+            for weight, (start, offset), run_G4 in zip(weights, places, self.runs, strict=True):
+                flat_S = weight.new_empty(0).set_(weight.untyped_storage())
+                found.setdefault(start, (flat_S, []))[1].append(run_G4 + np.array([offset, 0, 0, 0]))
+            self.sources = [
+                Source(flat_S, torch.tensor(np.concatenate(runs), device=self.device))
+                for flat_S, runs in found.values()
+            ]
+            self.places = places
+        return self.sources
+
+    def _memory(self, dtype: torch.dtype) -> Memory:
+        weight_F = torch.zeros(self.size, dtype=dtype, device=self.device)
+        shift_R = torch.zeros(len(self.channel_R), dtype=dtype, device=self.device)
+        folded, start, first = [], 0, 0
+        for shape in self.shapes:
+            weight = weight_F[start : start + shape.numel()].view(shape)
+            weight = weight.permute(0, 3, 1, 2) if len(shape) == 4 else weight
+            folded.append((weight, shift_R[first : first + shape[0]]))
+            start, first = start + -(-shape.numel() // ALIGNED) * ALIGNED, first + shape[0]
+        return Memory(weight_F, shift_R, folded)

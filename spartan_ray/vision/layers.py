@@ -1,5 +1,5 @@
 """Convolutions and BatchNorm as torch has them, computed in less time. Shapes: weights O, H, W, I or O, I, H, W as
-named, W windows, N images, R rows of outputs."""
+named, W windows, N images, R rows of outputs, G runs of weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import functools
 import itertools
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import nn
 
 
@@ -26,14 +28,14 @@ class LiveConv2d(nn.Conv2d):
     ) -> None:
         super().__init__(channels_in, channels_out, kernel, stride, padding, bias=bias)
 
-    # Its weights as `arranged` and its bias, with the BatchNorm layer after it folded in, while `Folding` is on.
+    # Its weights and its bias, both as arranged, with the BatchNorm layer after it folded in, while `Folding` is on.
     folded: tuple[torch.Tensor, torch.Tensor] | None = None
     # The part of the weight that holds its live taps, while that is what is trained, and where it begins.
     live: tuple[torch.Tensor, tuple[int, int]] | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         size = input.shape[2:]
-        weight, bias = self.folded or (self.arranged(size), self.bias)
+        weight, bias = self.folded or self.arranged(size)
         if weight.dim() == 4 and self.kernel_size == (1, 1) and self.padding == (0, 0):
             met_NHWI = input[:, :, :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
             outputs_RO = F.linear(met_NHWI.flatten(0, 2), weight.flatten(1), bias)
@@ -41,17 +43,37 @@ class LiveConv2d(nn.Conv2d):
         if weight.dim() == 4:
             return F.conv2d(input, weight, bias, self.stride, self.padding)
         rows, columns = (len(windows) for windows in self._windows(size))
-        bias_R = None if bias is None else bias.repeat(rows * columns)
-        outputs_NR = F.linear(input.permute(0, 2, 3, 1).flatten(1), weight, bias_R)
+        outputs_NR = F.linear(input.permute(0, 2, 3, 1).flatten(1), weight, bias)
         return outputs_NR.view(len(input), rows, columns, self.out_channels).permute(0, 3, 1, 2)
 
-    def arranged(self, size: torch.Size) -> torch.Tensor:
-        """The weight for maps of a size: as it is, or as a matrix from pixels to outputs, both channels-last."""
+    def arranged(self, size: torch.Size) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias for maps of a size: as they are, or as a matrix from pixels to outputs, both channels-last,
+        and a bias for each output."""
         if not self._is_product(size):
-            return self.weight
+            return self.weight, self.bias
         weight_OHWI, corner = self.live or (self.weight.permute(0, 2, 3, 1), (0, 0))
-        matrix: torch.Tensor = _Arrange.apply(weight_OHWI, size, list(itertools.product(*self._windows(size, corner))))
-        return matrix
+        windows = list(itertools.product(*self._windows(size, corner)))
+        matrix: torch.Tensor = _Arrange.apply(weight_OHWI, size, windows)
+        return matrix, None if self.bias is None else self.bias.repeat(len(windows))
+
+    def runs(self, size: torch.Size) -> tuple[torch.Size, NDArray[np.int64]]:
+        """The shape of the arranged weight, with a kernel's input channels last, and the runs of weights that make it,
+        G x 4: the first in the weight as it lies in memory, the first in the arranged one, how many, and their output
+        channel. Between them are zeros."""
+        outputs, inputs, taps, width = self.weight.shape
+        channel_O = np.arange(outputs)
+        if not self._is_product(size):
+            length = taps * width * inputs
+            whole_G4 = np.stack([channel_O * length, channel_O * length, np.full(outputs, length), channel_O], 1)
+            return torch.Size((outputs, taps, width, inputs)), whole_G4
+        found, seen = [], list(itertools.product(*self._windows(size)))
+        for window, ((rows, above), (columns, beside)) in enumerate(seen):
+            for row, pixel in zip(range(rows.start, rows.stop), range(above.start, above.stop), strict=True):
+                first_O = ((channel_O * taps + row) * width + columns.start) * inputs
+                start_O = (((window * outputs + channel_O) * size[0] + pixel) * size[1] + beside.start) * inputs
+                length = (columns.stop - columns.start) * inputs
+                found.append(np.stack([first_O, start_O, np.full(outputs, length), channel_O], 1))
+        return torch.Size((len(seen) * outputs, size.numel() * inputs)), np.concatenate(found)
 
     def live_taps(self, size: torch.Size) -> tuple[slice, slice]:
         """The rows and columns of the kernel that meet maps of a size."""
