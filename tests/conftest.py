@@ -72,6 +72,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test on a GPU computes as a run does there."""
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    set_up(gpu=True)
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(autouse=True)
 def no_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that is not marked and starts a Ray fails."""
     if not request.node.get_closest_marker("ray"):

@@ -181,7 +181,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         (["--parent.gradient-noise", "-1"], "parent.gradient_noise: should be greater than 0 (got '-1')"),
         (["--parent.gradient-noise", "abc"], "parent.gradient_noise: should be a valid number (got 'abc')"),
         (["--parent.moments-after-evolution", "halve"], "should be 'keep', 'reset' or 'rescale' (got 'halve')"),
-        (["--cluster.gpus-per-worker", "1.5"], "cluster.gpus_per_worker (1.5) must be a whole number above 1"),
+        (["--cluster.gpus-per-worker", "2"], "cluster.gpus_per_worker: should be less than or equal to 1 (got '2')"),
         (["--data.name", "folder"], "data.root: the folder data set needs"),
         (["--run.name", "../up"], "run.name: letters, digits, '.', '_' and '-' only (got '../up')"),
         (["--evolution.nonsense", "1"], "unknown option --evolution.nonsense"),

@@ -130,7 +130,8 @@ def test_a_member_is_few_operations(precision: Literal["fp32", "bf16"]) -> None:
         evaluator.evaluate(population, cases, -math.inf)
         with Operations() as operations:
             evaluator.evaluate(population, cases, -math.inf)
-        return operations.count
+        count: int = operations.count
+        return count
 
     one, two, eight_batches = counted(1, "search"), counted(2, "search"), counted(1, "fitness")
     batch = (eight_batches - one) / 7

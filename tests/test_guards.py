@@ -17,6 +17,7 @@ from torch import nn
 from spartan_ray import EvolutionOptimizer, EvolutionStrategies, InputError, Population, RandomGradients
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.population import Population as EnginePopulation
+from spartan_ray.engine.process import as_in_a_worker, float32_products
 from spartan_ray.engine.strategies.requests import CaseSet
 from spartan_ray.errors import Diverged, RunError
 from spartan_ray.strategies import (
@@ -369,3 +370,19 @@ def test_what_is_no_strategy_no_fitness_or_another_network_s_optimizer_is_said()
         mine.load_state_dict(mine.base.state_dict())
     with pytest.raises(RunError, match="TypeError: the fitness returned a float: expected a tensor with a row a case"):
         Population(network(), lambda network, case_N: 0.5, cases=60).score()  # type: ignore[arg-type, return-value]
+
+
+def test_what_multiplies_float32_on_a_gpu_is_as_it_was_whichever_setting_said_it() -> None:
+    """One that was made by the newer names makes the older one unreadable."""
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    try:
+        convolutions.fp32_precision = "ieee"
+        with as_in_a_worker(1, CPU):
+            inside = convolutions.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+            with float32_products("tf32"):
+                deeper = convolutions.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        assert (inside, deeper) == (("ieee", "ieee"), ("tf32", "tf32"))
+        assert convolutions.fp32_precision == "ieee"
+    finally:
+        convolutions.fp32_precision = before

@@ -123,7 +123,7 @@ def test_an_update_of_few_parameters_is_computed_and_sent_for_those_alone() -> N
     population.executor.weighted_sum = weighted_sum  # type: ignore[method-assign]
     population.step(EvolutionStrategies(6, sigma=0.1))
     assert asked == [(0, 16, 16)]
-    assert population._parent_state().theta_D.size == 16
+    assert population._parent_state(population.executor).theta_D.numel() == 16
     subspace = Population(network(), WithLoss(), subspace="random:3")
     plain = subspace.executor.weighted_sum
     subspace.executor.weighted_sum = weighted_sum  # type: ignore[method-assign]

@@ -19,7 +19,6 @@ from spartan_ray.errors import InputError
         ({"gpus_per_worker": 1}, [{"CPU": 64.0, "GPU": 8.0}], 7, 1.0, 0.1),
         ({"gpus_per_worker": 0.25}, [{"CPU": 64.0, "GPU": 2.0}], 7, 0.25, 0.1),
         ({"gpus_per_worker": 1, "driver_gpus": 0}, [{"CPU": 64.0, "GPU": 8.0}], 8, 1.0, 0.0),
-        ({"gpus_per_worker": 2}, [{"CPU": 64.0, "GPU": 8.0}], 3, 2.0, 0.1),
         ({"gpus_per_worker": 0, "driver_gpus": 0}, [{"CPU": 6.0, "GPU": 8.0}], 6, 0.0, 0.0),
         ({"workers": 3}, [{"CPU": 8.0}], 3, 0.0, 0.0),
         # Several nodes: nothing spans two of them, and the driver goes to the first with room.
@@ -46,7 +45,7 @@ def test_resources_are_shared_out(
         ({"driver_gpus": 1}, [{"CPU": 2.0}]),
         ({"driver_cpus": 3}, [{"CPU": 2.0}, {"CPU": 2.0}]),
         ({"gpus_per_worker": 1}, [{"CPU": 8.0, "GPU": 1.0}]),
-        ({"gpus_per_worker": 2}, [{"CPU": 8.0, "GPU": 1.0}] * 4),
+        ({"gpus_per_worker": 1, "driver_gpus": 1}, [{"CPU": 8.0, "GPU": 1.0}]),
         ({"workers": 2}, [{"CPU": 8.0, "GPU": 1.0}]),
         ({"cpus_per_worker": 3}, [{"CPU": 2.0}, {"CPU": 2.0}]),
     ],

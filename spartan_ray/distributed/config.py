@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from spartan_ray.section import NonNegativeFloat, PositiveFloat, Section
+from spartan_ray.section import PositiveFloat, Section
+
+# A driver or a worker computes on one device.
+GpuShare = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Cluster(Section):
@@ -18,12 +21,12 @@ class Cluster(Section):
     """Ray cluster to join (default: RAY_ADDRESS, which a Ray job sets, else a new local Ray)."""
     workers: PositiveInt | Literal["auto"] = "auto"
     """Workers; auto: one a GPU, or one a core where there is no GPU, more and fewer as nodes come and go."""
-    gpus_per_worker: NonNegativeFloat | None = None
-    """GPUs of a worker, fractions allowed (default: 0.9 where there are GPUs, which leaves room for the driver)."""
+    gpus_per_worker: GpuShare | None = None
+    """GPUs of a worker, at most 1 (default: 0.9 where there are GPUs); several on one take turns unless MPS runs."""
     cpus_per_worker: PositiveInt = 1
     """CPU cores, and threads, of a worker. The bits of the scores depend on it."""
-    driver_gpus: NonNegativeFloat | None = None
-    """GPUs of the driver (default: 0.1 where there are GPUs)."""
+    driver_gpus: GpuShare | None = None
+    """GPUs of the driver, at most 1 (default: 0.1 where there are GPUs)."""
     driver_cpus: Annotated[int, Field(ge=0)] = 0
     """CPU cores kept for the driver; 0 shares the workers' cores, since the phases alternate."""
     chunk: PositiveInt | Literal["auto"] = "auto"
@@ -36,11 +39,3 @@ class Cluster(Section):
     """A member that fails on three workers: it is scored worst, or the run stops."""
     driver_restarts: NonNegativeInt = 3
     """Times that a driver that was lost is started again from the last checkpoint."""
-
-    @model_validator(mode="after")
-    def _whole_gpus(self) -> Cluster:
-        for name in ("gpus_per_worker", "driver_gpus"):
-            gpus = getattr(self, name)
-            if gpus and gpus > 1 and gpus != int(gpus):
-                raise ValueError(f"cluster.{name} ({gpus:g}) must be a whole number above 1")
-        return self

@@ -48,8 +48,6 @@ def _workers_on(node: dict[str, float], cpus_each: int, gpus_each: float, driver
     if not gpus_each:
         return fit
     gpus, tolerance = int(node.get("GPU", 0)), 1e-9
-    if gpus_each > 1:
-        return min(fit, int((gpus - driver_gpus + tolerance) // gpus_each))
     # A fraction of a GPU never spans two of them. The driver's share is of whole GPUs and one more.
     per_gpu = int((1 + tolerance) // gpus_each)
     untouched = gpus - math.ceil(driver_gpus)

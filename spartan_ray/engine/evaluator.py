@@ -32,9 +32,14 @@ from spartan_ray.engine.subspace import Basis, add_rows
 from spartan_ray.errors import InputError, one_line
 from spartan_ray.noise.contract import NoiseKind
 from spartan_ray.noise.kernels import kernel_for
+from spartan_ray.noise.portable import PortableKernel
 
 # What a fitness may raise through no fault of its own: another process would not, or this one is broken from now on.
 DEVICE_ERRORS = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+
+
+# An array, or where it stays in this process, or numpy has no such type, a tensor.
+Sent = Any
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,8 @@ class ParentState:
     """The parent as it is broadcast, with the cases that its descendants are scored on, and the seed of the random
     numbers that their fitness may draw from torch."""
 
-    theta_D: NDArray[np.float32]
-    buffers: list[Any]  # as `packed` has them
+    theta_D: Sent
+    buffers: list[Sent]
     case_sets: dict[CaseSet, NDArray[np.int64]]
     seed: int = 0
 
@@ -51,7 +56,7 @@ class ParentState:
 # How many cases, and what the fitness prepared of them.
 Batch = tuple[int, Any]
 # What multiplies noise and offset: one factor per parameter tensor, or per element; None means 1.
-Scale = NDArray[np.float32] | None
+Scale = Sent | None
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ class Evaluator:
     def device_name(self) -> str:
         """What the bits of a score may depend on."""
         if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
+            portable = isinstance(self.kernel, PortableKernel)
+            return torch.cuda.get_device_name(self.device) + " without Triton, which is slow" * portable
         return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
     def load(self, parent: ParentState, same_cases: bool = False) -> None:
@@ -378,7 +384,8 @@ def packed(buffer: torch.Tensor) -> Any:
 
 
 def unpacked(array: Any, device: torch.device) -> torch.Tensor:
-    """What was sent as a tensor. Memory that is shared is read-only, and so is what is done with the tensor."""
+    """What was sent as a tensor on a device, where it stays if it is there. Memory that is shared is read-only, and so
+    is what is done with the tensor."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
         return torch.as_tensor(array).to(device)

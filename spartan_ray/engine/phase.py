@@ -160,8 +160,8 @@ class Phase:
             # An update's score keeps one worker busy, and all else that it would cost is to send the update.
             try:
                 with self._timed("scoring"):
-                    here.broadcast(self._parent_state())
-                    here.broadcast_scale(self._scale())
+                    here.broadcast(self._parent_state(here))
+                    here.broadcast_scale(self._scale(here))
                     scores = here.evaluate(members, request.cases, request.threshold, request.part, request.own)
                 self.cases_scored += int(scores.cases_K.sum())
                 return scores
@@ -181,9 +181,9 @@ class Phase:
             self.basis_sent = True
         if self.scale_changed:
             self.take_gradient()
-            self.executor.broadcast_scale(self._scale())
+            self.executor.broadcast_scale(self._scale(self.executor))
         if self.parent_changed:
-            self.executor.broadcast(self._parent_state())
+            self.executor.broadcast(self._parent_state(self.executor))
         self.parent_changed = self.scale_changed = False
 
     def take_gradient(self) -> None:
@@ -236,16 +236,16 @@ class Phase:
         lengths = norm(self.scale) * norm(gradient_D)
         return -dot(self.scale, gradient_D) / lengths if lengths else math.nan
 
-    def _scale(self) -> Scale:
-        return None if self.scale is None else self.scale.cpu().numpy()
+    def _scale(self, executor: Executor) -> Scale:
+        """As an executor wants it: that of this process where it is, others an array."""
+        scale = self.scale
+        return scale if scale is None or executor is self.here else scale.cpu().numpy()
 
-    def _parent_state(self) -> ParentState:
-        return ParentState(
-            self.model.theta_D.cpu().numpy(),
-            [packed(buffer) for buffer in self.model.buffers],
-            self.case_sets,
-            self.random,
-        )
+    def _parent_state(self, executor: Executor) -> ParentState:
+        theta_D, buffers = self.model.theta_D, [buffer.detach() for buffer in self.model.buffers]
+        if executor is self.here:
+            return ParentState(theta_D, buffers, self.case_sets, self.random)
+        return ParentState(theta_D.cpu().numpy(), [packed(buffer) for buffer in buffers], self.case_sets, self.random)
 
     def _direction(self, wanted: SetDirection) -> tuple[torch.Tensor, float]:
         """The update, as long as the learning rate makes it or as the ratio that is wanted, and the factor of

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numba
 import torch
@@ -27,8 +27,11 @@ def set_up(threads: int | None = None, gpu: bool = False) -> torch.device:
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # All memory is written before it is read; to fill it first would be one launch more for each `empty`.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False
+    for products in _products():
+        products.fp32_precision = "ieee"
     return torch.device("cuda", 0)
 
 
@@ -46,9 +49,34 @@ def threads(count: int | None) -> Iterator[None]:
 @contextlib.contextmanager
 def as_in_a_worker(count: int | None, device: torch.device) -> Iterator[None]:
     """Compute as a process of its own would, whatever is set in this one: no autocast, so many threads, no TF32."""
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with threads(count), torch.autocast(device.type, enabled=False), exact:
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        with threads(count), torch.autocast(device.type, enabled=False), float32_products("ieee"):
+            yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+def _products() -> tuple[Any, ...]:
+    """What multiplies float32 on a GPU. `allow_tf32`, the older setting of the same, cannot be read where one of these
+    was set."""
+    cudnn: Any = torch.backends.cudnn
+    return cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul
+
+
+@contextlib.contextmanager
+def float32_products(kind: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """A GPU multiplies float32 as it is, or in TF32: with 10 bits of mantissa instead of 23, several times as fast."""
+    before = [products.fp32_precision for products in _products()]
+    try:
+        for products in _products():
+            products.fp32_precision = kind
         yield
+    finally:
+        for products, was in zip(_products(), before, strict=True):
+            products.fp32_precision = was
 
 
 def _keep_freed_memory() -> None:

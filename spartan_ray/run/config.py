@@ -129,8 +129,8 @@ class Evolution(Section):
     """es with `step` ratio: norm of the update over that of one mutation."""
     adapt_sigma: bool = False
     """es with `step` search: sigma follows the length that a generation finds, to the next one of its phase."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the scoring; bf16 is faster where the processor or GPU has units for it. Noise is fp32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "tf32"
+    """Arithmetic of the scoring: tf32 (fp32 but on GPUs), fp32, or bf16, fastest where there are units for it."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     """es: makes the update of the estimated gradient (momentum and beta1 0.9, beta2 0.999)."""
     weight_decay: NonNegativeFloat = 0.0

@@ -20,11 +20,13 @@ from spartan_ray.engine.evaluator import batched
 from spartan_ray.engine.fitness import Fitness
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.mutate import BATCHNORMS
+from spartan_ray.engine.process import float32_products
 from spartan_ray.vision.data import Images
 from spartan_ray.vision.folding import Folding
 from spartan_ray.vision.leaves import Leaves
 
 BatchNormKind = Literal["running", "batch", "recalibrate"]
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 class Result(NamedTuple):
@@ -131,7 +133,8 @@ class Classification(Fitness):
     """Minus the mean cross-entropy, or the accuracy, of a network on images.
 
     `batchnorm` says by what a descendant's BatchNorm normalises: running, the parent's statistics, which are folded
-    into the convolutions; batch, those of the scored batch; recalibrate, its own on the `reference` images."""
+    into the convolutions; batch, those of the scored batch; recalibrate, its own on the `reference` images.
+    `precision` tf32 is fp32 where no GPU has units for it."""
 
     def __init__(
         self,
@@ -141,13 +144,14 @@ class Classification(Fitness):
         std_C: tuple[float, ...],
         by: Literal["loss", "accuracy"] = "loss",
         batchnorm: BatchNormKind = "running",
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Precision = "tf32",
     ) -> None:
         self.images, self.reference = images, reference
         self.mean_C, self.std_C = mean_C, std_C
         self.statistic = 0 if by == "loss" else 1
         self.batchnorm = batchnorm
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.products: Literal["ieee", "tf32"] = "tf32" if precision == "tf32" else "ieee"
         self.cases = len(images)
         # No image has a negative loss, and none counts twice.
         self.best = np.array([0.0, 1.0])
@@ -175,7 +179,7 @@ class Classification(Fitness):
         device = self.reference_NCHW.device.type
         folded = contextlib.nullcontext() if self.batchnorm == "batch" else self.folding(self.dtype)
         half = torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
-        with folded, statistics_of(network, self.batchnorm), half:
+        with folded, statistics_of(network, self.batchnorm), half, float32_products(self.products):
             yield
 
     def __call__(self, network: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

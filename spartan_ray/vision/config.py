@@ -69,7 +69,7 @@ class Parent(Section):
     """Optimizer's moments after a phase that moved the parent; rescale fits them to the new gradient's norm."""
     average: Annotated[str, AfterValidator(partial(checked_kind, "parent.average", AVERAGES, ("ema",)))] = "none"
     """Average of the weights, scored and saved beside the parent: epochs:m, ema:decay, soup:m (greedy), or none."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the SGD epochs; bf16 is autocast."""
+    precision: Literal["fp32", "tf32", "bf16"] = "tf32"
+    """Arithmetic of the SGD epochs: tf32 (fp32 but on GPUs), fp32, or bf16, which is autocast."""
     threads: PositiveInt | None = None
     """CPU threads of the driver (default: cluster.driver_cpus, else all cores). The bits depend on it."""

@@ -15,6 +15,7 @@ from spartan_ray.engine.draws import permutation, random_key
 from spartan_ray.engine.evaluator import packed, unpacked
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.moments import load_optimizer, optimizer_state, rescale_moments
+from spartan_ray.engine.process import float32_products
 from spartan_ray.engine.strategies.esgd import Settings
 from spartan_ray.noise.kernels import kernel_for
 from spartan_ray.vision.classification import Normaliser, mean_gradient
@@ -92,7 +93,8 @@ class Trainer:
         trained = 0
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * lr_factor(self.config.schedule, epoch, self.epochs)
-        with self.leaves(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        products = float32_products("tf32" if self.config.precision == "tf32" else "ieee")
+        with self.leaves(), products, torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(random_key(self.seed, DROPOUT_OF_EPOCH + epoch))  # of a network that draws itself
             for index_N in order_N.split(self.config.batch_size):
                 if len(index_N) == 1:
