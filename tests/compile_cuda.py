@@ -1,9 +1,14 @@
-"""Compiles the Triton kernels for a GPU that need not be there and prints their PTX. In a process of its own,
-since the interpreter of the tests and the compiler exclude each other."""
+"""Compiles the Triton kernels for GPUs that need not be there and prints, as JSON, what they compile to. In a process
+of its own, since the interpreter of the tests and the compiler exclude each other."""
 
 from __future__ import annotations
 
 import functools
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,41 +19,81 @@ from triton.backends.compiler import GPUTarget
 
 from spartan_ray.noise import cuda
 from spartan_ray.noise.contract import RMS
+from spartan_ray.vision import fold_cuda
 
-compiled: dict[str, str] = {}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 90, 100)
 
 
 class CompileOnly:
     """Stands for a kernel: a launch compiles it and no more."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Any, found: dict[str, Any]) -> None:
+        self.kernel, self.found = kernel, found
 
     def __getitem__(self, grid: tuple[int]) -> Any:
         return functools.partial(self.compile, grid=grid)
 
     def compile(self, *arguments: object, **options: object) -> None:
         kernel = self.kernel.warmup(*arguments, **options)
-        compiled[kernel.hash] = kernel.asm["ptx"]
+        self.found[kernel.hash] = kernel
 
 
-def main() -> None:
-    target = GPUTarget("cuda", 80, 32)
+def examined(kernel: Any) -> dict[str, Any]:
+    """The kernel's PTX, registers and bytes of local memory a thread, and the instructions of its longest loop."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOLS / tool, option, file.name], stdout=subprocess.PIPE, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops = [0]
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        if instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+            if (jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
+                loops.append(len(instructions) - labels[jump[1]])
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    memory = numbers["STACK"] + numbers["LOCAL"]
+    return {"ptx": kernel.asm["ptx"], "registers": numbers["REG"], "local": memory, "loop": max(loops)}
+
+
+def compiled(architecture: int) -> dict[str, Any]:
+    """Every kernel for an architecture; `name kind` is its key, with a number where it was compiled anew."""
     driver = SimpleNamespace(
-        get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", architecture, 32),
     )
     triton.runtime.driver.set_active(driver)
-    cuda._descend, cuda._accumulate = CompileOnly(cuda._descend), CompileOnly(cuda._accumulate)
+    found: dict[str, dict[str, Any]] = {}
     theta = torch.zeros(1000)
     # As they come from the arrays of `Members`.
     offset, gain = np.array([0.5, 2.0], np.float32)
+    plain = cuda._descend, cuda._accumulate, fold_cuda._fold
     for kind in RMS:
+        kernels: dict[str, Any] = {}
+        cuda._descend, cuda._accumulate = (CompileOnly(one, kernels) for one in plain[:2])
         kernel = cuda.CudaKernel(kind, theta.device)
         for seed, start in ((1, 0), (16, 1), (2**31, 2**31), (2**64 - 1, 2**40)):
             kernel.descend(theta, theta, seed, offset, gain, theta, start)
             kernel.accumulate(np.array([seed], np.uint64), np.ones(1, np.float32), start, start + 1000)
-    print("\n".join(compiled.values()))
+        found |= {f"{one.name} {kind} {number}": examined(one) for number, one in enumerate(kernels.values())}
+    kernels = {}
+    fold_cuda._fold = CompileOnly(plain[2], kernels)
+    for dtype in (torch.float32, torch.bfloat16):
+        fold_cuda.fold(theta, theta, torch.zeros(2, 4, dtype=torch.int64), theta.to(dtype))
+    found |= {f"_fold {number}": examined(one) for number, one in enumerate(kernels.values())}
+    cuda._descend, cuda._accumulate, fold_cuda._fold = plain
+    for one in plain:
+        one.device_caches.clear()
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps({architecture: compiled(architecture) for architecture in ARCHITECTURES}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -205,19 +206,30 @@ def test_each_device_gets_its_kernel(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @needs_triton
-def test_the_cuda_kernels_compile_once_a_kind_and_round_every_operation(tmp_path: Path) -> None:
-    """No fused multiply-add in float32, and nothing compiled anew for another seed or start."""
+def test_the_cuda_kernels_compile_once_a_kind_without_spills_and_round_every_operation(tmp_path: Path) -> None:
+    """For three generations of GPUs: no fused multiply-add in float32, nothing compiled anew for another seed or start,
+    and few registers, so that a multiprocessor is full of threads."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ptx = subprocess.run(
+    compiled = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "compile_cuda.py")],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     ).stdout
-    assert ptx.count(".visible .entry _descend(") == ptx.count(".visible .entry _accumulate(") == len(KINDS)
-    assert "add.rn.f32" in ptx
-    assert "fma.rn.f32" not in ptx
+    noise_kernels = {f"{name} {kind} {n}" for n, name in enumerate(("_descend", "_accumulate")) for kind in KINDS}
+    for architecture, kernels in json.loads(compiled).items():
+        assert kernels.keys() == noise_kernels | {"_fold 0", "_fold 1"}, architecture
+        for name, kernel in kernels.items():
+            assert "fma.rn.f32" not in kernel["ptx"]
+            # In float64, and the trigonometric functions have a path for arguments that are none here.
+            gaussian = "gaussian" in name
+            assert kernel["registers"] <= (128 if gaussian else 40)
+            assert kernel["local"] <= (48 if gaussian else 0)
+        assert "add.rn.f32" in kernels["_accumulate uniform 1"]["ptx"]
+        assert "cvt.rn.bf16" in kernels["_fold 1"]["ptx"]
+        # A thread has eight elements: 26 instructions for each.
+        assert kernels["_accumulate uniform 1"]["loop"] <= 8 * 26
 
 
 @pytest.mark.gpu
