@@ -75,21 +75,22 @@ def compiled(architecture: int) -> dict[str, Any]:
     theta = torch.zeros(1000)
     # As they come from the arrays of `Members`.
     offset, gain = np.array([0.5, 2.0], np.float32)
-    plain = cuda._descend, cuda._accumulate, fold_cuda._fold
+    plain = cuda._descend, cuda._accumulate, cuda._descend_from, fold_cuda._fold
     for kind in RMS:
         kernels: dict[str, Any] = {}
-        cuda._descend, cuda._accumulate = (CompileOnly(one, kernels) for one in plain[:2])
+        cuda._descend, cuda._accumulate, cuda._descend_from = (CompileOnly(one, kernels) for one in plain[:3])
         kernel = cuda.CudaKernel(kind, theta.device)
         for seed, start in ((1, 0), (16, 1), (2**31, 2**31), (2**64 - 1, 2**40)):
             kernel.descend(theta, theta, seed, offset, gain, theta, start)
             kernel.accumulate(np.array([seed], np.uint64), np.ones(1, np.float32), start, start + 1000)
+            kernel.descend(theta, theta, torch.tensor([seed - 2**63]), theta[:1], theta[1:2], theta, start)
         found |= {f"{one.name} {kind} {number}": examined(one) for number, one in enumerate(kernels.values())}
     kernels = {}
-    fold_cuda._fold = CompileOnly(plain[2], kernels)
+    fold_cuda._fold = CompileOnly(plain[3], kernels)
     for dtype in (torch.float32, torch.bfloat16):
         fold_cuda.fold(theta, theta, torch.zeros(2, 4, dtype=torch.int64), theta.to(dtype))
     found |= {f"_fold {number}": examined(one) for number, one in enumerate(kernels.values())}
-    cuda._descend, cuda._accumulate, fold_cuda._fold = plain
+    cuda._descend, cuda._accumulate, cuda._descend_from, fold_cuda._fold = plain
     for one in plain:
         one.device_caches.clear()
     return found

@@ -87,7 +87,7 @@ class WatchedPool(LocalExecutor):
         for k, (seed, offset, gain) in enumerate(zip(members.seed_K, members.offset_K, members.gain_K, strict=True)):
             self.evaluator.descend(int(seed), offset, gain)
             fitness_K[k] = self.fitness[cases](self.evaluator.model.theta_D.numpy())
-        cases_K = np.full(len(members), len(self.evaluator.case_sets[cases]))
+        cases_K = np.full(len(members), len(self.evaluator.cases.sets[cases]))
         return Scores(np.stack([fitness_K, fitness_K], axis=1), fitness_K, cases_K)
 
 

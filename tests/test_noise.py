@@ -151,8 +151,12 @@ def test_descend_in_place_changes_its_slice_alone(which: tuple[NoiseKind, str]) 
     perturbation = np.float32(0.3) + np.float32(-0.7) * noise(which[0], seed, start, start + 4096)
     expected = theta.numpy().copy()
     expected[4:4100] += scale.numpy() * perturbation
+    before = theta.clone()
     KERNELS[which].descend(theta[4:4100], scale, seed, 0.3, -0.7, theta[4:4100], start)
     agree(which[0], theta, expected, atol=1e-5)
+    numbers = torch.from_numpy(np.array([seed], np.uint64).view(np.int64)), torch.tensor([0.3]), torch.tensor([-0.7])
+    KERNELS[which].descend(before[4:4100], scale, *numbers, before[4:4100], start)
+    assert torch.equal(before, theta)
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -217,7 +221,8 @@ def test_the_cuda_kernels_compile_once_a_kind_without_spills_and_round_every_ope
         text=True,
         check=True,
     ).stdout
-    noise_kernels = {f"{name} {kind} {n}" for n, name in enumerate(("_descend", "_accumulate")) for kind in KINDS}
+    names = "_descend", "_accumulate", "_descend_from"
+    noise_kernels = {f"{name} {kind} {number}" for number, name in enumerate(names) for kind in KINDS}
     for architecture, kernels in json.loads(compiled).items():
         assert kernels.keys() == noise_kernels | {"_fold 0", "_fold 1"}, architecture
         for name, kernel in kernels.items():

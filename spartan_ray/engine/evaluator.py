@@ -11,9 +11,8 @@ import functools
 import math
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
-from spartan_ray.engine.draws import own_cases
+from spartan_ray.engine.cases import Batch, PreparedCases
 from spartan_ray.engine.fitness import Fitness
 from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.recorder import Recorder
 from spartan_ray.engine.stack import Stack
 from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part, Scores
 from spartan_ray.engine.subspace import Basis, add_rows
@@ -53,8 +53,8 @@ class ParentState:
     seed: int = 0
 
 
-# How many cases, and what the fitness prepared of them.
-Batch = tuple[int, Any]
+# Of a member: as it is, or a tensor of one element in a device's memory.
+Number = Any
 # What multiplies noise and offset: one factor per parameter tensor, or per element; None means 1.
 Scale = Sent | None
 
@@ -110,10 +110,10 @@ class Evaluator:
         self.theta_D = self.model.theta_D
         self.scale_D: torch.Tensor | None = None
         self.basis: Basis | None = None
-        self.case_sets: dict[CaseSet, NDArray[np.int64]] = {}
-        self.prepared: dict[tuple[CaseSet, Part], list[Batch]] = {}
-        self.own: tuple[Any, list[Batch]] = None, []  # the last that a seed has drawn, which a mirrored pair shares
         self.random = torch.Generator().get_state()
+        graphs = fitness.graphs and device.type == "cuda" and not self.stack
+        self.recorder = Recorder(device) if graphs else None
+        self.cases = PreparedCases(fitness, device, self._kept)
 
     @property
     def device_name(self) -> str:
@@ -126,56 +126,28 @@ class Evaluator:
     def load(self, parent: ParentState, same_cases: bool = False) -> None:
         """Take a new parent. On a CPU its parameters stay where they are, shared with other workers. With `same_cases`
         they stay prepared as they are."""
-        self.theta_D = unpacked(parent.theta_D, self.device)
+        self.theta_D = self._kept("parent", unpacked(parent.theta_D, self.device))
         self.parent, self.buffers = parent, self.model.buffers
         self.versions, self.statistics = [-1] * len(self.buffers), len(list(self.model.module.buffers()))
         self.parent_buffers = [unpacked(buffer, self.device) for buffer in parent.buffers]
         self.random = torch.Generator().manual_seed(parent.seed).get_state()
-        if not same_cases:
-            self.prepared.clear()
-            self.own = None, []
-        self.case_sets = parent.case_sets
+        self.cases.load(parent.case_sets, same_cases)
 
     def load_scale(self, scale: Scale) -> None:
         """Take a new scale. On a CPU one of D elements stays where it is."""
         self.scale_D = None if scale is None else unpacked(scale, self.device)
         if self.scale_D is not None and len(self.scale_D) != len(self.theta_D):
             self.scale_D = self.model.spread(self.scale_D)
+        self.scale_D = self._kept("scale", self.scale_D)
+
+    def _kept(self, name: Any, values: Any) -> Any:
+        """Where a recording finds them."""
+        return self.recorder.keep(name, values) if self.recorder else values
 
     def load_basis(self, basis: Basis | None) -> None:
         """Take another subspace, or the whole space. On a CPU its directions stay where they are."""
         self.basis = basis
         self.rows_MD = None if basis is None else unpacked(basis.rows_MD, self.device)
-
-    def _batches(self, cases: CaseSet, part: Part) -> list[Batch]:
-        """A part of a set of cases in batches, prepared once for all members."""
-        if (cases, part) not in self.prepared:
-            case_N = self.case_sets[cases]
-            start, stop = (int(share * len(case_N)) for share in part)
-            self.prepared[cases, part] = self._prepare(case_N[start:stop])
-        return self.prepared[cases, part]
-
-    def _own_batches(self, cases: CaseSet, own: int, seed_B: NDArray[np.uint64]) -> list[Batch]:
-        """The cases that seeds draw, of one as the fitness prepares them, of more stacked in rows."""
-        rows: dict[int, list[Batch]] = {}
-        for seed in seed_B.tolist():
-            if seed not in rows:
-                last, known = self.own
-                rows[seed] = (
-                    known if last == (cases, own, seed) else self._prepare(own_cases(self.case_sets[cases], own, seed))
-                )
-                self.own = (cases, own, seed), rows[seed]
-        if len(seed_B) == 1:
-            return rows[seed]
-        batches_B = [rows[seed] for seed in seed_B.tolist()]
-        return [
-            (same[0][0], tree_map(lambda *row: torch.stack(row), *(batch for _, batch in same)))
-            for same in zip(*batches_B, strict=True)
-        ]
-
-    def _prepare(self, case_N: NDArray[np.int64]) -> list[Batch]:
-        chosen_N = torch.from_numpy(case_N.copy()).to(self.device)
-        return [(len(batch_N), self.fitness.prepare(batch_N)) for batch_N in batched(chosen_N, self.fitness.batch)]
 
     def evaluate(
         self, members: Members, cases: CaseSet, threshold: float, part: Part = WHOLE, own: int | None = None
@@ -189,13 +161,15 @@ class Evaluator:
         failed: dict[int, str] = {}
         cases_K = np.zeros(len(members), np.int64)
         passes = [(first, min(first + size, len(members))) for first in range(0, len(members), size)][::-1]
+        if self.recorder:
+            self.recorder.upload(members)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             while passes:
                 first, stop = passes.pop()
                 try:
                     # A pass always has as many rows: the last member stands in those that are left.
                     rows = [*range(first, stop), *[stop - 1] * (first + size - stop)]
-                    batches = self._own_batches(cases, own, members.seed_K[rows]) if own else self._batches(cases, part)
+                    batches = self.cases.drawn(cases, own, members.seed_K[rows]) if own else self.cases.of(cases, part)
                     sum_BM, cases_B = self._score(members, rows, batches, threshold, bool(own))
                     sums.append(sum_BM if size == 1 else sum_BM[: stop - first])
                     cases_K[first:stop] = cases_B[: stop - first]
@@ -249,11 +223,24 @@ class Evaluator:
                 self.kernel.descend_rows(self.theta_D, self.scale_D, *factors, self.stack.theta_BD, self.needed_R2)
             else:
                 for out_D, seed, offset, gain in zip(self.stack.theta_BD, *factors, strict=True):
-                    self._descend(seed, offset, gain, out_D, self.needed_R2)
+                    self._descend(int(seed), offset, gain, out_D, self.needed_R2)
             return self._sum(functools.partial(self.stack.score, own=own), batches, threshold)
-        fitness, network, first = self.fitness, self.model.module, rows[0]
-        seed, offset, gain = members.seed_K[first], members.offset_K[first], members.gain_K[first]
-        self._descend(int(seed), offset, gain, self.model.theta_D, self.needed_R2)
+        if self.recorder and self.basis is None and threshold == -math.inf:
+            read = [*tree_leaves(batches), self.theta_D, self.scale_D]
+            key = tuple(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in read)
+            seed_1, (offset_1, gain_1) = self.recorder.seed_1, self.recorder.factor_2.split(1)
+            sum_1M = self.recorder.repeat(
+                key, lambda: self._score_one(seed_1, offset_1, gain_1, batches, threshold)[0], rows[0]
+            )
+            return sum_1M, [sum(size for size, _ in batches)]
+        seed, offset, gain = members.seed_K[rows[0]], members.offset_K[rows[0]], members.gain_K[rows[0]]
+        return self._score_one(int(seed), offset, gain, batches, threshold)
+
+    def _score_one(
+        self, seed: Number, offset: Number, gain: Number, batches: Sequence[Batch], threshold: float
+    ) -> tuple[torch.Tensor, list[int]]:
+        fitness, network = self.fitness, self.model.module
+        self._descend(seed, offset, gain, self.model.theta_D, self.needed_R2)
         self.model.write()
         with fitness.ready(network):
             return self._sum(lambda batch: _tensor_of(fitness(network, batch))[None], batches, threshold)
@@ -303,10 +290,15 @@ class Evaluator:
         self.model.write()
 
     def _descend(
-        self, seed: int, offset: float, gain: float, out_D: torch.Tensor, needed_R2: NDArray[np.int64] | None = None
+        self,
+        seed: Number,
+        offset: Number,
+        gain: Number,
+        out_D: torch.Tensor,
+        needed_R2: NDArray[np.int64] | None = None,
     ) -> None:
         if self.basis is None or self.rows_MD is None or not gain:
-            self.kernel.descend(self.theta_D, self.scale_D, int(seed), offset, gain, out_D, needed_R2=needed_R2)
+            self.kernel.descend(self.theta_D, self.scale_D, seed, offset, gain, out_D, needed_R2=needed_R2)
             return
         assert self.scale_D is None, "the population has no other with a subspace"
         size, count = len(self.theta_D), len(self.rows_MD)
@@ -314,7 +306,7 @@ class Evaluator:
         out_D.copy_(self.theta_D)
         add_rows(out_D, self.rows_MD, self.accumulate(seed_1, gain_1, size, size + count))
         if self.basis.whole or offset:
-            self.kernel.descend(out_D, None, int(seed), offset, gain * self.basis.whole, out_D, needed_R2=needed_R2)
+            self.kernel.descend(out_D, None, seed, offset, gain * self.basis.whole, out_D, needed_R2=needed_R2)
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
@@ -368,13 +360,6 @@ def _where(error: Exception) -> str:
         if not any(part in frame.filename for part in ("site-packages", "spartan_ray/engine"))
     ]
     return f" ({Path(lines[-1].filename).name}:{lines[-1].lineno})" if lines else ""
-
-
-def batched(case_N: torch.Tensor, largest: int | None) -> Iterator[torch.Tensor]:
-    """Cases in batches of equal size (to one), so that no small remainder has statistics of its own."""
-    passes = -(-len(case_N) // largest) if largest else 1
-    for start, stop in pairwise(len(case_N) * number // passes for number in range(passes + 1)):
-        yield case_N[start:stop]
 
 
 def packed(buffer: torch.Tensor) -> Any:

@@ -27,7 +27,8 @@ class Fitness:
     batch    cases of a call at most (default: all at once)
     best     an array of the most that a case can have in each statistic, where `value` falls with none of them: a
              member that cannot win any more is then left early by strategies that ask for it (default: None, never)
-    vmap     True where `torch.func.vmap` can run it, which `batch_members` needs"""
+    vmap     True where `torch.func.vmap` can run it, which `batch_members` needs
+    graphs   True where a CUDA graph may repeat it (default: False)"""
 
     cases: int
     """How many there are; a case is a number below it."""
@@ -40,6 +41,10 @@ class Fitness:
     vmap: bool = False
     """Whether `torch.func.vmap` can run `ready` and `__call__` over stacked parameters, as `batch_members` needs: the
     same operations for every member, no `item()`, nothing of the network changed in place."""
+
+    graphs: bool = False
+    """Whether a CUDA graph may repeat `ready` and `__call__` for one member after another: the same operations on the
+    same memory, which wait for nothing, draw nothing and leave the network's buffers as they are."""
 
     def __call__(self, network: nn.Module, batch: Any) -> torch.Tensor:
         """One number a case (N), or M statistics a case (N x M). `batch` is what `prepare` made of case numbers."""

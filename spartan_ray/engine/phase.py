@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from spartan_ray.engine.cases import batched
 from spartan_ray.engine.draws import DRAWS_APART, draw_cases, gradient_cases, random_key, share_cases
-from spartan_ray.engine.evaluator import ParentState, Scale, batched, packed, pooled
+from spartan_ray.engine.evaluator import ParentState, Scale, packed, pooled
 from spartan_ray.engine.executor import Executor, LocalExecutor
 from spartan_ray.engine.flat import FlatModel, dot, norm
 from spartan_ray.engine.guards import keeping_gradients

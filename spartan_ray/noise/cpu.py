@@ -161,15 +161,15 @@ class CpuKernel:
         self,
         theta_S: torch.Tensor,
         scale_S: torch.Tensor | None,
-        seed: int,
-        offset: float,
-        gain: float,
+        seed: int | torch.Tensor,
+        offset: float | torch.Tensor,
+        gain: float | torch.Tensor,
         out_S: torch.Tensor,
         start: int = 0,
         needed_R2: NDArray[np.int64] | None = None,
     ) -> None:
         scale, needed = _scale(scale_S), _needed(theta_S, needed_R2)
-        factors = np.float32(offset), np.float32(gain), np.uint64(seed)
+        factors = np.float32(float(offset)), np.float32(float(gain)), np.uint64(int(seed) % 2**64)
         _descend(self.code, theta_S.numpy(), scale, *factors, start, out_S.numpy(), needed)
 
     def descend_rows(

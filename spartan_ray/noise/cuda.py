@@ -68,18 +68,35 @@ def _tile(start, size, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
     return first_block + tl.arange(0, BLOCKS), place_T, (place_T >= 0) & (place_T < size)
 
 
-# Types are given and values not specialised on, so that no other seed or start compiles a kernel anew.
-@triton.jit(do_not_specialize=["start", "size", "seed"])
-def _descend(  # type: ignore[no-untyped-def]
-    out_S, start: tl.int64, size: tl.int64, theta_S, scale_S, seed: tl.uint64, offset, gain,
-    KIND: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def _move(  # type: ignore[no-untyped-def]
+    out_S, start, size, theta_S, scale_S, seed, offset, gain, KIND: tl.constexpr, BLOCKS: tl.constexpr
+):
     block_N, place_T, inside_T = _tile(start, size, BLOCKS)
     a_N, b_N, c_N, d_N = _noise(seed, block_N, KIND)
     perturbation_T = offset + gain * _in_order(a_N, b_N, c_N, d_N)
     if scale_S is not None:
         perturbation_T *= tl.load(scale_S + place_T, inside_T)
     tl.store(out_S + place_T, tl.load(theta_S + place_T, inside_T) + perturbation_T, inside_T)
+
+
+# Types are given and values not specialised on, so that no other seed or start compiles a kernel anew.
+@triton.jit(do_not_specialize=["start", "size", "seed"])
+def _descend(  # type: ignore[no-untyped-def]
+    out_S, start: tl.int64, size: tl.int64, theta_S, scale_S, seed: tl.uint64, offset, gain,
+    KIND: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    _move(out_S, start, size, theta_S, scale_S, seed, offset, gain, KIND, BLOCKS)
+
+
+@triton.jit(do_not_specialize=["start", "size"])
+def _descend_from(  # type: ignore[no-untyped-def]
+    out_S, start: tl.int64, size: tl.int64, theta_S, scale_S, seed_1, offset_1, gain_1,
+    KIND: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """With a seed and factors that are in the device's memory."""
+    seed = tl.load(seed_1).to(tl.uint64, bitcast=True)
+    _move(out_S, start, size, theta_S, scale_S, seed, tl.load(offset_1), tl.load(gain_1), KIND, BLOCKS)
 
 
 @triton.jit(do_not_specialize=["start", "size", "count"])
@@ -112,15 +129,18 @@ class CudaKernel:
         self,
         theta_S: torch.Tensor,
         scale_S: torch.Tensor | None,
-        seed: int,
-        offset: float,
-        gain: float,
+        seed: int | torch.Tensor,
+        offset: float | torch.Tensor,
+        gain: float | torch.Tensor,
         out_S: torch.Tensor,
         start: int = 0,
         needed_R2: NDArray[np.int64] | None = None,
     ) -> None:
         assert all(tensor is None or tensor.is_contiguous() for tensor in (theta_S, scale_S, out_S))
-        self._launch(_descend, out_S, start, theta_S, scale_S, seed, float(offset), float(gain))
+        if isinstance(seed, torch.Tensor):
+            self._launch(_descend_from, out_S, start, theta_S, scale_S, seed, offset, gain)
+        else:
+            self._launch(_descend, out_S, start, theta_S, scale_S, seed, float(offset), float(gain))
 
     def descend_rows(
         self,

@@ -21,15 +21,16 @@ class Kernel(Protocol):
         self,
         theta_S: torch.Tensor,
         scale_S: torch.Tensor | None,
-        seed: int,
-        offset: float,
-        gain: float,
+        seed: int | torch.Tensor,
+        offset: float | torch.Tensor,
+        gain: float | torch.Tensor,
         out_S: torch.Tensor,
         start: int = 0,
         needed_R2: NDArray[np.int64] | None = None,
     ) -> None:
         """out = theta + scale * (offset + gain * noise) in float32, one rounding an operation; no scale
-        is a scale of 1. Elements of the slice outside the needed ranges, R of [first, end), may be left as they are."""
+        is a scale of 1. Seed, as int64, and factors may be tensors of one element on the device. Elements of the slice
+        outside the needed ranges, R of [first, end), may be left as they are."""
 
     def descend_rows(
         self,

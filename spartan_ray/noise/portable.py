@@ -67,19 +67,19 @@ class PortableKernel:
         self,
         theta_S: torch.Tensor,
         scale_S: torch.Tensor | None,
-        seed: int,
-        offset: float,
-        gain: float,
+        seed: int | torch.Tensor,
+        offset: float | torch.Tensor,
+        gain: float | torch.Tensor,
         out_S: torch.Tensor,
         start: int = 0,
         needed_R2: NDArray[np.int64] | None = None,
     ) -> None:
         # The factors rounded to float32 as every kernel has them, and one operation at a time: a fused
         # multiply-add would round once less.
-        offset, gain = float(np.float32(offset)), float(np.float32(gain))
+        offset, gain = float(np.float32(float(offset))), float(np.float32(float(gain)))
         for done in range(0, theta_S.numel(), TILE):
             part = slice(done, min(done + TILE, theta_S.numel()))
-            perturbation = self._noise(seed, start + part.start, start + part.stop).mul_(gain).add_(offset)
+            perturbation = self._noise(int(seed) % 2**64, start + part.start, start + part.stop).mul_(gain).add_(offset)
             if scale_S is not None:
                 perturbation.mul_(scale_S[part])
             torch.add(theta_S[part], perturbation, out=out_S[part])

@@ -56,7 +56,7 @@ ONLY_WITH: dict[str, tuple[str, str]] = {
 }
 # All that evolutionary SGD uses, and what of the parent it draws itself or has no use for.
 OF_ESGD = {"strategy", "every", "population", "fitness", "fitness_images", "batchnorm", "precision", "noise", "sigma"}
-OF_ESGD |= {"sigma_decay", "parents", "recombine", "elite", "optimizers"}
+OF_ESGD |= {"graphs", "sigma_decay", "parents", "recombine", "elite", "optimizers"}
 NOT_OF_ESGD = {"optimizer": ": evolution.optimizers says it", "lr": ": evolution.optimizers says it"}
 NOT_OF_ESGD |= {"gradient_noise": "", "moments_after_evolution": "", "average": ""}
 STRATEGIES = ("es", "random-gradients", "esgd", "none")
@@ -131,6 +131,8 @@ class Evolution(Section):
     """es with `step` search: sigma follows the length that a generation finds, to the next one of its phase."""
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"
     """Arithmetic of the scoring: tf32 (fp32 but on GPUs), fp32, or bf16, fastest where there are units for it."""
+    graphs: bool = False
+    """A GPU repeats a member's work as a CUDA graph, with one launch for all of it; has not been measured yet."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     """es: makes the update of the estimated gradient (momentum and beta1 0.9, beta2 0.999)."""
     weight_decay: NonNegativeFloat = 0.0
@@ -154,6 +156,8 @@ class Evolution(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Evolution:
+        if self.graphs and self.batchnorm == "recalibrate":
+            raise ValueError("evolution.graphs has no effect with evolution.batchnorm recalibrate")
         if self.strategy == "none" or is_named(self.strategy):
             return self
         if self.strategy == "esgd":

@@ -74,7 +74,7 @@ AROUND = {
     "noise",
     "precision",
 }
-AROUND |= {"gradient_split", "gradient_images", "subspace", "of"}
+AROUND |= {"graphs", "gradient_split", "gradient_images", "subspace", "of"}
 
 
 def _strategy_of_name(config: Evolution) -> Strategy:
@@ -115,7 +115,9 @@ def make_fitness(config: Evolution, splits: Splits) -> Classification:
     """What the descendants of a run are scored by: the images of its evolution split."""
     reference = splits.sgd[slice(0, REFERENCE_IMAGES)]
     by, statistics, precision = config.fitness, config.batchnorm, config.precision
-    return Classification(splits.evolution, reference, splits.mean_C, splits.std_C, by, statistics, precision)
+    return Classification(
+        splits.evolution, reference, splits.mean_C, splits.std_C, by, statistics, precision, config.graphs
+    )
 
 
 def make_population(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from spartan_ray.engine.evaluator import batched
+from spartan_ray.engine.cases import batched
 from spartan_ray.engine.fitness import Fitness
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.mutate import BATCHNORMS
@@ -134,7 +134,8 @@ class Classification(Fitness):
 
     `batchnorm` says by what a descendant's BatchNorm normalises: running, the parent's statistics, which are folded
     into the convolutions; batch, those of the scored batch; recalibrate, its own on the `reference` images.
-    `precision` tf32 is fp32 where no GPU has units for it."""
+    `precision` tf32 is fp32 where no GPU has units for it. With `graphs`, and not recalibrate, a GPU repeats a member's
+    work from a recording."""
 
     def __init__(
         self,
@@ -145,6 +146,7 @@ class Classification(Fitness):
         by: Literal["loss", "accuracy"] = "loss",
         batchnorm: BatchNormKind = "running",
         precision: Precision = "tf32",
+        graphs: bool = False,
     ) -> None:
         self.images, self.reference = images, reference
         self.mean_C, self.std_C = mean_C, std_C
@@ -152,6 +154,8 @@ class Classification(Fitness):
         self.batchnorm = batchnorm
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.products: Literal["ieee", "tf32"] = "tf32" if precision == "tf32" else "ieee"
+        # Its own statistics are buffers of the network's.
+        self.graphs = graphs and batchnorm != "recalibrate"
         self.cases = len(images)
         # No image has a negative loss, and none counts twice.
         self.best = np.array([0.0, 1.0])

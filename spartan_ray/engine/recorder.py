@@ -1,0 +1,83 @@
+"""The work of a member, recorded once and repeated: on a GPU one launch where there are hundreds.
+
+A recording reads and writes the memory that it was made with. So what differs between members is put into memory that
+stays where it is: seed and factors for each member, the parent and the cases when they change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_map
+
+from spartan_ray.engine.strategies.requests import Members
+
+# Runs before a recording, in which libraries choose what they do and take their memory.
+WARM_UPS = 3
+
+Work = Callable[[], torch.Tensor]
+
+
+class Recorder:
+    """Recordings of work on one device, by what they read. On a CPU to repeat is to call again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seed_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self.factor_2 = torch.zeros(2, device=device)
+        self.kept: dict[Hashable, torch.Tensor] = {}
+        self.recorded: dict[Hashable, Work] = {}
+        self.pool: Any = None
+
+    def keep(self, name: Hashable, values: Any) -> Any:
+        """Tensors, or what holds some, in memory that is the same for all of a name and a shape: the last ones of it
+        are gone."""
+        number = 0
+
+        def kept(tensor: Any) -> Any:
+            nonlocal number
+            if not isinstance(tensor, torch.Tensor):
+                return tensor
+            key, number = (name, number, tensor.shape, tensor.stride(), tensor.dtype), number + 1
+            if key not in self.kept:
+                self.kept[key] = torch.empty_like(tensor)
+            return self.kept[key].copy_(tensor)
+
+        return tree_map(kept, values)
+
+    def upload(self, members: Members) -> None:
+        """Have the seeds and factors of members on the device, with one wait for all."""
+        self.seed_K = torch.from_numpy(members.seed_K.view(np.int64)).to(self.device)
+        self.factor_K2 = torch.from_numpy(np.stack([members.offset_K, members.gain_K], 1)).to(self.device)
+
+    def repeat(self, key: Hashable, work: Work, member: int) -> torch.Tensor:
+        """The result of work for one of the uploaded members: by the recording of the key, which is made of this work
+        where there is none."""
+        self.seed_1.copy_(self.seed_K[member : member + 1])
+        self.factor_2.copy_(self.factor_K2[member])
+        if key not in self.recorded:
+            self.recorded[key] = self._recorded(work) if self.device.type == "cuda" else work
+        return self.recorded[key]().clone()
+
+    def _recorded(self, work: Work) -> Work:
+        with torch.cuda.device(self.device):
+            here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+            beside.wait_stream(here)
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_UPS):
+                    work()
+            here.wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                result = work()
+        # One recording's results are taken before another one runs.
+        self.pool = self.pool or graph.pool()
+
+        def again() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return again
