@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from PIL import Image
 
 from spartan_ray.engine.draws import permutation
 from spartan_ray.errors import InputError
-from spartan_ray.vision.config import Data
 from spartan_ray.vision.images import Note, read_folder, resized
+
+if TYPE_CHECKING:  # scoring does without what a configuration needs
+    from spartan_ray.vision.config import Data
 
 # What torchvision raises when a download fails, or a file cannot be read as what it should be.
 LOAD_ERRORS = (OSError, HTTPException, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from spartan_ray.engine.process import float32_products
 from spartan_ray.engine.strategies.esgd import Settings
 from spartan_ray.noise.kernels import kernel_for
 from spartan_ray.vision.classification import Normaliser, mean_gradient
-from spartan_ray.vision.config import Parent as ParentConfig
 from spartan_ray.vision.data import Images
 from spartan_ray.vision.leaves import Leaves
+
+if TYPE_CHECKING:
+    from spartan_ray.vision.config import Parent as ParentConfig
 
 CPU = torch.device("cpu")
 # Purposes of the keys of `permutation` and of torch's generators, beside the seed.

@@ -1,0 +1,102 @@
+"""What `scripts/gpu` found, as tables and a picture beside the figures on paper of docs/scaling.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# One H100, 10,000 images, bf16: the roof of its memory, and what was expected.
+ON_PAPER = {"roof on paper": 650.0, "expected on paper": 250.0}
+Results = dict[str, Any]
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        return "" if value is None else str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    return [*lines, *("| " + " | ".join(map(_number, row)) + " |" for row in rows), ""]
+
+
+def table(results: Results) -> str:
+    """Everything as Markdown; of a phase that failed its last words."""
+    card, phases = results["card"], results["phases"]
+    about = ", ".join(f"{name} {_number(value)}" for name, value in card.items())
+    lines = ["A rehearsal on a CPU: no figure says anything.", ""] if results["rehearsal"] else []
+    lines += [about, ""]
+    lines += _table(
+        ["phase", "seconds", "ended"], [[name, phase["seconds"], phase["ended"]] for name, phase in phases.items()]
+    )
+    figures = {name: phase["figures"] for name, phase in phases.items() if phase.get("figures")}
+    keys = "name", "microseconds", "gigabytes_per_second", "teraflops", "elements_per_second"
+    lines += _table(
+        ["kernel", "us", "GB/s", "TFLOP/s", "elements/s"],
+        [[row.get(key) for key in keys] for row in figures.get("kernels", [])],
+    )
+    head = ["images", "precision", "members", "members/s", "by graphs", "over the bare pass", "by graphs"]
+    head += ["over torchvision's", "over it compiled", "launches a member", "idle", "MB", "same bits"]
+    rows = []
+    for row in figures.get("scoring", []):
+        plain, graphs = row["plain"], row.get("graphs", {})
+        best = graphs or plain
+        rows.append([
+            row["cases"], row["precision"], row["members"],
+            plain["members_per_second"], graphs.get("members_per_second"), plain["over_ours"], graphs.get("over_ours"),
+            best["over_torchvision"], best.get("over_compiled"), row.get("launches"), row.get("idle"),
+            row.get("megabytes"), "yes" if row["same_bits"] else "NO",
+        ])  # fmt: skip
+    lines += _table(head, rows)
+    lines += _table(
+        ["SGD, batch", "precision", "images/s", "torchvision's", "compiled"],
+        [
+            [row.get(key) for key in ("batch", "precision", "ours", "torchvision", "compiled")]
+            for row in figures.get("training", [])
+        ],
+    )
+    for name in ("tests", "whole"):
+        lines += _table([name, ""], [list(item) for item in figures.get(name, {}).items()])
+    return "\n".join(lines)
+
+
+def draw(results: Results, path: Path) -> None:
+    """How near scoring comes to the bare pass, and members a second beside the figures on paper."""
+    from matplotlib import pyplot as plt
+
+    rows = results["phases"].get("scoring", {}).get("figures") or []
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    colours = {"fp32": "tab:grey", "tf32": "tab:blue", "bf16": "tab:red"}
+    for precision, colour in colours.items():
+        for way, style in (("plain", "-"), ("graphs", "--")):
+            best: dict[int, float] = {}
+            for row in rows:
+                if row["precision"] == precision and way in row:
+                    best[row["cases"]] = max(best.get(row["cases"], 0.0), row[way]["over_ours"])
+            if best:
+                left.plot(list(best), list(best.values()), style, color=colour, marker=".", label=f"{precision}, {way}")
+    left.set(xscale="log", ylim=(0, 1.05), xlabel="images a member", ylabel="speed over the bare pass's")
+    if rows:
+        left.legend(frameon=False)
+    most = max((row["cases"] for row in rows), default=0)
+    for precision, colour in colours.items():
+        rates = [
+            row[way]["members_per_second"]
+            for row in rows
+            for way in ("plain", "graphs")
+            if row["cases"] == most and row["precision"] == precision and way in row
+        ]
+        if rates:
+            right.bar(precision, max(rates), color=colour)
+    if not results["rehearsal"]:
+        for name, rate in ON_PAPER.items():
+            right.axhline(rate, color="black", linewidth=0.8, linestyle=":")
+            right.annotate(name, (0, rate), textcoords="offset points", xytext=(0, 2))
+    right.set(ylabel=f"members a second, {most:,} images", title=str(results["card"]["device"]))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

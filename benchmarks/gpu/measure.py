@@ -1,0 +1,289 @@
+"""One phase of `scripts/gpu` on this process's device, its figures as JSON: `python -m gpu.measure PHASE [--rehearse]`.
+
+It needs torch, numba and torchvision, and of this package what scores: no Ray and no configuration. Times are medians
+of repeats, each of which ends when the device is done. Shapes: K members, D parameters, N images."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from spartan_ray.engine.evaluator import Evaluator, ParentState
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.process import float32_products, set_up
+from spartan_ray.engine.strategies.requests import WHOLE, Members, noisy
+from spartan_ray.noise.contract import member_seeds
+from spartan_ray.vision.classification import Classification, Normaliser, Precision
+from spartan_ray.vision.data import Images
+from spartan_ray.vision.folding import Folding
+from spartan_ray.vision.resnet import ResNet18
+from spartan_ray.vision.training import Trainer
+
+MEAN, DEVIATION = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16")
+Figures = list[dict[str, Any]]
+
+
+class Sizes:
+    """What is measured: on a GPU, and in a rehearsal as much as shows that it runs."""
+
+    def __init__(self, rehearse: bool) -> None:
+        self.width = 8 if rehearse else 64
+        self.cases = (32, 96) if rehearse else (256, 512, 2048, 10_000)
+        self.members = (2, 4) if rehearse else (16, 128, 1024)
+        self.compiled = () if rehearse else (256, 2048)
+        self.seconds = 0.1 if rehearse else 6.0  # that members of one row may take at most, as far as it can be told
+        self.repeats = 2 if rehearse else 5
+        self.update_members = 20 if rehearse else 10_000
+        self.elements = 100_000 if rehearse else 11_181_642
+        self.copied = 1_000_000 if rehearse else 1 << 30
+        self.side = 128 if rehearse else 8192
+        self.sgd_images = 128 if rehearse else 12_800
+        self.batches = (32,) if rehearse else (128, 512)
+
+
+class Bench:
+    def __init__(self, rehearse: bool) -> None:
+        self.sizes = Sizes(rehearse)
+        self.device = set_up(None if torch.cuda.is_available() else 1, gpu=torch.cuda.is_available())
+        torch.manual_seed(0)
+
+    def done(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, work: Callable[[], object], calls: int = 1) -> float:
+        """Of a call, the median of the repeats."""
+        work()
+        self.done()
+        found = []
+        for _ in range(self.sizes.repeats):
+            started = time.perf_counter()
+            for _ in range(calls):
+                work()
+            self.done()
+            found.append((time.perf_counter() - started) / calls)
+        return statistics.median(found)
+
+    def images(self, count: int) -> Images:
+        return Images(torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8), torch.randint(0, 10, (count,)))
+
+    def evaluator(self, cases: int, precision: Precision, graphs: bool = False) -> Evaluator:
+        """Of one network and of as many images as are scored."""
+        torch.manual_seed(0)
+        network, images = ResNet18(10, "imagenet", self.sizes.width), self.images(cases)
+        reference = images[slice(0, 16)]
+        fitness = Classification(images, reference, MEAN, DEVIATION, precision=precision, graphs=graphs)
+        evaluator = Evaluator(network, fitness, "uniform", self.device)
+        model = evaluator.model
+        buffers = [buffer.cpu().numpy().copy() for buffer in model.buffers]
+        evaluator.load(ParentState(model.theta_D.cpu().numpy().copy(), buffers, {"fitness": np.arange(cases)}))
+        return evaluator
+
+    def kernels(self) -> Figures:
+        """Noise and folding beside what the device's memory and its multipliers do."""
+        sizes, device = self.sizes, self.device
+        evaluator = self.evaluator(sizes.cases[0], "bf16")
+        kernel, theta_D = evaluator.kernel, torch.randn(sizes.elements, device=device)
+        out_D = torch.empty_like(theta_D)
+        rows: Figures = []
+
+        def add(name: str, seconds: float, gigabytes: float, operations: float = 0.0) -> None:
+            rates = {"gigabytes_per_second": gigabytes / seconds, "teraflops": operations / seconds / 1e12}
+            rows.append(
+                {"name": name, "microseconds": seconds * 1e6} | {key: rate for key, rate in rates.items() if rate}
+            )
+
+        source = torch.randn(sizes.copied // 4, device=device)
+        copy = partial(torch.empty_like(source).copy_, source)
+        add("copy, the memory's roof", self.seconds(copy, 5), 2 * sizes.copied / 1e9)
+        del source, copy
+        one = torch.randn(sizes.side, sizes.side, device=device, dtype=torch.bfloat16)
+        add("bf16 product, the roof of arithmetic", self.seconds(lambda: one @ one, 3), 0, 2 * sizes.side**3)
+        for name, scale_D, vectors in (("descend", None, 2), ("descend, scaled", torch.rand_like(theta_D), 3)):
+            descend = partial(kernel.descend, theta_D, scale_D, 7, 0.0, 0.01, out_D)
+            add(name, self.seconds(descend, 20), vectors * 4 * sizes.elements / 1e9)
+        evaluator.evaluate(pairs(2), "fitness", -math.inf)
+        folding: Folding = evaluator.fitness.folding  # type: ignore[attr-defined]
+        weights = sum(int(run_G4[:, 2].sum()) for run_G4 in folding.runs)
+        add("fold", self.seconds(partial(folding._folded, torch.bfloat16), 20), weights * 6 / 1e9)
+        count = sizes.update_members
+        seed_K, weight_K = member_seeds(0, 1, count), np.ones(count, np.float32)
+        seconds = self.seconds(partial(kernel.accumulate, seed_K, weight_K, 0, sizes.elements))
+        rows.append({
+            "name": f"update of {count:,} members", "microseconds": seconds * 1e6,
+            "elements_per_second": count * sizes.elements / seconds,
+        })  # fmt: skip
+        return rows
+
+    def scoring(self) -> Figures:
+        """Members beside the bare passes of the same module, folded, and of torchvision's."""
+        rows: Figures = []
+        for cases in self.sizes.cases:
+            for precision in PRECISIONS:
+                rows += self._scored(cases, precision)
+                print(json.dumps(rows[-1]), flush=True)
+        return rows
+
+    def _scored(self, cases: int, precision: Precision) -> Figures:
+        evaluator = self.evaluator(cases, precision)
+        fitness, network = evaluator.fitness, evaluator.model.module
+        batches = evaluator.cases.of("fitness", WHOLE)
+        bare: dict[str, float] = {}
+        with torch.inference_mode(), fitness.ready(network):
+            bare["ours"] = cases / self.seconds(lambda: [network(batch[0]) for _, batch in batches])
+        for name in ("torchvision", *["compiled"] * (cases in self.sizes.compiled and precision != "fp32")):
+            bare[name] = cases / self._torchvision(batches, precision, name == "compiled")
+        rows: Figures = []
+        ways = {"plain": evaluator}
+        if self.device.type == "cuda":
+            ways["graphs"] = self.evaluator(cases, precision, graphs=True)
+        estimate = 0.0
+        for members in self.sizes.members:
+            if members * estimate > self.sizes.seconds:
+                continue
+            population = pairs(members)
+            row: dict[str, Any] = {"cases": cases, "precision": precision, "members": members}
+            answers = set()
+            for name, one in ways.items():
+                seconds = self.seconds(partial(one.evaluate, population, "fitness", -math.inf))
+                row[name] = {"members_per_second": members / seconds, "milliseconds": 1e3 * seconds / members}
+                row[name] |= {f"over_{other}": members * cases / seconds / rate for other, rate in bare.items()}
+                answers.add(one.evaluate(population, "fitness", -math.inf)[0].mean_KM.tobytes())
+                estimate = seconds / members
+            row["same_bits"] = len(answers) == 1
+            rows.append(row | {f"bare_{name}": rate for name, rate in bare.items()} | self._memory())
+        rows[-1] |= self._launches(evaluator)
+        return rows
+
+    def _torchvision(self, batches: Any, precision: Precision, compiled: bool) -> float:
+        """Seconds of torchvision's module on the same images, channels-last."""
+        from torchvision.models import resnet18
+
+        module: Any = resnet18(num_classes=10).eval().to(self.device, memory_format=torch.channels_last)
+        if compiled:
+            module = torch.compile(module)
+        with torch.inference_mode(), arithmetic(self.device, precision):
+            return self.seconds(lambda: [module(batch[0].float()) for _, batch in batches])
+
+    def _memory(self) -> dict[str, float]:
+        if self.device.type != "cuda":
+            return {}
+        most = torch.cuda.max_memory_allocated(self.device) / 1e6
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return {"megabytes": most}
+
+    def _launches(self, evaluator: Evaluator) -> dict[str, float]:
+        """Kernels of a member, and the share of the time in which none runs; on a CPU operations."""
+        members, on_gpu = 8, self.device.type == "cuda"
+        activities = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profile:
+            evaluator.evaluate(pairs(members), "fitness", -math.inf)
+            self.done()
+        kind = "CUDA" if on_gpu else "CPU"
+        events = [event.time_range for event in profile.events() if event.device_type.name == kind]
+        spans = sorted((span.start, span.end) for span in events)
+        if not spans:
+            return {}
+        busy, last = 0.0, spans[0][0]
+        for start, end in spans:
+            busy, last = busy + max(0.0, end - max(start, last)), max(end, last)
+        return {"launches": len(spans) / members, "idle": 1 - busy / (last - spans[0][0])}
+
+    def training(self) -> Figures:
+        """Gradient descent beside torchvision's module, both with the same optimizer."""
+        rows: Figures = []
+        images = self.images(self.sizes.sgd_images).to(self.device)
+        normalise = Normaliser(MEAN, DEVIATION, self.device)
+        for batch in self.sizes.batches:
+            for precision in PRECISIONS:
+                config: Any = SimpleNamespace(
+                    optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=0.0, batch_size=batch, schedule="constant",
+                    gradient_noise=None, precision=precision,
+                )  # fmt: skip
+                model = FlatModel(ResNet18(10, "imagenet", self.sizes.width), self.device)
+                trainer = Trainer(config, model, images, normalise, 0, augment=False)
+                rate = len(images) / self.seconds(partial(trainer.train_epoch, 1, lambda count: None))
+                row: dict[str, Any] = {"batch": batch, "precision": precision, "ours": rate}
+                for name in ("torchvision", *["compiled"] * (bool(self.sizes.compiled) and precision == "bf16")):
+                    row[name] = len(images) / self._sgd(images, normalise, batch, precision, name == "compiled")
+                rows.append(row)
+        return rows
+
+    def _sgd(self, images: Images, normalise: Normaliser, batch: int, precision: Precision, compiled: bool) -> float:
+        """Seconds of an epoch of torchvision's module."""
+        from torchvision.models import resnet18
+
+        module: Any = resnet18(num_classes=10).train().to(self.device, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+        forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(module) if compiled else module
+
+        def epoch() -> None:
+            for index_N in torch.randperm(len(images), device=self.device).split(batch):
+                part = images[index_N]
+                with arithmetic(self.device, precision):
+                    logits_NC = forward(normalise(part.pixels_NHWC))
+                loss = F.cross_entropy(logits_NC.float(), part.labels_N)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+
+        with float32_products("tf32" if precision == "tf32" else "ieee"):
+            return self.seconds(epoch)
+
+
+@contextlib.contextmanager
+def arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
+    """What multiplies, as a fitness sets it."""
+    products: Literal["ieee", "tf32"] = "tf32" if precision == "tf32" else "ieee"
+    half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with half, float32_products(products):
+        yield
+
+
+def pairs(members: int) -> Members:
+    return noisy(member_seeds(0, 1, members), 0.0, 0.01)
+
+
+def card() -> dict[str, Any]:
+    """The device, and what runs on it."""
+    versions = {"torch": torch.__version__, "numpy": np.__version__}
+    with contextlib.suppress(ImportError):
+        import triton
+
+        versions["triton"] = triton.__version__
+    if not torch.cuda.is_available():
+        return {"device": "cpu"} | versions
+    about = torch.cuda.get_device_properties(0)
+    return {
+        "device": about.name, "multiprocessors": about.multi_processor_count, "memory_gb": about.total_memory / 1e9,
+        "cuda": torch.version.cuda,
+    } | versions  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="gpu.measure", description=__doc__)
+    parser.add_argument("phase", choices=("card", "kernels", "scoring", "training"))
+    parser.add_argument("out", type=Path, help="a file for the figures")
+    parser.add_argument("--rehearse", action="store_true", help="at a small size")
+    arguments = parser.parse_args()
+    found = card() if arguments.phase == "card" else getattr(Bench(arguments.rehearse), arguments.phase)()
+    arguments.out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Whole runs with driver and worker on this machine's one GPU: `python -m gpu.whole FILE [--rehearse]`. Two runs, one
+that is stopped and goes on, one by CUDA graphs, and a replay of every generation must end in the same bytes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# A program may take.
+SECONDS = 150.0
+
+
+class Runs:
+    def __init__(self, folder: Path, rehearse: bool, gpu: bool) -> None:
+        self.folder, self.gpu = folder, gpu
+        self.flags = [
+            "--data.name", "digits", "--run.out", str(folder / "runs"),
+            "--run.epochs", "4" if rehearse else "8", "--evolution.every", "2", "--evolution.fitness-images", "100",
+            "--evolution.population", "4" if rehearse else "64", "--evolution.step", "search",
+            "--parent.model", "convnet" if rehearse else "resnet18", "--cluster.workers", "1",
+        ]  # fmt: skip
+
+    def command(self, *arguments: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "spartan_ray", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def finish(self, process: subprocess.Popen[bytes], wanted: int = 0) -> str:
+        """What it printed. Raises RuntimeError with its last lines when it ends otherwise than wanted."""
+        try:
+            text = process.communicate(timeout=SECONDS)[0].decode()
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            text = process.communicate()[0].decode() + f"\nkilled after {SECONDS:.0f} s"
+        if process.returncode != wanted:
+            raise RuntimeError(f"exit {process.returncode}: " + " | ".join(text.splitlines()[-6:]))
+        return text
+
+    def train(self, name: str, *flags: str) -> bytes:
+        self.finish(self.command("train", "--run.name", name, *self.flags, *flags))
+        return self.weights(name)
+
+    def weights(self, name: str) -> bytes:
+        return (self.folder / "runs" / name / "final.safetensors").read_bytes()
+
+    def stopped(self, name: str) -> bytes:
+        """Of a run that is interrupted after its first epochs and goes on."""
+        process = self.command("train", "--run.name", name, *self.flags)
+        ends = time.monotonic() + SECONDS
+        checkpoint = self.folder / "runs" / name / "checkpoints" / "epoch-000002.json"
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < ends:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        self.finish(process, wanted=130)
+        self.finish(self.command("resume", str(self.folder / "runs" / name)))
+        return self.weights(name)
+
+    def compared(self) -> dict[str, Any]:
+        """Whether each way of running ends in the bytes of the first, or what went wrong."""
+        started = time.monotonic()
+        first = self.train("first")
+        seconds = time.monotonic() - started
+        ways: dict[str, Callable[[], bool]] = {
+            "a second run": lambda: self.train("second") == first,
+            "stopped and resumed": lambda: self.stopped("stopped") == first,
+            "every generation replayed": lambda: bool(
+                self.finish(self.command("replay", "--verify", str(self.folder / "runs" / "first")))
+            ),
+        }
+        if self.gpu:
+            ways["by CUDA graphs"] = lambda: self.train("graphs", "--evolution.graphs") == first
+        found: dict[str, Any] = {"seconds of a run": round(seconds, 1)}
+        for name, way in ways.items():
+            try:
+                found[name] = "same bytes" if way() else "OTHER BYTES"
+            except RuntimeError as error:
+                found[name] = str(error)
+            print(name, found[name], flush=True)
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="gpu.whole", description=__doc__)
+    parser.add_argument("out", type=Path, help="a file for what was found")
+    parser.add_argument("--rehearse", action="store_true", help="at a small size, without a GPU")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = Runs(Path(folder), arguments.rehearse, not arguments.rehearse).compared()
+    arguments.out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""`scripts/gpu`, which runs where there is a GPU, rehearsed where there is none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gpu.__main__ import PHASES, run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.ray
+def test_all_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
+    """Every phase ends well and leaves figures, and the bytes of the runs agree."""
+    done = subprocess.run(
+        [ROOT / "scripts" / "gpu", "--rehearse", "-o", tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    phases = json.loads((tmp_path / "gpu.json").read_text())["phases"]
+    assert phases.keys() == PHASES.keys()
+    assert all(phase["ended"] == "well" and phase["figures"] for phase in phases.values())
+    assert list(phases["whole"]["figures"].values())[1:] == ["same bytes"] * 3
+    assert all(row["same_bits"] for row in phases["scoring"]["figures"])
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    table = (tmp_path / "gpu.md").read_text()
+    assert table.startswith("A rehearsal on a CPU: no figure says anything.")
+    assert table in done.stdout
+
+
+def test_scoring_and_training_are_measured_without_ray_and_pydantic(tmp_path: Path) -> None:
+    """As on a machine that has torch and little else."""
+    absent = "for name in ('ray', 'pydantic', 'tyro', 'safetensors'): sys.modules[name] = None"
+    program = f"import runpy, sys\n{absent}\nrunpy.run_module('gpu.measure', run_name='__main__')"
+    path = f"{ROOT}:{ROOT / 'benchmarks'}"
+    for phase in ("kernels", "training"):
+        command = [sys.executable, "-c", program, phase, tmp_path / phase, "--rehearse"]
+        subprocess.run(command, env={"PYTHONPATH": path}, check=True)
+        assert json.loads((tmp_path / phase).read_text())
+
+
+def test_how_a_program_ended_is_told_with_its_last_words() -> None:
+    assert run(["-c", "print('well')"], 60) == ("", "well")
+    assert run(["-c", "print('one'); print('two'); raise SystemExit(3)"], 60)[0] == "3: one | two"
+    assert run(["-c", "import time; print('here', flush=True); time.sleep(60)"], 3)[0] == "killed after 3 s: here"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu_it_says_what_to_do() -> None:
+    done = subprocess.run([ROOT / "scripts" / "gpu", "-o", "nowhere"], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "scripts/gpu: torch sees no GPU here; --rehearse does all of it on a CPU\n"
+    assert not Path("nowhere").exists()
