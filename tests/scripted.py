@@ -17,9 +17,10 @@ from spartan_ray.distributed.pool import Pool
 from spartan_ray.distributed.protocol import Lost
 from spartan_ray.engine.strategies.requests import Members, Scores
 from spartan_ray.noise.contract import noise
-from spartan_ray.noise.fingerprint import FINGERPRINT_SEED, FINGERPRINT_SLICES
+from spartan_ray.noise.cpu import CpuKernel
+from spartan_ray.noise.fingerprint import fingerprint
 
-FINGERPRINT = np.concatenate([noise("uniform", FINGERPRINT_SEED, *ends) for ends in FINGERPRINT_SLICES])
+FINGERPRINT = fingerprint(CpuKernel("uniform"))
 START_SECONDS, MEMBER_SECONDS, ELEMENT_SECONDS = 3.0, 0.125, 0.001
 CHUNK = 4  # the place of the members in the arguments of `evaluate`
 

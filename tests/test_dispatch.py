@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import CHUNK, Answer, Process, Scripted, Team, scores, weighted_sum, without
+from scripted import CHUNK, FINGERPRINT, Answer, Process, Scripted, Team, scores, weighted_sum, without
 
 from spartan_ray.distributed.dispatch import FAILURES_PER_WORKER, TRIES, PoolError, backoff
 from spartan_ray.distributed.joining import versions
@@ -424,7 +424,7 @@ def test_what_failed_in_one_place_is_done_in_another() -> None:
 
 
 @pytest.mark.parametrize(("differs", "said"), [
-    ({"fingerprint": np.zeros(122, np.float32)}, "its noise fingerprint differs"),
+    ({"fingerprint": np.zeros_like(FINGERPRINT)}, "its noise fingerprint differs"),
     ({"versions": versions() | {"torch": "1.0"}}, f"torch 1.0, here {versions()['torch']}"),
 ])  # fmt: skip
 def test_a_worker_that_computes_otherwise_is_refused_by_name(differs: dict[str, Any], said: str) -> None:
