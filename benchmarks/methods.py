@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import math
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from spartan_ray.vision.training import Trainer
 
 CPU = torch.device("cpu")
 EPOCHS, KEPT = 14, 9
+AVERAGED = 8  # of them a phase may start from
 SGD_IMAGES, EVOLUTION_IMAGES, SEARCH_IMAGES = 10_000, 20_000, 2_048
 BUDGETS = (1_000_000, 4_000_000)
 POPULATIONS = (50, 200, 1000, 5000)
@@ -59,6 +61,7 @@ class Way:
     subspace: str = "none"
     sigma: float = 0.01
     generations: int = 1
+    of: str = "parent"
 
     def at(self, width: int) -> Way:
         """This way for a ResNet18 of a width: initial weights are as the square root of it, sigma goes with them."""
@@ -77,6 +80,8 @@ WAYS = {
     "guided by 4 gradients, own 128": Way(128, own=True, subspace="guided:4", sigma=0.0003),
     "all, own 128, 8 generations": Way(128, own=True, generations=8),
     "BatchNorm, own 128, 8 generations": Way(128, own=True, mutate="batchnorm", sigma=0.08, generations=8),
+    "of the average of 8 epochs: all, own 128": Way(128, own=True, of="average"),
+    "of the average of 8 epochs: all, own 128, 8 generations": Way(128, own=True, generations=8, of="average"),
 }
 
 
@@ -112,10 +117,13 @@ class Bench:
         self.buffers = saved["buffers"]
         return list(saved["thetas"])
 
-    def begin(self) -> None:
-        """Be at the parent."""
+    def begin(self, of: str = "parent") -> None:
+        """Be at the parent, or at the average of its last epochs."""
         self.model.theta_D.copy_(self.thetas[-1])
         self.model.load_buffers(self.buffers)
+        if of == "average":
+            self.model.theta_D.copy_(mean(self.thetas[-AVERAGED:]))
+            recalibrate(self.network, self.reference_NCHW)
 
     def judge(self, images: Images | None = None) -> tuple[float, float]:
         """Loss and accuracy of the network as it is on images, by default on all test images."""
@@ -165,7 +173,7 @@ class Bench:
 
     def population(self, way: Way, by: Any = "loss") -> Population:
         """What scores the members of a way, on two workers."""
-        self.begin()
+        self.begin(way.of)
         fitness = Classification(
             self.splits.evolution, self.splits.sgd[slice(0, 512)], self.splits.mean_C, self.splits.std_C, by,
             "running", self.precision,
@@ -213,7 +221,7 @@ class Bench:
 
     def _scored(self, name: str, way: Way, population: Population, members: Members) -> NDArray[np.float64]:
         """The members' mean statistics, K x M, from the file as far as it goes."""
-        slug = name.replace(" ", "-").replace(",", "")
+        slug = re.sub(r"\W+", "-", name)
         path = self.folder / f"scores-{self.parent}-{self.width}-{self.precision}-{slug}.npy"
         found = np.load(path) if path.exists() else np.empty((0, 2))
         while len(found) < len(members):

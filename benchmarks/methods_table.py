@@ -21,7 +21,8 @@ def changes(rows: pd.DataFrame) -> pd.DataFrame:
         rows[f"{on} accuracy"] = (rows[f"{on}_accuracy"] - rows[f"{on}_accuracy_before"]) * 1000
     better = rows["unscored accuracy"].where(rows["fitness"] == "accuracy", -rows["unscored loss"])
     rows["gain per million"] = better / rows["images"] * 1e6
-    rows["of chance"] = rows["cosine"] / rows["cosine_expected"]
+    whole = ~rows["way"].str.contains("trajectory|guided")  # chance is another one in a subspace
+    rows["of chance"] = (rows["cosine"] / rows["cosine_expected"]).where(whole)
     return rows
 
 
@@ -51,9 +52,14 @@ def by_budget(rows: pd.DataFrame, fitness: str) -> None:
             cells = [str(way), f"{budget / 1e6:.0f} M", f"{group['population'].iloc[0]:,.0f}"]
             for on in ("scored", "unscored", "test"):
                 cells += [spread(group[f"{on} loss"], 3), spread(group[f"{on} accuracy"], 1)]
-            cells += [spread(group["cosine"], 4), spread(group["of chance"], 2), spread(group["gain per million"], 4)]
+            cells += [
+                f"{group['test_accuracy'].mean():.4f}",
+                spread(group["cosine"], 4),
+                spread(group["of chance"], 2),
+                spread(group["gain per million"], 4),
+            ]
             lines.append(cells)
-    print_table([*head, "cosine", "over chance", "gain per million images"], lines)
+    print_table([*head, "test accuracy reached", "cosine", "over chance", "gain per million images"], lines)
 
 
 def by_population(rows: pd.DataFrame, fitness: str) -> None:
