@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,16 @@ from gpu.__main__ import PHASES, run
 ROOT = Path(__file__).parent.parent
 
 
+def scripts_gpu(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": sys.executable}
+    command = [ROOT / "scripts" / "gpu", *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
 @pytest.mark.ray
 def test_all_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
     """Every phase ends well and leaves figures, and the bytes of the runs agree."""
-    done = subprocess.run(
-        [ROOT / "scripts" / "gpu", "--rehearse", "-o", tmp_path],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    done = scripts_gpu("--rehearse", "-o", tmp_path)
     assert done.returncode == 0, done.stdout
     phases = json.loads((tmp_path / "gpu.json").read_text())["phases"]
     assert phases.keys() == PHASES.keys()
@@ -54,7 +56,7 @@ def test_how_a_program_ended_is_told_with_its_last_words() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_without_a_gpu_it_says_what_to_do() -> None:
-    done = subprocess.run([ROOT / "scripts" / "gpu", "-o", "nowhere"], stderr=subprocess.PIPE, text=True)
+    done = scripts_gpu("-o", "nowhere")
     assert done.returncode == 2
-    assert done.stderr == "scripts/gpu: torch sees no GPU here; --rehearse does all of it on a CPU\n"
+    assert done.stdout == "scripts/gpu: torch sees no GPU here; --rehearse does all of it on a CPU\n"
     assert not Path("nowhere").exists()
