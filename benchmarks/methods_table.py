@@ -1,6 +1,4 @@
-"""What `benchmarks/methods.py` found, as tables: `python benchmarks/methods_table.py FOLDER/rows.jsonl`.
-
-Each number is a mean over parents, with the least and the most where it is of the test images."""
+"""What `benchmarks/methods.py` found, as tables: `python benchmarks/methods_table.py ROWS ... > docs/methods.md`."""
 
 from __future__ import annotations
 
@@ -11,6 +9,19 @@ import pandas as pd
 
 BUDGETS = (1_000_000, 4_000_000)
 POPULATIONS = (50, 200, 1000, 5000)
+HEAD = """# What a budget of forwarded images buys
+
+Made by `benchmarks/methods_table.py` of the rows of `benchmarks/methods.py`. Parents are ResNet18 overfit by 14 epochs
+of gradient descent on 10,000 CIFAR-10 (JPEG) images. A way scores its members on evolution images: common to all of
+them, or own to each mirrored pair. The length of the update is searched on 2,048 others. All members are scored once,
+and every smaller population is a part of the larger one, so that populations differ by nothing else.
+
+Given are changes: of the cross-entropy, and of accuracy in tenths of a point, on images that scored members, on as many
+that did not, and on the 10,000 test images; a mean over parents, with the least and the most of them. *Cosine* is the
+update's to the direction in which the loss of 1,024 scored images falls, *over chance* that over
+sqrt(pairs / parameters), *gain* what a million forwarded images gain on images that did not score: tenths of a point,
+or loss.
+"""
 
 
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -35,14 +46,12 @@ def spread(values: pd.Series, digits: int) -> str:
     return text if len(values) == 1 else f"{text} ({values.min():+.{digits}f} to {values.max():+.{digits}f})"
 
 
-def print_table(head: list[str], lines: list[list[str]]) -> None:
-    print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
-    for line in lines:
-        print("| " + " | ".join(line) + " |")
-    print()
+def table(head: list[str], lines: list[list[str]]) -> list[str]:
+    rule = "|" + " --- |" * len(head)
+    return ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines), ""]
 
 
-def by_budget(rows: pd.DataFrame, fitness: str) -> None:
+def by_budget(rows: pd.DataFrame, fitness: str) -> list[str]:
     """Every way at each budget."""
     head = ["way", "images", "members", "scored loss", "accuracy", "unscored loss", "accuracy", "test loss", "accuracy"]
     lines = []
@@ -52,17 +61,12 @@ def by_budget(rows: pd.DataFrame, fitness: str) -> None:
             cells = [str(way), f"{budget / 1e6:.0f} M", f"{group['population'].iloc[0]:,.0f}"]
             for on in ("scored", "unscored", "test"):
                 cells += [spread(group[f"{on} loss"], 3), spread(group[f"{on} accuracy"], 1)]
-            cells += [
-                f"{group['test_accuracy'].mean():.4f}",
-                spread(group["cosine"], 4),
-                spread(group["of chance"], 2),
-                spread(group["gain per million"], 4),
-            ]
-            lines.append(cells)
-    print_table([*head, "test accuracy reached", "cosine", "over chance", "gain per million images"], lines)
+            cells += [f"{group['test_accuracy'].mean():.4f}", spread(group["cosine"], 4), spread(group["of chance"], 2)]
+            lines.append([*cells, spread(group["gain per million"], 3)])
+    return table([*head, "test accuracy reached", "cosine", "over chance", "gain"], lines)
 
 
-def by_population(rows: pd.DataFrame, fitness: str) -> None:
+def by_population(rows: pd.DataFrame, fitness: str) -> list[str]:
     """What every way gains on the test images from a larger population, whatever it costs."""
     lines = []
     for way, group in rows[rows["fitness"] == fitness].groupby("way", sort=False):
@@ -72,30 +76,31 @@ def by_population(rows: pd.DataFrame, fitness: str) -> None:
             cells.append(f"{spread(found['test loss'], 3)}, {spread(found['test accuracy'], 1)}" if len(found) else "")
         if any(cells[1:]):
             lines.append(cells)
-    print_table(["way", *(f"K = {population:,}" for population in POPULATIONS)], lines)
+    return table(["test loss, accuracy", *(f"K = {population:,}" for population in POPULATIONS)], lines)
 
 
-def print_tables(rows: pd.DataFrame) -> None:
-    """All that is known of the parents of a width."""
-    still = rows[rows["fitness"].isna() & rows["test_loss"].notna()]
-    lines = [
-        [str(way), f"{group['test_loss'].mean():.3f}", f"{group['test_accuracy'].mean():.4f}"]
-        for way, group in still.groupby("way", sort=False)
-    ]
-    print_table(["no evolution", "test loss", "test accuracy"], lines)
-    found = changes(rows)
-    for fitness in ("accuracy", "loss"):
-        print(f"By {fitness}: changes of loss, and of accuracy in tenths of a point\n")
-        by_budget(found, fitness)
-        by_population(found, fitness)
+def text(rows: pd.DataFrame) -> str:
+    """All tables, of each width of the network."""
+    lines = [HEAD]
+    for width, some in rows.groupby("width"):
+        parents = some["weights"].nunique()
+        lines += [f"## ResNet18 of width {width}, {parents} parent{'s' * (parents > 1)}", ""]
+        still = some[some["fitness"].isna() & some["test_loss"].notna()]
+        means = [
+            [str(way), f"{group['test_loss'].mean():.3f}", f"{group['test_accuracy'].mean():.4f}"]
+            for way, group in still.groupby("way", sort=False)
+        ]
+        lines += table(["without evolution", "test loss", "test accuracy"], means)
+        found = changes(some)
+        for fitness in ("accuracy", "loss"):
+            lines += [f"### By {fitness}", "", *by_budget(found, fitness), *by_population(found, fitness)]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", type=Path, help="rows.jsonl of benchmarks/methods.py")
-    for width, rows in pd.read_json(parser.parse_args().rows, lines=True).groupby("width"):
-        print(f"ResNet18 of width {width}, {rows['weights'].nunique()} parents\n")
-        print_tables(rows)
+    parser.add_argument("rows", type=Path, nargs="+", help="rows.jsonl of benchmarks/methods.py")
+    print(text(pd.concat([pd.read_json(path, lines=True) for path in parser.parse_args().rows])), end="")
 
 
 if __name__ == "__main__":

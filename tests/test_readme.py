@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 
+import methods_table
+import pandas as pd
 from whole_runs import ROOT, environment
 
 
@@ -21,3 +23,8 @@ def test_the_readme_s_python_runs_as_it_stands() -> None:
     assert len(pairs) == 5
     assert all(len(pair) == 2 for pair in pairs)
     assert not ended.stderr
+
+
+def test_the_tables_of_methods_are_those_of_the_rows() -> None:
+    rows = pd.read_json(ROOT / "benchmarks" / "methods.jsonl", lines=True)
+    assert (ROOT / "docs" / "methods.md").read_text() == methods_table.text(rows)
