@@ -2,8 +2,8 @@
 
 IMAGES is a folder as `data.name folder` takes it. Runs go into RUNS; those that are there are not done again. Beside
 four parents of evolutionary SGD: each of four learning rates of the same range alone, of which the evolution split
-chooses one, and that one for as many epochs as the four parents have together. Prints the mean of the seeds, with the
-least and the most."""
+chooses one, and that one for as many epochs as the four parents have together, either with the average of its last
+epochs' weights. Prints the mean of the seeds, with the least and the most."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ ESGD = {
     "strategy": "esgd", "every": EVERY, "parents": PARENTS, "population": 32, "recombine": 2, "elite": 2,
     "batchnorm": "recalibrate", "noise": "gaussian", "sigma_decay": 0.7, "optimizers": f"sgd:{LOW}..{HIGH}",
 }  # fmt: skip
-MEASURES = ("test_accuracy", "test_loss", "evolution_loss")
+AVERAGED = 4
+MEASURES = ("test_accuracy", "test_loss")
 
 
 class Bench:
@@ -42,7 +43,7 @@ class Bench:
             spartan_ray.train(
                 run={"name": folder.name, "out": str(self.runs), "epochs": epochs, "seed": self.seed, "keep": 1},
                 data={"name": "folder", "root": self.images} | IMAGES,
-                parent={"model": self.model} | ({} if lr is None else {"lr": lr}),
+                parent={"model": self.model} | ({} if lr is None else {"lr": lr, "average": f"epochs:{AVERAGED}"}),
                 evolution=evolution,
                 cluster={"workers": 2},
             )
@@ -64,6 +65,9 @@ class Bench:
             at_best = frame.iloc[int(frame["validation_accuracy"].argmax())]
             row = {"way": way} | {name: float(frame[name].iloc[-1]) for name in MEASURES}
             rows.append(row | {"best validation: test_accuracy": float(at_best["test_accuracy"])})
+            if "average_test_loss" in frame:
+                last = {name: float(frame[f"average_{name}"].iloc[-1]) for name in MEASURES}
+                rows.append({"way": f"{way}: average of {AVERAGED} epochs", **last})
         return rows
 
 
