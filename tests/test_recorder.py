@@ -22,9 +22,8 @@ def state(evaluator: Evaluator, generation: int) -> ParentState:
     """Of a parent, and its cases, that are another one's in each generation."""
     chance = np.random.default_rng(generation)
     theta_D = chance.normal(0, 0.1, evaluator.model.theta_D.numel()).astype(np.float32)
-    buffers = [
-        buffer.numpy().copy() + np.asarray(generation % 3, buffer.numpy().dtype) for buffer in evaluator.model.buffers
-    ]
+    was = [buffer.cpu().numpy() for buffer in evaluator.model.buffers]
+    buffers = [buffer + np.asarray(generation % 3, buffer.dtype) for buffer in was]
     cases_N = chance.permutation(len(SPLITS.evolution))[: 300 + generation % 2]
     return ParentState(theta_D, buffers, {"fitness": cases_N, "search": cases_N[:70]})
 

@@ -6,6 +6,7 @@ too. A phase that fails does not stop the others."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -35,7 +36,14 @@ def run(command: list[str], limit: float) -> tuple[str, str]:
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     assert process.stdout
-    signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
+    late: list[bool] = []
+
+    def end(*_: object) -> None:
+        late.append(True)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, limit)
     with process:
         for line in process.stdout:
@@ -44,7 +52,7 @@ def run(command: list[str], limit: float) -> tuple[str, str]:
     signal.setitimer(signal.ITIMER_REAL, 0)
     code = process.returncode
     last = " | ".join(lines[-3:])
-    ended = "" if code == 0 else f"killed after {limit:.0f} s: {last}" if code == -signal.SIGKILL else f"{code}: {last}"
+    ended = "" if code == 0 else f"killed after {limit:.0f} s: {last}" if late else f"{code}: {last}"
     return ended, "\n".join(lines)
 
 

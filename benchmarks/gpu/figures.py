@@ -42,13 +42,16 @@ def table(results: Results) -> str:
     head += ["over torchvision's", "over it compiled", "launches a member", "idle", "MB", "same bits"]
     rows = []
     for row in figures.get("scoring", []):
+        if "failed" in row:
+            rows.append([row["cases"], row["precision"], row["failed"], *[None] * 10])
+            continue
         plain, graphs = row["plain"], row.get("graphs", {})
         best = graphs or plain
         rows.append([
             row["cases"], row["precision"], row["members"],
             plain["members_per_second"], graphs.get("members_per_second"), plain["over_ours"], graphs.get("over_ours"),
             best["over_torchvision"], best.get("over_compiled"), row.get("launches"), row.get("idle"),
-            row.get("megabytes"), "yes" if row["same_bits"] else "NO",
+            best.get("megabytes"), {None: None, True: "yes", False: "NO"}[row.get("same_bits")],
         ])  # fmt: skip
     lines += _table(head, rows)
     lines += _table(
@@ -67,7 +70,7 @@ def draw(results: Results, path: Path) -> None:
     """How near scoring comes to the bare pass, and members a second beside the figures on paper."""
     from matplotlib import pyplot as plt
 
-    rows = results["phases"].get("scoring", {}).get("figures") or []
+    rows = [row for row in results["phases"].get("scoring", {}).get("figures") or [] if "failed" not in row]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     colours = {"fp32": "tab:grey", "tf32": "tab:blue", "bf16": "tab:red"}
     for precision, colour in colours.items():

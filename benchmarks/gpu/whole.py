@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -34,7 +33,6 @@ class Runs:
             [sys.executable, "-m", "spartan_ray", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
 
     def finish(self, process: subprocess.Popen[bytes], wanted: int = 0) -> str:
@@ -42,7 +40,7 @@ class Runs:
         try:
             text = process.communicate(timeout=SECONDS)[0].decode()
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             text = process.communicate()[0].decode() + f"\nkilled after {SECONDS:.0f} s"
         if process.returncode != wanted:
             raise RuntimeError(f"exit {process.returncode}: " + " | ".join(text.splitlines()[-6:]))
@@ -67,8 +65,8 @@ class Runs:
         self.finish(self.command("resume", str(self.folder / "runs" / name)))
         return self.weights(name)
 
-    def compared(self) -> dict[str, Any]:
-        """Whether each way of running ends in the bytes of the first, or what went wrong."""
+    def compared(self, out: Path) -> None:
+        """Whether each way of running ends in the bytes of the first, or what went wrong; written as it is found."""
         started = time.monotonic()
         first = self.train("first")
         seconds = time.monotonic() - started
@@ -88,7 +86,7 @@ class Runs:
             except RuntimeError as error:
                 found[name] = str(error)
             print(name, found[name], flush=True)
-        return found
+            out.write_text(json.dumps(found))
 
 
 def main() -> None:
@@ -97,8 +95,7 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="at a small size, without a GPU")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = Runs(Path(folder), arguments.rehearse, not arguments.rehearse).compared()
-    arguments.out.write_text(json.dumps(found))
+        Runs(Path(folder), arguments.rehearse, not arguments.rehearse).compared(arguments.out)
 
 
 if __name__ == "__main__":

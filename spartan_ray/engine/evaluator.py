@@ -111,7 +111,9 @@ class Evaluator:
         self.scale_D: torch.Tensor | None = None
         self.basis: Basis | None = None
         self.random = torch.Generator().get_state()
-        graphs = fitness.graphs and device.type == "cuda" and not self.stack
+        # Without Triton noise is made in steps that the host waits for, which no graph can hold.
+        recordable = device.type == "cuda" and not self.stack and not isinstance(self.kernel, PortableKernel)
+        graphs = fitness.graphs and recordable
         self.recorder = Recorder(device) if graphs else None
         self.cases = PreparedCases(fitness, device, self._kept)
 
@@ -240,6 +242,7 @@ class Evaluator:
         self, seed: Number, offset: Number, gain: Number, batches: Sequence[Batch], threshold: float
     ) -> tuple[torch.Tensor, list[int]]:
         fitness, network = self.fitness, self.model.module
+        torch.clear_autocast_cache()  # a weight that is cast once for all would be another member's
         self._descend(seed, offset, gain, self.model.theta_D, self.needed_R2)
         self.model.write()
         with fitness.ready(network):

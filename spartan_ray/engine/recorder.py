@@ -31,6 +31,8 @@ class Recorder:
         self.kept: dict[Hashable, torch.Tensor] = {}
         self.recorded: dict[Hashable, Work] = {}
         self.pool: Any = None
+        # One for all recordings: libraries keep memory for each stream that they have worked on.
+        self.beside = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def keep(self, name: Hashable, values: Any) -> Any:
         """Tensors, or what holds some, in memory that is the same for all of a name and a shape: the last ones of it
@@ -50,7 +52,7 @@ class Recorder:
 
     def upload(self, members: Members) -> None:
         """Have the seeds and factors of members on the device, with one wait for all."""
-        self.seed_K = torch.from_numpy(members.seed_K.view(np.int64)).to(self.device)
+        self.seed_K = torch.tensor(members.seed_K.view(np.int64), device=self.device)
         self.factor_K2 = torch.from_numpy(np.stack([members.offset_K, members.gain_K], 1)).to(self.device)
 
     def repeat(self, key: Hashable, work: Work, member: int) -> torch.Tensor:
@@ -64,14 +66,15 @@ class Recorder:
 
     def _recorded(self, work: Work) -> Work:
         with torch.cuda.device(self.device):
-            here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+            here, beside = torch.cuda.current_stream(), self.beside
+            assert beside
             beside.wait_stream(here)
             with torch.cuda.stream(beside):
                 for _ in range(WARM_UPS):
                     work()
             here.wait_stream(beside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.graph(graph, pool=self.pool, stream=beside):
                 result = work()
         # One recording's results are taken before another one runs.
         self.pool = self.pool or graph.pool()
