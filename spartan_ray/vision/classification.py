@@ -105,8 +105,8 @@ def statistics(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
     """Minus the cross-entropy of each image and 1 where its class is right, N x M. Outputs that are not numbers are
     classified too, as class 0: their cross-entropy says that they are not finite."""
     logits_NC = logits_NC.float()
-    likelihood_N1 = logits_NC.log_softmax(1).gather(1, labels_N[:, None])
-    return torch.cat([likelihood_N1, (logits_NC.argmax(1) == labels_N)[:, None]], dim=1)
+    log_likelihood_N1 = logits_NC.log_softmax(1).gather(1, labels_N[:, None])
+    return torch.cat([log_likelihood_N1, (logits_NC.argmax(1) == labels_N)[:, None]], dim=1)
 
 
 @torch.inference_mode()
