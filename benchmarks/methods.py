@@ -336,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", help="a folder with train/<class>/* and test/<class>/*")
     parser.add_argument("folder", type=Path, help="where rows and scores are kept")
-    parser.add_argument("--parents", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--parents", type=int, nargs="+", default=[0, 1, 2], help="their numbers (default: 0 1 2)")
     parser.add_argument("--width", type=int, default=64, help="channels of the first stage (default: 64)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the scoring (default: fp32)")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), help=f"some of: {'; '.join(WAYS)}")
@@ -346,7 +346,7 @@ def main() -> None:
     ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     data = Data(name="folder", root=arguments.images, sgd_images=SGD_IMAGES, evolution_images=EVOLUTION_IMAGES)
     splits = load_splits(data, 0)
-    for parent in range(arguments.parents):
+    for parent in arguments.parents:
         bench = Bench(splits, arguments.folder, parent, arguments.width, arguments.precision)
         bench.baselines()
         for name in arguments.ways:

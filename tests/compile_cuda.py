@@ -84,6 +84,8 @@ def compiled(architecture: int) -> dict[str, Any]:
             kernel.descend(theta, theta, seed, offset, gain, theta, start)
             kernel.accumulate(np.array([seed], np.uint64), np.ones(1, np.float32), start, start + 1000)
             kernel.descend(theta, theta, torch.tensor([seed - 2**63]), theta[:1], theta[1:2], theta, start)
+        kernel.descend(theta, None, 1, offset, gain, theta)
+        kernel.descend(theta, None, torch.tensor([1]), theta[:1], theta[1:2], theta)
         found |= {f"{one.name} {kind} {number}": examined(one) for number, one in enumerate(kernels.values())}
     kernels = {}
     fold_cuda._fold = CompileOnly(plain[3], kernels)

@@ -30,6 +30,7 @@ def test_all_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
     assert phases.keys() == PHASES.keys()
     assert all(phase["ended"] == "well" and phase["figures"] for phase in phases.values())
     assert list(phases["whole"]["figures"].values())[1:] == ["same bytes"] * 3
+    assert all(row["agrees"] for row in phases["bits"]["figures"])
     assert not any("failed" in row for row in phases["scoring"]["figures"])
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
     table = (tmp_path / "gpu.md").read_text()
@@ -42,7 +43,7 @@ def test_scoring_and_training_are_measured_without_ray_and_pydantic(tmp_path: Pa
     absent = "for name in ('ray', 'pydantic', 'tyro', 'safetensors'): sys.modules[name] = None"
     program = f"import runpy, sys\n{absent}\nrunpy.run_module('gpu.measure', run_name='__main__')"
     path = f"{ROOT}:{ROOT / 'benchmarks'}"
-    for phase in ("scoring", "training"):
+    for phase in ("bits", "scoring", "training"):
         command = [sys.executable, "-c", program, phase, tmp_path / phase, "--rehearse"]
         subprocess.run(command, env={"PYTHONPATH": path}, check=True)
         assert json.loads((tmp_path / phase).read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from local import SPLITS, make_spec
 from numpy.typing import NDArray
 
 from spartan_ray.engine.evaluator import Evaluator, ParentState
-from spartan_ray.engine.recorder import Recorder
+from spartan_ray.engine.recorder import MOST, Recorder
 from spartan_ray.engine.strategies.requests import Members, Scores
 from spartan_ray.noise.contract import member_seeds
 
@@ -84,5 +85,22 @@ def test_a_recording_reads_the_memory_that_it_was_made_with() -> None:
     recorder.upload(
         Members(np.array([3, 2**64 - 1], np.uint64), np.zeros(2, np.float32), np.array([1, 10], np.float32))
     )
-    assert [recorder.repeat("key", work, member).tolist() for member in (0, 1)] == [[6, 3], [60, -1]]
+    read = [*first[1], first[0]]
+    assert [recorder.repeat(read, work, member).tolist() for member in (0, 1)] == [[6, 3], [60, -1]]
     assert calls == 2
+    assert len(recorder.recorded) == 1
+    recorder.repeat([*second[1], second[0]], work, 0)  # the same memory, another number
+    assert len(recorder.recorded) == 2
+
+
+def test_recordings_end_when_there_are_too_many_and_what_they_read_lives_as_long() -> None:
+    recorder = Recorder(CPU)
+    recorder.upload(Members(np.zeros(1, np.uint64), np.zeros(1, np.float32), np.ones(1, np.float32)))
+    references = []
+    for number in range(MOST + 1):
+        tensor = recorder.keep(number, torch.full((3,), float(number)))
+        references.append(weakref.ref(tensor))
+        assert recorder.repeat([tensor], tensor.clone, 0).tolist() == [number] * 3
+        assert len(recorder.recorded) == (number + 1 if number < MOST else 1)
+        assert all(reference() is not None for reference in references) == (number < MOST)
+    assert references[-1]() is not None

@@ -22,6 +22,7 @@ from gpu.figures import draw, table
 # What each phase runs, and seconds that it may take.
 PHASES = {
     "tests": (["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"], 150),
+    "bits": (["-m", "gpu.measure", "bits"], 60),
     "kernels": (["-m", "gpu.measure", "kernels"], 60),
     "scoring": (["-m", "gpu.measure", "scoring"], 270),
     "training": (["-m", "gpu.measure", "training"], 120),

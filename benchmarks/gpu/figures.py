@@ -33,6 +33,10 @@ def table(results: Results) -> str:
         ["phase", "seconds", "ended"], [[name, phase["seconds"], phase["ended"]] for name, phase in phases.items()]
     )
     figures = {name: phase["figures"] for name, phase in phases.items() if phase.get("figures")}
+    lines += _table(
+        ["beside a CPU", "largest difference", "as it must be"],
+        [[row["name"], row["difference"], "yes" if row["agrees"] else "NO"] for row in figures.get("bits", [])],
+    )
     keys = "name", "microseconds", "gigabytes_per_second", "teraflops", "elements_per_second"
     lines += _table(
         ["kernel", "us", "GB/s", "TFLOP/s", "elements/s"],

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,9 +26,11 @@ from spartan_ray.engine.evaluator import Evaluator, ParentState
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.process import float32_products, set_up
 from spartan_ray.engine.strategies.requests import WHOLE, Members, noisy
-from spartan_ray.noise.contract import member_seeds
+from spartan_ray.noise.contract import RMS, member_seeds
+from spartan_ray.noise.kernels import kernel_for
 from spartan_ray.vision.classification import Classification, Normaliser, Precision
 from spartan_ray.vision.data import Images
+from spartan_ray.vision.fold import fold_for
 from spartan_ray.vision.folding import Folding
 from spartan_ray.vision.resnet import ResNet18
 from spartan_ray.vision.training import Trainer
@@ -93,6 +96,38 @@ class Bench:
         buffers = [buffer.cpu().numpy().copy() for buffer in model.buffers]
         evaluator.load(ParentState(model.theta_D.cpu().numpy().copy(), buffers, {"fitness": np.arange(cases)}))
         return evaluator
+
+    def bits(self) -> Figures:
+        """What the kernels compute here beside what they do on a CPU: the same bytes, for gaussian noise nearly."""
+        rows: Figures = []
+        count = 100_003
+        theta, scale, out = torch.linspace(-2, 2, count), torch.linspace(3, -1, count), torch.empty(count)
+        weight_K = np.random.default_rng(0).normal(size=40).astype(np.float32)
+        seed_K = member_seeds(3, 5, 40)
+
+        def add(name: str, expected: torch.Tensor, found: torch.Tensor, allowed: float = 0.0) -> None:
+            most = float((found.cpu().double() - expected.double()).abs().max())
+            rows.append({"name": name, "difference": most, "agrees": most <= allowed})
+
+        for kind in RMS:
+            cpu, here = kernel_for(kind, torch.device("cpu")), kernel_for(kind, self.device)
+            expected, found = (kernel.accumulate(seed_K, weight_K, 5, 5 + count) for kernel in (cpu, here))
+            add(f"accumulate {kind}", expected, found, 1e-4 if kind == "gaussian" else 0.0)
+            factors: list[Any] = [7, 0.3, -0.7]
+            in_memory = [torch.tensor([value], device=self.device) for value in factors]
+            for name, (seed, offset, gain) in {"descend": factors, "descend from memory": in_memory}.items():
+                cpu.descend(theta, scale, 7, 0.3, -0.7, out, 5)
+                moved = theta.to(self.device)
+                here.descend(moved, scale.to(self.device), seed, offset, gain, moved, 5)
+                add(f"{name} {kind}", out, moved, 1e-5 if kind == "gaussian" else 0.0)
+        channel_G = torch.arange(count // 1000)
+        run_G4 = torch.stack([channel_G * 1000 + 3, channel_G * 1000, 900 + channel_G, channel_G], 1)
+        for dtype in (torch.float32, torch.bfloat16):
+            folded, there = (torch.zeros(count, dtype=dtype, device=device) for device in ("cpu", self.device))
+            fold_for(torch.device("cpu"))(theta, scale, run_G4, folded)
+            fold_for(self.device)(theta.to(self.device), scale.to(self.device), run_G4.to(self.device), there)
+            add(f"fold to {dtype}", folded, there)
+        return rows
 
     def kernels(self) -> Figures:
         """Noise and folding beside what the device's memory and its multipliers do."""
@@ -291,15 +326,19 @@ def card() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="gpu.measure", description=__doc__)
-    parser.add_argument("phase", choices=("card", "kernels", "scoring", "training"))
+    parser.add_argument("phase", choices=("card", "bits", "kernels", "scoring", "training"))
     parser.add_argument("out", type=Path, help="a file for the figures")
     parser.add_argument("--rehearse", action="store_true", help="at a small size")
     arguments = parser.parse_args()
-    if arguments.phase == "scoring":
-        Bench(arguments.rehearse).scoring(arguments.out)
+    if arguments.phase == "card":
+        arguments.out.write_text(json.dumps(card()))
         return
-    found = card() if arguments.phase == "card" else getattr(Bench(arguments.rehearse), arguments.phase)()
-    arguments.out.write_text(json.dumps(found))
+    bench = Bench(arguments.rehearse)
+    rows = bench.scoring(arguments.out) if arguments.phase == "scoring" else getattr(bench, arguments.phase)()
+    arguments.out.write_text(json.dumps(rows))
+    wrong = [row for row in rows if "failed" in row or False in (row.get("agrees"), row.get("same_bits"))]
+    if wrong:
+        sys.exit(f"wrong: {wrong}")
 
 
 if __name__ == "__main__":

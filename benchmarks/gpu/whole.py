@@ -87,6 +87,8 @@ class Runs:
                 found[name] = str(error)
             print(name, found[name], flush=True)
             out.write_text(json.dumps(found))
+        if any(found[name] != "same bytes" for name in ways):
+            sys.exit(1)
 
 
 def main() -> None:

@@ -229,10 +229,9 @@ class Evaluator:
             return self._sum(functools.partial(self.stack.score, own=own), batches, threshold)
         if self.recorder and self.basis is None and threshold == -math.inf:
             read = [*tree_leaves(batches), self.theta_D, self.scale_D]
-            key = tuple(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in read)
             seed_1, (offset_1, gain_1) = self.recorder.seed_1, self.recorder.factor_2.split(1)
             sum_1M = self.recorder.repeat(
-                key, lambda: self._score_one(seed_1, offset_1, gain_1, batches, threshold)[0], rows[0]
+                read, lambda: self._score_one(seed_1, offset_1, gain_1, batches, threshold)[0], rows[0]
             )
             return sum_1M, [sum(size for size, _ in batches)]
         seed, offset, gain = members.seed_K[rows[0]], members.offset_K[rows[0]], members.gain_K[rows[0]]

@@ -44,7 +44,8 @@ class Fitness:
 
     graphs: bool = False
     """Whether a CUDA graph may repeat `ready` and `__call__` for one member after another: the same operations on the
-    same memory, which wait for nothing, draw nothing and leave the network's buffers as they are."""
+    same memory, which wait for nothing, draw nothing and leave the network's buffers as they are. `prepare` then
+    returns tensors, and what can be a key of a dict."""
 
     def __call__(self, network: nn.Module, batch: Any) -> torch.Tensor:
         """One number a case (N), or M statistics a case (N x M). `batch` is what `prepare` made of case numbers."""

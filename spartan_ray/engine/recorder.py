@@ -6,7 +6,7 @@ stays where it is: seed and factors for each member, the parent and the cases wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,19 +17,22 @@ from spartan_ray.engine.strategies.requests import Members
 
 # Runs before a recording, in which libraries choose what they do and take their memory.
 WARM_UPS = 3
+# Recordings at most: a run has a few kinds of requests, a population that lives on may see more.
+MOST = 64
 
 Work = Callable[[], torch.Tensor]
 
 
 class Recorder:
-    """Recordings of work on one device, by what they read. On a CPU to repeat is to call again."""
+    """Recordings of work on one device, by what they read. On a CPU to repeat is to call again. One too many ends all,
+    and their memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seed_1 = torch.zeros(1, dtype=torch.int64, device=device)
         self.factor_2 = torch.zeros(2, device=device)
         self.kept: dict[Hashable, torch.Tensor] = {}
-        self.recorded: dict[Hashable, Work] = {}
+        self.recorded: dict[Hashable, tuple[Work, Sequence[Any]]] = {}
         self.pool: Any = None
         # One for all recordings: libraries keep memory for each stream that they have worked on.
         self.beside = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -55,14 +58,20 @@ class Recorder:
         self.seed_K = torch.tensor(members.seed_K.view(np.int64), device=self.device)
         self.factor_K2 = torch.from_numpy(np.stack([members.offset_K, members.gain_K], 1)).to(self.device)
 
-    def repeat(self, key: Hashable, work: Work, member: int) -> torch.Tensor:
-        """The result of work for one of the uploaded members: by the recording of the key, which is made of this work
-        where there is none."""
+    def repeat(self, read: Sequence[Any], work: Work, member: int) -> torch.Tensor:
+        """The result of work for one of the uploaded members: by the recording of what it reads, tensors where they are
+        and numbers as they are, which is made of this work where there is none."""
         self.seed_1.copy_(self.seed_K[member : member + 1])
         self.factor_2.copy_(self.factor_K2[member])
+        key = tuple(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in read)
         if key not in self.recorded:
-            self.recorded[key] = self._recorded(work) if self.device.type == "cuda" else work
-        return self.recorded[key]().clone()
+            if len(self.recorded) >= MOST:
+                self.recorded.clear()
+                self.kept.clear()
+                self.pool = None
+            # With what it reads, whose memory must not become another tensor's while there is a recording of it.
+            self.recorded[key] = self._recorded(work) if self.device.type == "cuda" else work, read
+        return self.recorded[key][0]().clone()
 
     def _recorded(self, work: Work) -> Work:
         with torch.cuda.device(self.device):

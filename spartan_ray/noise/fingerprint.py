@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,20 @@ OFFSET, GAIN = 0.3, -0.7
 
 
 def fingerprint(kernel: Kernel) -> NDArray[np.float32]:
-    """A sample of what a kernel computes, which a worker shows when it joins: noise, and noise moved by itself."""
+    """A sample of what a kernel computes, which a worker shows when it joins: noise, and noise moved by itself, with a
+    seed and factors that are numbers and with those that are in the device's memory."""
     seed_1, weight_1 = np.array([FINGERPRINT_SEED], np.uint64), np.ones(1, np.float32)
     slices = []
-    for start, stop in FINGERPRINT_SLICES:
+    for number, (start, stop) in enumerate(FINGERPRINT_SLICES):
         noise_S = kernel.accumulate(seed_1, weight_1, start, stop)
         slices.append(noise_S.cpu().numpy().copy())
-        kernel.descend(noise_S, noise_S, FINGERPRINT_SEED, OFFSET, GAIN, noise_S, start)
+        factors: list[Any] = [FINGERPRINT_SEED, OFFSET, GAIN]
+        if number:
+            import torch
+
+            factors = [torch.tensor([value], device=noise_S.device) for value in factors]
+        seed, offset, gain = factors
+        kernel.descend(noise_S, noise_S, seed, offset, gain, noise_S, start)
         slices.append(noise_S.cpu().numpy())
     return np.concatenate(slices)
 
