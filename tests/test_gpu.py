@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from gpu.__main__ import PHASES, run
+from gpu.__main__ import PHASES, STOPPED, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,9 +30,9 @@ def test_all_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
     phases = json.loads((tmp_path / "gpu.json").read_text())["phases"]
     assert phases.keys() == PHASES.keys()
     assert all(phase["ended"] == "well" and phase["figures"] for phase in phases.values())
-    assert list(phases["whole"]["figures"].values())[1:] == ["same bytes"] * 3
+    assert list(phases["whole"]["figures"].values())[1:] == ["same bytes"] * 4
     assert all(row["agrees"] for row in phases["bits"]["figures"])
-    assert not any("failed" in row for row in phases["scoring"]["figures"])
+    assert not any("failed" in name for row in phases["scoring"]["figures"] for name in row)
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
     table = (tmp_path / "gpu.md").read_text()
     assert table.startswith("A rehearsal on a CPU: no figure says anything.")
@@ -53,6 +54,13 @@ def test_how_a_program_ended_is_told_with_its_last_words() -> None:
     assert run(["-c", "print('well')"], 60) == ("", "well")
     assert run(["-c", "print('one'); print('two'); raise SystemExit(3)"], 60)[0] == "3: one | two"
     assert run(["-c", "import time; print('here', flush=True); time.sleep(60)"], 3)[0] == "killed after 3 s: here"
+
+
+def test_a_program_is_ended_with_the_one_that_waits_for_it() -> None:
+    program = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(["-c", program], 60) == (STOPPED, "")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

@@ -56,14 +56,16 @@ def test_what_is_repeated_from_a_recording_has_the_bits_of_what_is_computed_anew
         pytest.skip("needs a CUDA device")
     where = torch.device(device)
     plain, recording = (make_spec(graphs=True).make(where) for _ in range(2))
-    plain.recorder, recording.recorder = None, Recorder(where)
+    recorder = Recorder(where)
+    plain.record_with(None)
+    recording.record_with(recorder)
     scale = np.linspace(0.5, 1.5, plain.model.theta_D.numel(), dtype=np.float32)
     for one, other in zip(scored(plain, scale), scored(recording, scale), strict=True):
         assert one.mean_KM.tobytes() == other.mean_KM.tobytes()
         assert one.cases_K.tobytes() == other.cases_K.tobytes()
     # All of 300 cases and of 301, half of either, 40 of a pair's own, 70: with a scale and without, and not once for
     # each generation.
-    assert len(recording.recorder.recorded) == (2 + 1 + 1 + 1) * 2
+    assert len(recorder.recorded) == (2 + 1 + 1 + 1) * 2
 
 
 def test_a_recording_reads_the_memory_that_it_was_made_with() -> None:

@@ -1,6 +1,6 @@
-"""Everything about this machine's GPU in one sitting of some eight minutes: the tests that need one; kernels, scoring
-and gradient descent beside their limits and torchvision's module; whole runs whose bytes must agree. It needs this
-source tree and a Python with torch, numba and torchvision; the tests and the whole runs need what the package does, Ray
+"""Everything about this machine's GPU in at most eight minutes: the tests that need one; kernels, scoring and gradient
+descent beside their limits and torchvision's module; whole runs whose bytes must agree. It needs this source tree, a C
+compiler, and a Python with torch, numba and torchvision; the tests and the whole runs need what the package does, Ray
 too. A phase that fails does not stop the others."""
 
 from __future__ import annotations
@@ -19,40 +19,47 @@ from typing import Any
 
 from gpu.figures import draw, table
 
-# What each phase runs, and seconds that it may take.
+# What each phase runs, and seconds that it may take: eight minutes in all.
 PHASES = {
-    "tests": (["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"], 150),
-    "bits": (["-m", "gpu.measure", "bits"], 60),
-    "kernels": (["-m", "gpu.measure", "kernels"], 60),
-    "scoring": (["-m", "gpu.measure", "scoring"], 270),
-    "training": (["-m", "gpu.measure", "training"], 120),
-    "whole": (["-m", "gpu.whole"], 240),
+    "tests": (["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"], 70),
+    "bits": (["-m", "gpu.measure", "bits"], 30),
+    "kernels": (["-m", "gpu.measure", "kernels"], 40),
+    "scoring": (["-m", "gpu.measure", "scoring"], 130),
+    "training": (["-m", "gpu.measure", "training"], 80),
+    "whole": (["-m", "gpu.whole"], 130),
 }
+STOPPED = "stopped from outside"
+# A CPU may take so many times as long for a rehearsal.
+PATIENCE = 6
 
 
 def run(command: list[str], limit: float) -> tuple[str, str]:
-    """How a program ended, nothing when well, and what it printed, which is shown as it comes."""
+    """How a program ended, nothing when well, and what it printed, which is shown as it comes. A SIGTERM ends it."""
     lines: list[str] = []
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     assert process.stdout
-    late: list[bool] = []
+    late: list[int] = []
 
-    def end(*_: object) -> None:
-        late.append(True)
+    def end(number: int, _: object) -> None:
+        late.append(number)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
-    signal.signal(signal.SIGALRM, end)
+    before = {number: signal.signal(number, end) for number in (signal.SIGALRM, signal.SIGTERM)}
     signal.setitimer(signal.ITIMER_REAL, limit)
     with process:
         for line in process.stdout:
             lines.append(line.rstrip())
             print("   ", line, end="", flush=True)
     signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     code = process.returncode
     last = " | ".join(lines[-3:])
+    if signal.SIGTERM in late:
+        return STOPPED, ""
     ended = "" if code == 0 else f"killed after {limit:.0f} s: {last}" if late else f"{code}: {last}"
     return ended, "\n".join(lines)
 
@@ -60,6 +67,7 @@ def run(command: list[str], limit: float) -> tuple[str, str]:
 def phase(name: str, folder: Path, rehearse: bool) -> dict[str, Any]:
     """One phase in a process of its own, since a device that has failed stays failed."""
     command, limit = PHASES[name]
+    limit *= PATIENCE if rehearse else 1
     out, started = folder / f"{name}.json", time.monotonic()
     print(f"== {name}, {limit} s at most", flush=True)
     given = [] if name == "tests" else [str(out), *["--rehearse"] * rehearse]
@@ -92,17 +100,22 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in arguments.phases:
             results["phases"][name] = phase(name, Path(scratch), arguments.rehearse)
-            # As it goes, so that an end from outside leaves what was found.
-            (folder / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
-    (folder / "gpu.md").write_text(text + "\n")
+            text = write(results, folder)  # as it goes, so that an end from outside leaves what was found
+            if results["phases"][name]["ended"] == STOPPED:
+                break
     print(text)
-    try:
-        draw(results, folder / "gpu.png")
-    except ImportError as error:
-        print(f"no picture: {error}")
     if any(one["ended"] != "well" for one in results["phases"].values()):
         sys.exit(1)
+
+
+def write(results: dict[str, Any], folder: Path) -> str:
+    """What was found up to now, as JSON, a table, which it returns, and a picture."""
+    text = table(results)
+    (folder / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "gpu.md").write_text(text + "\n")
+    with contextlib.suppress(ImportError):
+        draw(results, folder / "gpu.png")
+    return text
 
 
 if __name__ == "__main__":

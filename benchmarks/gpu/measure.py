@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import math
+import os
+import shutil
 import statistics
 import sys
 import time
@@ -45,10 +48,11 @@ class Sizes:
 
     def __init__(self, rehearse: bool) -> None:
         self.width = 8 if rehearse else 64
-        self.cases = (32, 96) if rehearse else (256, 512, 2048, 10_000)
+        # The largest first, which the figures on paper are of.
+        self.cases = (96, 32) if rehearse else (10_000, 2048, 512, 256)
         self.members = (2, 4) if rehearse else (16, 128, 1024)
         self.compiled = () if rehearse else (256, 2048)
-        self.seconds = 0.1 if rehearse else 1.5  # that members of one row may take at most, as far as it can be told
+        self.seconds = 0.1 if rehearse else 0.6  # that members of one row may take at most, as far as it can be told
         self.repeats = 2 if rehearse else 5
         self.update_members = 20 if rehearse else 10_000
         self.elements = 100_000 if rehearse else 11_181_642
@@ -59,10 +63,30 @@ class Sizes:
 
 
 class Bench:
-    def __init__(self, rehearse: bool) -> None:
+    """Rows of figures, which `out` has as they are found."""
+
+    def __init__(self, rehearse: bool, out: Path) -> None:
         self.sizes = Sizes(rehearse)
-        self.device = set_up(None if torch.cuda.is_available() else 1, gpu=torch.cuda.is_available())
+        self.out, self.rows = out, Figures()
+        gpu = torch.cuda.is_available() and not rehearse
+        self.device = set_up(None if gpu else 1, gpu=gpu)
         torch.manual_seed(0)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row: a file that is half written would be none."""
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        half = self.out.with_suffix(".half")
+        half.write_text(json.dumps(self.rows))
+        half.replace(self.out)
+
+    @contextlib.contextmanager
+    def failing(self, row: dict[str, Any], name: str = "failed") -> Iterator[None]:
+        """What goes wrong becomes a part of a row: the others may do well."""
+        try:
+            yield
+        except RuntimeError as error:
+            row[name] = f"{type(error).__name__}: {error}"[:300]
 
     def done(self) -> None:
         """Wait for the device."""
@@ -97,9 +121,8 @@ class Bench:
         evaluator.load(ParentState(model.theta_D.cpu().numpy().copy(), buffers, {"fitness": np.arange(cases)}))
         return evaluator
 
-    def bits(self) -> Figures:
+    def bits(self) -> None:
         """What the kernels compute here beside what they do on a CPU: the same bytes, for gaussian noise nearly."""
-        rows: Figures = []
         count = 100_003
         theta, scale, out = torch.linspace(-2, 2, count), torch.linspace(3, -1, count), torch.empty(count)
         weight_K = np.random.default_rng(0).normal(size=40).astype(np.float32)
@@ -107,7 +130,7 @@ class Bench:
 
         def add(name: str, expected: torch.Tensor, found: torch.Tensor, allowed: float = 0.0) -> None:
             most = float((found.cpu().double() - expected.double()).abs().max())
-            rows.append({"name": name, "difference": most, "agrees": most <= allowed})
+            self.add({"name": name, "difference": most, "agrees": most <= allowed})
 
         for kind in RMS:
             cpu, here = kernel_for(kind, torch.device("cpu")), kernel_for(kind, self.device)
@@ -127,21 +150,17 @@ class Bench:
             fold_for(torch.device("cpu"))(theta, scale, run_G4, folded)
             fold_for(self.device)(theta.to(self.device), scale.to(self.device), run_G4.to(self.device), there)
             add(f"fold to {dtype}", folded, there)
-        return rows
 
-    def kernels(self) -> Figures:
+    def kernels(self) -> None:
         """Noise and folding beside what the device's memory and its multipliers do."""
         sizes, device = self.sizes, self.device
         evaluator = self.evaluator(sizes.cases[0], "bf16")
         kernel, theta_D = evaluator.kernel, torch.randn(sizes.elements, device=device)
         out_D = torch.empty_like(theta_D)
-        rows: Figures = []
 
         def add(name: str, seconds: float, gigabytes: float, operations: float = 0.0) -> None:
             rates = {"gigabytes_per_second": gigabytes / seconds, "teraflops": operations / seconds / 1e12}
-            rows.append(
-                {"name": name, "microseconds": seconds * 1e6} | {key: rate for key, rate in rates.items() if rate}
-            )
+            self.add({"name": name, "microseconds": seconds * 1e6} | {key: rate for key, rate in rates.items() if rate})
 
         source = torch.randn(sizes.copied // 4, device=device)
         copy = partial(torch.empty_like(source).copy_, source)
@@ -163,58 +182,60 @@ class Bench:
         count = sizes.update_members
         seed_K, weight_K = member_seeds(0, 1, count), np.ones(count, np.float32)
         seconds = self.seconds(partial(kernel.accumulate, seed_K, weight_K, 0, sizes.elements))
-        rows.append({
+        self.add({
             "name": f"update of {count:,} members", "microseconds": seconds * 1e6,
             "elements_per_second": count * sizes.elements / seconds,
         })  # fmt: skip
-        return rows
 
-    def scoring(self, out: Path) -> Figures:
+    def scoring(self) -> None:
         """Members beside the bare passes of the same module, folded, and of torchvision's."""
-        rows: Figures = []
         for cases in self.sizes.cases:
             for precision in PRECISIONS:
-                try:
-                    rows += self._scored(cases, precision)
-                except RuntimeError as error:  # the others may do well
-                    rows.append({"cases": cases, "precision": precision, "failed": str(error)[:300]})
-                print(json.dumps(rows[-1]), flush=True)
-                out.write_text(json.dumps(rows))
-        return rows
+                self._scored(cases, precision)
 
-    def _scored(self, cases: int, precision: Precision) -> Figures:
-        evaluator = self.evaluator(cases, precision)
-        fitness, network = evaluator.fitness, evaluator.model.module
-        batches = evaluator.cases.of("fitness", WHOLE)
+    def _scored(self, cases: int, precision: Precision) -> None:
+        about: dict[str, Any] = {"cases": cases, "precision": precision}
+        rows = {members: about | {"members": members} for members in self.sizes.members}
+        answers: dict[int, set[bytes]] = {members: set() for members in rows}
         bare: dict[str, float] = {}
-        with torch.inference_mode(), fitness.ready(network):
+        for way in ("plain", "graphs"):
+            gc.collect()  # one network at a time, for the memory
+            self._memory()
+            with self.failing(about, f"{way} failed"):
+                evaluator = self.evaluator(cases, precision, way == "graphs")
+                if not bare:
+                    bare = self._bare(evaluator, cases, precision, about)
+                estimate = 0.0
+                for members in self.sizes.members:
+                    if members * estimate > self.sizes.seconds:
+                        continue
+                    population = pairs(members)
+                    seconds = self.seconds(partial(evaluator.evaluate, population, "fitness", -math.inf))
+                    estimate = seconds / members
+                    rates = {f"over_{name}": members * cases / seconds / rate for name, rate in bare.items()}
+                    rows[members][way] = {
+                        "members_per_second": members / seconds,
+                        "milliseconds": 1e3 * estimate,
+                    } | rates
+                    answers[members].add(evaluator.evaluate(population, "fitness", -math.inf)[0].mean_KM.tobytes())
+                about[way] = self._launches(evaluator) | self._memory()
+                del evaluator
+        for members, row in rows.items():
+            if "plain" in row or "graphs" in row:
+                both = {"same_bits": len(answers[members]) == 1} if "plain" in row and "graphs" in row else {}
+                self.add(row | both | {f"bare_{name}": rate for name, rate in bare.items()})
+        self.add(about)
+
+    def _bare(self, evaluator: Evaluator, cases: int, precision: Precision, about: dict[str, Any]) -> dict[str, float]:
+        """Images a second of the module alone, and of torchvision's."""
+        bare: dict[str, float] = {}
+        network, batches = evaluator.model.module, evaluator.cases.of("fitness", WHOLE)
+        with torch.inference_mode(), evaluator.fitness.ready(network):
             bare["ours"] = cases / self.seconds(lambda: [network(batch[0]) for _, batch in batches])
         for name in ("torchvision", *["compiled"] * (cases in self.sizes.compiled and precision == "bf16")):
-            bare[name] = cases / self._torchvision(batches, precision, name == "compiled")
-        rows: Figures = []
-        ways = {"plain": evaluator}
-        if self.device.type == "cuda":
-            ways["graphs"] = self.evaluator(cases, precision, graphs=True)
-        estimate = 0.0
-        for members in self.sizes.members:
-            if members * estimate > self.sizes.seconds:
-                continue
-            population = pairs(members)
-            row: dict[str, Any] = {"cases": cases, "precision": precision, "members": members}
-            answers = set()
-            for name, one in ways.items():
-                self._memory()
-                seconds = self.seconds(partial(one.evaluate, population, "fitness", -math.inf))
-                row[name] = {"members_per_second": members / seconds, "milliseconds": 1e3 * seconds / members}
-                row[name] |= {f"over_{other}": members * cases / seconds / rate for other, rate in bare.items()}
-                answers.add(one.evaluate(population, "fitness", -math.inf)[0].mean_KM.tobytes())
-                estimate = seconds / members
-                row[name] |= self._memory()
-            if len(ways) > 1:
-                row["same_bits"] = len(answers) == 1
-            rows.append(row | {f"bare_{name}": rate for name, rate in bare.items()})
-        rows[-1] |= self._launches(evaluator)
-        return rows
+            with self.failing(about, f"{name} failed"):
+                bare[name] = cases / self._torchvision(batches, precision, name == "compiled")
+        return bare
 
     def _torchvision(self, batches: Any, precision: Precision, compiled: bool) -> float:
         """Seconds of torchvision's module on the same images, channels-last."""
@@ -224,20 +245,23 @@ class Bench:
         if precision == "bf16":
             module = module.to(torch.bfloat16)
         if compiled:
-            module = torch.compile(module)
+            module = _compiled(module)
         products: Literal["ieee", "tf32"] = "tf32" if precision == "tf32" else "ieee"
         with torch.inference_mode(), float32_products(products):
             return self.seconds(lambda: [module(batch[0]) for _, batch in batches])
 
     def _memory(self) -> dict[str, float]:
+        """The most that was reserved since the last call."""
         if self.device.type != "cuda":
             return {}
-        most = torch.cuda.max_memory_allocated(self.device) / 1e6
+        most = torch.cuda.max_memory_reserved(self.device) / 1e6
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         return {"megabytes": most}
 
     def _launches(self, evaluator: Evaluator) -> dict[str, float]:
-        """Kernels of a member, and the share of the time in which none runs; on a CPU operations."""
+        """Kernels of a member, and the share of the time in which none runs, with the profiler beside; on a CPU
+        operations."""
         members, on_gpu = 8, self.device.type == "cuda"
         activities = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities) as profile:
@@ -253,9 +277,8 @@ class Bench:
             busy, last = busy + max(0.0, end - max(start, last)), max(end, last)
         return {"launches": len(spans) / members, "idle": 1 - busy / (last - spans[0][0])}
 
-    def training(self) -> Figures:
+    def training(self) -> None:
         """Gradient descent beside torchvision's module, both with the same optimizer."""
-        rows: Figures = []
         images = self.images(self.sizes.sgd_images).to(self.device)
         normalise = Normaliser(MEAN, DEVIATION, self.device)
         for batch in self.sizes.batches:
@@ -264,14 +287,15 @@ class Bench:
                     optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=0.0, batch_size=batch, schedule="constant",
                     gradient_noise=None, precision=precision,
                 )  # fmt: skip
-                model = FlatModel(ResNet18(10, "imagenet", self.sizes.width), self.device)
-                trainer = Trainer(config, model, images, normalise, 0, augment=False)
-                rate = len(images) / self.seconds(partial(trainer.train_epoch, 1, lambda count: None))
-                row: dict[str, Any] = {"batch": batch, "precision": precision, "ours": rate}
+                row: dict[str, Any] = {"batch": batch, "precision": precision}
+                with self.failing(row):
+                    model = FlatModel(ResNet18(10, "imagenet", self.sizes.width), self.device)
+                    trainer = Trainer(config, model, images, normalise, 0, augment=False)
+                    row["ours"] = len(images) / self.seconds(partial(trainer.train_epoch, 1, lambda count: None))
                 for name in ("torchvision", *["compiled"] * (bool(self.sizes.compiled) and precision == "bf16")):
-                    row[name] = len(images) / self._sgd(images, normalise, batch, precision, name == "compiled")
-                rows.append(row)
-        return rows
+                    with self.failing(row, f"{name} failed"):
+                        row[name] = len(images) / self._sgd(images, normalise, batch, precision, name == "compiled")
+                self.add(row)
 
     def _sgd(self, images: Images, normalise: Normaliser, batch: int, precision: Precision, compiled: bool) -> float:
         """Seconds of an epoch of torchvision's module."""
@@ -279,7 +303,7 @@ class Bench:
 
         module: Any = resnet18(num_classes=10).train().to(self.device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
-        forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(module) if compiled else module
+        forward: Callable[[torch.Tensor], torch.Tensor] = _compiled(module) if compiled else module
 
         def epoch() -> None:
             for index_N in torch.randperm(len(images), device=self.device).split(batch):
@@ -293,6 +317,12 @@ class Bench:
 
         with float32_products("tf32" if precision == "tf32" else "ieee"):
             return self.seconds(epoch)
+
+
+def _compiled(module: Any) -> Any:
+    """For the batch that it is called with: after another one, whatever batch it is would be compiled for all."""
+    torch._dynamo.reset()
+    return torch.compile(module, dynamic=False)
 
 
 @contextlib.contextmanager
@@ -310,7 +340,9 @@ def pairs(members: int) -> Members:
 
 def card() -> dict[str, Any]:
     """The device, and what runs on it."""
-    versions = {"torch": torch.__version__, "numpy": np.__version__}
+    # Triton's launchers are compiled by it.
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "none"
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "C compiler": compiler}
     with contextlib.suppress(ImportError):
         import triton
 
@@ -333,12 +365,18 @@ def main() -> None:
     if arguments.phase == "card":
         arguments.out.write_text(json.dumps(card()))
         return
-    bench = Bench(arguments.rehearse)
-    rows = bench.scoring(arguments.out) if arguments.phase == "scoring" else getattr(bench, arguments.phase)()
-    arguments.out.write_text(json.dumps(rows))
-    wrong = [row for row in rows if "failed" in row or False in (row.get("agrees"), row.get("same_bits"))]
+    bench = Bench(arguments.rehearse, arguments.out)
+    getattr(bench, arguments.phase)()
+    wrong = [row for row in bench.rows if _is_wrong(row)]
     if wrong:
         sys.exit(f"wrong: {wrong}")
+
+
+def _is_wrong(row: dict[str, Any]) -> bool:
+    """Whether something of ours failed or differs; what stands beside it may fail."""
+    return any(row.get(name) is False for name in ("agrees", "same_bits")) or any(
+        name in row for name in ("failed", "plain failed", "graphs failed")
+    )
 
 
 if __name__ == "__main__":

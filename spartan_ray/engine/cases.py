@@ -15,6 +15,8 @@ from spartan_ray.engine.draws import own_cases
 from spartan_ray.engine.fitness import Fitness
 from spartan_ray.engine.strategies.requests import CaseSet, Part
 
+# Members whose own cases go to the device at once.
+TOGETHER = 256
 # How many cases, and what the fitness prepared of them.
 Batch = tuple[int, Any]
 
@@ -26,34 +28,39 @@ class PreparedCases:
         self.fitness, self.device, self.kept = fitness, device, kept
         self.sets: dict[CaseSet, NDArray[np.int64]] = {}
         self.prepared: dict[tuple[CaseSet, Part], list[Batch]] = {}
-        self.own: tuple[Any, list[Batch]] = None, []  # the last that a seed has drawn, which a mirrored pair shares
+        self.own: dict[int, torch.Tensor] = {}  # by the seeds that have drawn them, of the next members
+        self.last: tuple[int | None, list[Batch]] = None, []  # those of the last seed, which a mirrored pair shares
 
     def load(self, sets: dict[CaseSet, NDArray[np.int64]], same: bool) -> None:
         """Take other sets, or the same, which stay prepared as they are."""
         self.sets = sets
         if not same:
             self.prepared.clear()
-            self.own = None, []
 
     def of(self, cases: CaseSet, part: Part) -> list[Batch]:
         """A part of a set, prepared once for all members."""
         if (cases, part) not in self.prepared:
             case_N = self.sets[cases]
             start, stop = (int(share * len(case_N)) for share in part)
-            self.prepared[cases, part] = self.kept((cases, part), self._prepare(case_N[start:stop]))
+            chosen_N = torch.from_numpy(case_N[start:stop].copy()).to(self.device)
+            self.prepared[cases, part] = self.kept((cases, part), self._prepare(chosen_N))
         return self.prepared[cases, part]
 
-    def drawn(self, cases: CaseSet, own: int, seed_B: NDArray[np.uint64]) -> list[Batch]:
-        """The `own` cases of a set that each seed draws, of one as the fitness prepares them, of more stacked in
-        rows."""
+    def draw(self, cases: CaseSet, own: int, seed_K: NDArray[np.uint64]) -> None:
+        """Let each of these seeds draw `own` cases of a set, when `drawn` asks for them."""
+        self.drawing = self.sets[cases], own, seed_K
+        self.own, self.last = {}, (None, [])
+
+    def drawn(self, seed_B: NDArray[np.uint64]) -> list[Batch]:
+        """The cases that each seed has drawn, of one as the fitness prepares them, of more stacked in rows."""
         rows: dict[int, list[Batch]] = {}
         for seed in seed_B.tolist():
             if seed not in rows:
-                last, known = self.own
-                if last != (cases, own, seed):
-                    known = self.kept("own", self._prepare(own_cases(self.sets[cases], own, seed)))
+                last, known = self.last
+                if last != seed:
+                    known = self.kept("own", self._prepare(self._own(seed)))
                 rows[seed] = known
-                self.own = (cases, own, seed), known
+                self.last = seed, known
         if len(seed_B) == 1:
             return rows[seed]
         batches_B = [rows[seed] for seed in seed_B.tolist()]
@@ -62,9 +69,18 @@ class PreparedCases:
             for same in zip(*batches_B, strict=True)
         ]
 
-    def _prepare(self, case_N: NDArray[np.int64]) -> list[Batch]:
-        chosen_N = torch.from_numpy(case_N.copy()).to(self.device)
-        return [(len(batch_N), self.fitness.prepare(batch_N)) for batch_N in batched(chosen_N, self.fitness.batch)]
+    def _own(self, seed: int) -> torch.Tensor:
+        """The cases of a seed, which go to the device with those of many that follow: the host waits for it."""
+        if seed not in self.own:
+            case_N, own, seed_K = self.drawing
+            place = int(np.argmax(seed_K == np.uint64(seed)))
+            seeds = list(dict.fromkeys(seed_K[place : place + TOGETHER].tolist()))
+            drawn = np.stack([own_cases(case_N, own, one) for one in seeds])
+            self.own = dict(zip(seeds, torch.from_numpy(drawn).to(self.device), strict=True))
+        return self.own[seed]
+
+    def _prepare(self, case_N: torch.Tensor) -> list[Batch]:
+        return [(len(batch_N), self.fitness.prepare(batch_N)) for batch_N in batched(case_N, self.fitness.batch)]
 
 
 def batched(case_N: torch.Tensor, largest: int | None) -> Iterator[torch.Tensor]:

@@ -113,9 +113,7 @@ class Evaluator:
         self.random = torch.Generator().get_state()
         # Without Triton noise is made in steps that the host waits for, which no graph can hold.
         recordable = device.type == "cuda" and not self.stack and not isinstance(self.kernel, PortableKernel)
-        graphs = fitness.graphs and recordable
-        self.recorder = Recorder(device) if graphs else None
-        self.cases = PreparedCases(fitness, device, self._kept)
+        self.record_with(Recorder(device) if fitness.graphs and recordable else None)
 
     @property
     def device_name(self) -> str:
@@ -125,10 +123,17 @@ class Evaluator:
             return torch.cuda.get_device_name(self.device) + " without Triton, which is slow" * portable
         return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
+    def record_with(self, recorder: Recorder | None) -> None:
+        """Repeat the work of members from recordings, or not."""
+        self.recorder = recorder
+        # Not a method of this object: in a cycle a GPU's memory would wait for the garbage collector.
+        self.keep = recorder.keep if recorder else as_it_is
+        self.cases = PreparedCases(self.fitness, self.device, self.keep)
+
     def load(self, parent: ParentState, same_cases: bool = False) -> None:
         """Take a new parent. On a CPU its parameters stay where they are, shared with other workers. With `same_cases`
         they stay prepared as they are."""
-        self.theta_D = self._kept("parent", unpacked(parent.theta_D, self.device))
+        self.theta_D = self.keep("parent", unpacked(parent.theta_D, self.device))
         self.parent, self.buffers = parent, self.model.buffers
         self.versions, self.statistics = [-1] * len(self.buffers), len(list(self.model.module.buffers()))
         self.parent_buffers = [unpacked(buffer, self.device) for buffer in parent.buffers]
@@ -140,11 +145,7 @@ class Evaluator:
         self.scale_D = None if scale is None else unpacked(scale, self.device)
         if self.scale_D is not None and len(self.scale_D) != len(self.theta_D):
             self.scale_D = self.model.spread(self.scale_D)
-        self.scale_D = self._kept("scale", self.scale_D)
-
-    def _kept(self, name: Any, values: Any) -> Any:
-        """Where a recording finds them."""
-        return self.recorder.keep(name, values) if self.recorder else values
+        self.scale_D = self.keep("scale", self.scale_D)
 
     def load_basis(self, basis: Basis | None) -> None:
         """Take another subspace, or the whole space. On a CPU its directions stay where they are."""
@@ -165,13 +166,15 @@ class Evaluator:
         passes = [(first, min(first + size, len(members))) for first in range(0, len(members), size)][::-1]
         if self.recorder:
             self.recorder.upload(members)
+        if own:
+            self.cases.draw(cases, own, members.seed_K)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             while passes:
                 first, stop = passes.pop()
                 try:
                     # A pass always has as many rows: the last member stands in those that are left.
                     rows = [*range(first, stop), *[stop - 1] * (first + size - stop)]
-                    batches = self.cases.drawn(cases, own, members.seed_K[rows]) if own else self.cases.of(cases, part)
+                    batches = self.cases.drawn(members.seed_K[rows]) if own else self.cases.of(cases, part)
                     sum_BM, cases_B = self._score(members, rows, batches, threshold, bool(own))
                     sums.append(sum_BM if size == 1 else sum_BM[: stop - first])
                     cases_K[first:stop] = cases_B[: stop - first]
@@ -362,6 +365,11 @@ def _where(error: Exception) -> str:
         if not any(part in frame.filename for part in ("site-packages", "spartan_ray/engine"))
     ]
     return f" ({Path(lines[-1].filename).name}:{lines[-1].lineno})" if lines else ""
+
+
+def as_it_is(name: Any, values: Any) -> Any:
+    """Values, for whatever name."""
+    return values
 
 
 def packed(buffer: torch.Tensor) -> Any:

@@ -156,8 +156,10 @@ class Evolution(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Evolution:
-        if self.graphs and self.batchnorm == "recalibrate":
-            raise ValueError("evolution.graphs has no effect with evolution.batchnorm recalibrate")
+        without = {"batchnorm": self.batchnorm == "recalibrate", "subspace": self.subspace != "none"}
+        without["early_rejection"] = self.strategy == "random-gradients" and self.early_rejection
+        for name in (name for name, has_none in without.items() if self.graphs and has_none):
+            raise ValueError(f"evolution.graphs has no effect with evolution.{name} {getattr(self, name)}")
         if self.strategy == "none" or is_named(self.strategy):
             return self
         if self.strategy == "esgd":
