@@ -28,3 +28,9 @@ def test_the_readme_s_python_runs_as_it_stands() -> None:
 def test_the_tables_of_methods_are_those_of_the_rows() -> None:
     rows = pd.read_json(ROOT / "benchmarks" / "methods.jsonl", lines=True)
     assert (ROOT / "docs" / "methods.md").read_text() == methods_table.text(rows)
+
+
+def test_a_parent_that_was_not_finished_and_rows_that_were_written_again_change_no_table() -> None:
+    rows = pd.read_json(ROOT / "benchmarks" / "methods.jsonl", lines=True)
+    unfinished = rows[rows["weights"] == rows["weights"][0]].iloc[:40].assign(weights="another", test_loss=9.0)
+    assert methods_table.text(pd.concat([rows[:30], rows, unfinished])) == methods_table.text(rows)
