@@ -20,10 +20,10 @@ the parent moves eight times.
 The length of an update is searched on 2,048 other images, which *images* does not count: by 10 to 15 members for one
 update, by some 35 for 8 generations.
 
-Given are changes: of the cross-entropy, and of accuracy in tenths of a point, on up to 4,096 images that scored members,
-on 4,096 of the validation split, which scored nothing (unscored), and on the 10,000 test images; a mean over parents,
-with the least and the most of them. On 10,000 images a change of 3 is about what chance does to one parent. *Cosine* is
-the update's to the direction in which the loss of 1,024 scored images falls, *over chance* that over
+Given are changes: of the cross-entropy, and of accuracy in tenths of a point, on up to 4,096 images that scored
+members, on 4,096 of the validation split, which scored nothing (unscored), and on the 10,000 test images; a mean over
+parents, with the least and the most of them. On 10,000 images a change of 3 is about what chance does to one parent.
+*Cosine* is the update's to the direction in which the loss of 1,024 scored images falls, *over chance* that over
 sqrt(pairs / parameters), *gain* what a million forwarded images gain on images that did not score: tenths of a point,
 or loss.
 """
