@@ -20,9 +20,20 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Decay = Annotated[float, Field(gt=0, le=1)]
 
 
+def is_url(path: str) -> bool:
+    """Whether it is a URL: as a path it would be a folder `s3:`."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE) is not None
+
+
+def place_of(text: str) -> str:
+    """A path or URL as it is used: the path of a `file://`, and a URL without slashes at its end."""
+    text = re.sub(r"^file://(localhost)?(?=/)", "", text, flags=re.IGNORECASE)
+    return text.rstrip("/") if is_url(text) else text
+
+
 def no_url(name: str, path: str) -> str:
-    """The path that was given as `name`. Raises InputError for a URL: as a path it is a folder `s3:`."""
-    if re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
+    """The path that was given as `name`. Raises InputError for a URL."""
+    if is_url(path):
         raise InputError(f"{name} ({path}) is a URL: give the path where it is mounted")
     return path
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from whole_runs import parse_config
 
+from spartan_ray.cli.flags import with_absolute_paths
 from spartan_ray.errors import InputError
 from spartan_ray.run.config import Config, Evolution, Run
 from spartan_ray.run.loading import dump_config, load_config, preset_names
+from spartan_ray.section import is_url
 
 RANDOM_GRADIENTS = ["--evolution.strategy", "random-gradients"]
 
@@ -192,7 +194,6 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         (["--run.epoch", "5"], "(perhaps --run.epochs?)"),
         (["article-es"], "unknown argument article-es (perhaps --config article-es?)"),
         (["--evolution.mirrored", "sgd"], "unknown argument sgd (perhaps --config sgd?)"),
-        (["--run.out", "s3://bucket/x"], "run.out (s3://bucket/x) is a URL: give the path where it is mounted"),
         (["--data.root", "FILE:///x"], "data.root (FILE:///x) is a URL"),
         (["--parent.weights", "hdfs://x/w.pt"], "parent.weights (hdfs://x/w.pt) is a URL"),
     ],
@@ -212,7 +213,6 @@ def test_a_bad_flag_is_one_line_that_names_it(arguments: list[str], message: str
         ("evolution: {zzz: 1}", "evolution.zzz: unknown field"),
         ("evolutions: {sigma: 1}", "evolutions: unknown section (perhaps evolution?)"),
         ("zzz: {sigma: 1}", "zzz: unknown section (one of run, data, parent, evolution, cluster)"),
-        ("run: {out: 'gs://bucket/x'}", "run.out (gs://bucket/x) is a URL"),
         ("evolution: {mirrored: true, population: 33}", "evolution.population (33) must be even when mirrored"),
         ("evolution: 5", "evolution: expected field: value lines"),
         ("evolution: {sigma: [1]}", "evolution.sigma: should be a valid number"),
@@ -245,6 +245,15 @@ def test_a_file_in_the_place_of_a_flag_is_proposed_as_the_configuration(
 def test_what_has_a_colon_is_not_yet_a_url() -> None:
     for path in ("a/b://c", "s3:/x", "C:x", "/mnt/s3://x"):
         assert Run(out=path).out == path
+        assert not is_url(path)
+
+
+def test_a_run_is_written_to_a_path_or_a_url() -> None:
+    assert Run(out="s3://bucket/runs/").out == "s3://bucket/runs"
+    assert Run(out="file:///shared/runs").out == "/shared/runs"
+    assert Run(out="FILE://localhost/shared/runs").out == "/shared/runs"
+    config = parse_config(["--run.out", "gs://bucket/runs"])
+    assert with_absolute_paths(config).run.out == "gs://bucket/runs"
 
 
 def test_the_configuration_is_frozen() -> None:

@@ -32,7 +32,8 @@ from spartan_ray.run.checkpoint import Checkpoint, latest_checkpoint, save_check
 from spartan_ray.run.config import Config
 from spartan_ray.run.journal import read_journal
 from spartan_ray.run.loading import load_config, load_run_config
-from spartan_ray.run.record import RunFolder, make_run_folder
+from spartan_ray.run.place import make_run_folder
+from spartan_ray.run.record import RunFolder
 from spartan_ray.run.replay import Replay
 from spartan_ray.run.supervisor import Supervisor
 from spartan_ray.vision.classification import Normaliser, score
@@ -396,8 +397,8 @@ def test_run_folders_are_never_shared(tmp_path: Path) -> None:
         make_run_folder(tmp_path / "file", "x")
 
 
-def test_json_has_no_word_for_nan(small_config: Config) -> None:
-    record = RunFolder.create(small_config, {})
+def test_json_has_no_word_for_nan(small_config: Config, tmp_path: Path) -> None:
+    record = RunFolder.create(tmp_path, small_config, {})
     row = record.append(
         {
             "epoch": 1,

@@ -56,7 +56,7 @@ def change(config: Config, **sections: dict[str, Any]) -> Config:
 
 def run(config: Config, watch: Callable[[Progress], None] = lambda progress: None, folder: Path | None = None) -> Path:
     """Run to the end, or go on in a folder, and show `watch` the progress again and again; the run folder."""
-    return attend(Supervisor(config, folder), watch)
+    return attend(Supervisor(config, str(folder) if folder else None), watch)
 
 
 class WarmTransport(RayTransport):
@@ -84,10 +84,11 @@ class WarmTransport(RayTransport):
         self.idle.append(worker)
 
 
-def run_here(config: Config, folder: Path | None = None) -> tuple[Path, list[str]]:
+def run_here(config: Config, folder: Path | str | None = None) -> tuple[Path, list[str]]:
     """The same with the driver in this process and workers that are warm: the run folder and what was said. No
     worker may be killed meanwhile."""
-    driver = Driver(config.model_copy(update={"cluster": resolve_cluster(config.cluster, [{"CPU": 2}])}), folder)
+    config = config.model_copy(update={"cluster": resolve_cluster(config.cluster, [{"CPU": 2}])})
+    driver = Driver(config, str(folder) if folder else None)
     with patch("spartan_ray.run.driver.RayTransport", WarmTransport):
         assert driver.run()
     return Path(str(driver.progress.folder)), driver.progress.notes

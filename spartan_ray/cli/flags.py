@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from spartan_ray.errors import InputError
 from spartan_ray.run.config import Config
 from spartan_ray.run.loading import load_config, override, preset_names
-from spartan_ray.section import Section, perhaps
+from spartan_ray.section import Section, is_url, perhaps
 
 DEST = "field "  # what the names of fields begin with among the parsed arguments
 
@@ -136,7 +136,8 @@ def take_config(arguments: argparse.Namespace) -> Config:
 def with_absolute_paths(config: Config) -> Config:
     """The paths of a configuration as they are here: the driver may run in another directory."""
     run, data, parent = config.run, config.data, config.parent
-    run = run.model_copy(update={"out": str(Path(run.out).absolute())})
+    if not is_url(run.out):
+        run = run.model_copy(update={"out": str(Path(run.out).absolute())})
     if data.name != "digits":
         data = data.model_copy(update={"root": str(Path(data.root or f"data/{data.name}").absolute())})
     if parent.weights not in ("none", "imagenet"):

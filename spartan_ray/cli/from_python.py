@@ -17,18 +17,22 @@ from spartan_ray.distributed.start import join_ray
 from spartan_ray.errors import InputError, RunError, one_line
 from spartan_ray.run.config import Config
 from spartan_ray.run.loading import configuration, load_config, override
+from spartan_ray.section import is_url
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
 
+FINAL = "final.safetensors"
+
+
 @dataclass(frozen=True)
 class Result:
     """A run that ended."""
 
-    path: Path
-    """Its folder."""
+    path: Path | str
+    """Its folder, or its URL."""
     metrics: pd.DataFrame
     """A row an epoch: the lines of metrics.jsonl."""
 
@@ -37,7 +41,10 @@ class Result:
         """The state dict of the network at the end."""
         from safetensors.torch import load_file
 
-        return load_file(self.path / "final.safetensors")
+        from spartan_ray.run.place import reading
+
+        with reading(str(self.path), lambda name: name == FINAL) as folder:
+            return load_file(folder / FINAL)
 
     @property
     def best_epoch(self) -> int:
@@ -70,6 +77,7 @@ def train(
     from ray.exceptions import RayError, RayTaskError
 
     from spartan_ray.report.reading import read_run
+    from spartan_ray.run.place import in_report, reading
     from spartan_ray.run.supervisor import Supervisor
 
     if not isinstance(config, Config):
@@ -92,8 +100,9 @@ def train(
             raise
         supervisor.result()
         assert supervisor.folder
-        run = read_run(supervisor.folder)
-        return Result(supervisor.folder, run.metrics)
+        with reading(supervisor.folder, in_report) as folder:
+            run = read_run(folder)
+        return Result(supervisor.folder if is_url(supervisor.folder) else Path(supervisor.folder), run.metrics)
     except RayTaskError as error:
         if isinstance(error.cause, InputError | RunError):
             raise error.cause from None

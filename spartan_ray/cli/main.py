@@ -16,10 +16,11 @@ from spartan_ray import __version__
 from spartan_ray.cli.flags import Parser, add_config, add_fields, refuse_unknown, take_config, with_absolute_paths
 from spartan_ray.cli.train import resume_run, run
 from spartan_ray.errors import InputError, RunError
-from spartan_ray.section import no_url
+from spartan_ray.section import is_url, no_url, place_of
 
 DESCRIPTION = """Spartan training: SGD alternated with evolution, the population scored on Ray."""
 CODE = "run the package.module:Name that the run's configuration names"
+RUN = "a run folder, or its URL"
 # The file descriptor of standard output.
 STDOUT = 1
 
@@ -67,22 +68,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description="Go on with a run from its last checkpoint. Nothing but what follows can change.",
         usage="spartan resume RUN [--code] [--run.keep INT] [--cluster.FIELD VALUE ...]",
     )
-    resume.add_argument("run", type=_path("RUN"), metavar="RUN", help="a run folder")
+    resume.add_argument("run", type=place_of, metavar="RUN", help=RUN)
     resume.add_argument("--code", action="store_true", help=CODE)
     add_fields(resume, shown=("run.keep", "cluster"))
     report = commands.add_parser("report", help="tables and pictures of one run, or of several compared")
-    report.add_argument("runs", nargs="+", type=_path("RUN"), metavar="RUN", help="a run folder")
+    report.add_argument("runs", nargs="+", type=place_of, metavar="RUN", help=RUN)
     report.add_argument(
         "-o",
         dest="folder",
         type=_path("-o"),
         metavar="DIR",
-        help="where to write (default: RUN/report; for several runs, ./report)",
+        help="where to write (default: RUN/report; for several runs, and for a URL, ./report)",
     )
     replay = commands.add_parser(
         "replay", help="rebuild any descendant that a run scored, or verify the run's updates from its journal"
     )
-    replay.add_argument("run", type=_path("RUN"), metavar="RUN", help="a run folder")
+    replay.add_argument("run", type=place_of, metavar="RUN", help=RUN)
     replay.add_argument(
         "--verify", action="store_true", help="make every next parent again and compare it with its digest on record"
     )
@@ -116,7 +117,10 @@ def _command() -> int:
         case "report":
             return write_report(arguments.runs, arguments.folder)
         case _:
-            return replay_run(arguments)
+            from spartan_ray.run.place import reading
+
+            with reading(arguments.run, lambda name: not name.startswith("tensorboard/")) as folder:
+                return replay_run(arguments, folder)
 
 
 def _path(name: str) -> Callable[[str], Path]:
@@ -131,14 +135,19 @@ def _is_unread() -> bool:
     return any(event & select.POLLERR for _, event in output.poll(0))
 
 
-def write_report(folders: list[Path], out: Path | None) -> int:
+def write_report(places: list[str], out: Path | None) -> int:
     """`spartan report`: tables and pictures."""
     from spartan_ray.report import page
     from spartan_ray.report.reading import read_run, unique_frames
     from spartan_ray.report.tables import SHORT, final_table, markdown
+    from spartan_ray.run.place import in_report, reading
 
-    runs = [read_run(folder) for folder in folders]
-    out = out or (folders[0] / "report" if len(folders) == 1 else Path("report"))
+    runs = []
+    for place in places:
+        with reading(place, in_report) as folder:
+            runs.append(read_run(folder))
+    inside = len(places) == 1 and not is_url(places[0])
+    out = out or (Path(places[0]) / "report" if inside else Path("report"))
     paths = page.write_report(runs, out)
     print(markdown(final_table(unique_frames(runs))[SHORT]))
     for path in paths:
@@ -146,8 +155,8 @@ def write_report(folders: list[Path], out: Path | None) -> int:
     return 0
 
 
-def replay_run(arguments: argparse.Namespace) -> int:
-    """`spartan replay`: a descendant again, or all updates."""
+def replay_run(arguments: argparse.Namespace, folder: Path) -> int:
+    """`spartan replay`: a descendant again, or all updates of the run in a folder."""
     import torch
 
     from spartan_ray.engine.process import set_up
@@ -156,12 +165,12 @@ def replay_run(arguments: argparse.Namespace) -> int:
     from spartan_ray.run.replay import Replay
     from spartan_ray.run.replay_esgd import EsgdReplay
 
-    config = load_run_config(arguments.run)
+    config = load_run_config(folder)
     if not arguments.code:
-        refuse_code(arguments.run, config, "add --code if you trust it")
-    device = set_up(gpu=ran_on_gpu(arguments.run) and torch.cuda.is_available())
+        refuse_code(folder, config, "add --code if you trust it")
+    device = set_up(gpu=ran_on_gpu(folder) and torch.cuda.is_available())
     kind = EsgdReplay if config.evolution.strategy == "esgd" else Replay
-    replay = kind(arguments.run, print, device)
+    replay = kind(folder, print, device)
     if arguments.verify:
         agree = []
         for generation in replay.generations:

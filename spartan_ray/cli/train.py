@@ -21,6 +21,7 @@ from spartan_ray.errors import Diverged, InputError, RunError
 from spartan_ray.naming import imported, is_named
 from spartan_ray.run.config import Config
 from spartan_ray.run.loading import differences, load_run_config, refuse_code
+from spartan_ray.section import is_url
 
 # Seconds that Ray may take to start, and a stopping run to stop.
 START_SECONDS = 300.0
@@ -33,9 +34,19 @@ JOB_FOLDER = "/runtime_resources/working_dir_files/"
 
 def resume_run(arguments: argparse.Namespace) -> int:
     """`spartan resume`: go on from the last checkpoint."""
-    folder: Path = arguments.run
+    from spartan_ray.run.place import reading
+
+    with reading(arguments.run) as folder:
+        config = _to_go_on(arguments, folder)
+    if config is None:
+        return 0
+    return run(config, arguments.run if is_url(arguments.run) else str(folder.absolute()))
+
+
+def _to_go_on(arguments: argparse.Namespace, folder: Path) -> Config | None:
+    """The configuration with which the run in a folder goes on; None when it is finished."""
     from spartan_ray.run.checkpoint import latest_checkpoint
-    from spartan_ray.run.record import lock_folder
+    from spartan_ray.run.place import lock_folder
 
     before = load_run_config(folder)
     if not arguments.code:
@@ -55,12 +66,12 @@ def resume_run(arguments: argparse.Namespace) -> int:
     if config.cluster.cpus_per_worker != before.cluster.cpus_per_worker:
         print("cluster.cpus_per_worker is another one now: the bits of the scores depend on it")
     if checkpoint.epoch == config.run.epochs and (folder / "final.safetensors").exists():
-        print(f"{folder}: finished, all {config.run.epochs} epochs are done")
-        return 0
-    return run(config, folder.absolute())
+        print(f"{arguments.run}: finished, all {config.run.epochs} epochs are done")
+        return None
+    return config
 
 
-def run(config: Config, folder: Path | None = None) -> int:
+def run(config: Config, folder: str | None = None) -> int:
     """Run the driver on Ray, from the checkpoint in a folder if there is one, and show its progress."""
     if folder is None and JOB_FOLDER in config.run.out:
         print(
@@ -143,7 +154,7 @@ def _stop(supervisor: Any, console: Console) -> None:
         print(f"stopped at once; {_how_to_go_on(supervisor.folder)}", flush=True)
 
 
-def _how_to_go_on(folder: Path | str | None) -> str:
+def _how_to_go_on(folder: str | None) -> str:
     return f"go on with: spartan resume {folder}" if folder else "there is no run folder yet"
 
 
@@ -154,7 +165,14 @@ def _first_line(error: Exception) -> str:
 def check_paths(config: Config, new: bool) -> None:
     """Answer a wrong path or name before Ray starts, where the driver will run on this machine. A run that goes on
     has its folder, and its weights in its checkpoint."""
-    if new:
+    if new and is_url(config.run.out):
+        from spartan_ray.run.storage import Store
+
+        try:
+            Store(config.run.out).check()
+        except RunError as error:
+            raise InputError(f"run.out {error}") from None
+    elif new:
         out = Path(config.run.out)
         place = next(folder for folder in (out, *out.parents) if os.path.exists(folder))
         try:

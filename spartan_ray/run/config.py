@@ -11,7 +11,7 @@ from spartan_ray.distributed.config import Cluster
 from spartan_ray.engine.strategies.requests import CaseSet
 from spartan_ray.naming import SUBSPACES, checked_kind, checked_name, checked_ranges, is_named
 from spartan_ray.noise.contract import NoiseKind
-from spartan_ray.section import Decay, Finite, NonNegativeFloat, PositiveFloat, Section, no_url
+from spartan_ray.section import Decay, Finite, NonNegativeFloat, PositiveFloat, Section, place_of
 from spartan_ray.vision.config import Data, Parent
 
 Temperature = Literal["none", "error", "loss"]
@@ -26,8 +26,8 @@ class Run(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """Name of the run folder; a number is added when it is taken."""
-    out: Annotated[str, AfterValidator(partial(no_url, "run.out"))] = "runs"
-    """Folder that holds the run folders."""
+    out: Annotated[str, AfterValidator(place_of)] = "runs"
+    """Folder that holds the run folders: a path, or a URL as s3://bucket/runs."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of splits, initial weights, data order and noise."""
     epochs: PositiveInt = 50

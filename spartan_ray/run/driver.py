@@ -10,7 +10,6 @@ import platform
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -36,8 +35,9 @@ from spartan_ray.run.checkpoint import (
 from spartan_ray.run.config import Config
 from spartan_ray.run.esgd import Parents
 from spartan_ray.run.journal import write_journal
+from spartan_ray.run.place import Place
 from spartan_ray.run.progress import Progress
-from spartan_ray.run.record import Row, RunFolder, lock_folder, phase_row
+from spartan_ray.run.record import Row, RunFolder, phase_row
 from spartan_ray.run.setup import (
     epochs_behind,
     make_average,
@@ -65,11 +65,11 @@ class Stopped(Exception):
 class Driver:
     """Owns the parent and runs the loop. `run` takes the run's time; the other methods answer meanwhile.
 
-    With a folder the run goes on from its last checkpoint; `patience` is how long, in seconds, another
+    With a folder, or its URL, the run goes on from its last checkpoint; `patience` is how long, in seconds, another
     process may take to let go of it, and `reason` is why, for the run's log."""
 
     def __init__(
-        self, config: Config, folder: Path | None = None, patience: float = 0.0, reason: str | None = None
+        self, config: Config, folder: str | None = None, patience: float = 0.0, reason: str | None = None
     ) -> None:
         self.config = config
         self.folder = folder
@@ -219,22 +219,24 @@ class Driver:
         checkpoint of it. Test and validation choose nothing, not even this."""
         if self.model.is_finite() and row["train_loss"] is not None and row["evolution_loss"] is not None:
             return
-        last = self.record.path / "checkpoints" / f"epoch-{row['epoch'] - 1:06d}.safetensors"
+        last = f"{self.place.where}/checkpoints/epoch-{row['epoch'] - 1:06d}.safetensors"
         parent, evolution = self.config.parent, self.config.evolution
         smaller = f"parent.lr ({parent.lr:g})" if not self.parents else f"evolution.optimizers ({evolution.optimizers})"
         raise Diverged(
-            f"{self.record.path}: the network diverged in epoch {row['epoch']} ({row['kind']}): its loss or its "
+            f"{self.place.where}: the network diverged in epoch {row['epoch']} ({row['kind']}): its loss or its "
             f"parameters are not finite; start a new run with smaller {smaller}. {last} is before it"
         )
 
     def _set_up(self) -> int:
         """Load the data, make the parent and the run folder or take them from a checkpoint, start the
         workers. Returns the first epoch to run."""
-        checkpoint = lock = None
+        checkpoint = None
         if self.folder:
-            lock = lock_folder(self.folder, self.patience)
-            self.at_end.callback(lock.close)
-            checkpoint, metrics = latest_checkpoint(self.folder, self._note, lambda config: epochs_behind(config)[0])
+            self.place = Place.existing(self.folder, self.patience, self.stopping.wait)
+            self.at_end.callback(self.place.close)
+            checkpoint, metrics = latest_checkpoint(
+                self.place.path, self._note, lambda config: epochs_behind(config)[0]
+            )
         config, workers = self.config, pool_size(self.config.cluster)
         if checkpoint:
             run = checkpoint.loop.config
@@ -290,11 +292,13 @@ class Driver:
             "driver": {"host": platform.node(), "pid": os.getpid(), "device": str(self.device)},
             "workers": [info.record() for info in (self.pool.infos if self.pool else [])],
         }
-        if self.folder and lock and checkpoint:
+        if checkpoint:
             self._restore(checkpoint)
-            self.record = RunFolder.reopen(self.folder, lock, config, devices, checkpoint.epoch, metrics)
+            self.record = RunFolder.reopen(self.place.path, config, devices, checkpoint.epoch, metrics)
         else:
-            self.record = RunFolder.create(config, devices)
+            self.place = Place.new(config.run.out, config.run.name, self.stopping.wait)
+            self.at_end.callback(self.place.close)
+            self.record = RunFolder.create(self.place.path, config, devices)
         self.at_end.callback(self.record.close)
         self.log = self.record.log
         for text in self.unlogged:
@@ -303,12 +307,12 @@ class Driver:
             self._remember(0)
             self._save(0)
         # From here on there is something to go on from.
-        self.progress.folder = str(self.record.path)
+        self.progress.folder = self.place.where
         self.progress.rows = list(self.record.rows)
         parts = ("sgd", "evolution", "validation", "test")
         sizes = ", ".join(f"{len(getattr(self.splits, part))} {part}" for part in parts)
         team = f"{workers} worker{'s' * (workers > 1)}" if self.pool else "no workers"
-        self._note(f"{sizes} images of {len(splits.classes)} classes; {team}; {self.record.path}")
+        self._note(f"{sizes} images of {len(splits.classes)} classes; {team}; {self.place.where}")
         for note in notes:
             self._note(note)
         if self.evolves and config.evolution.every > config.run.epochs:
@@ -357,6 +361,7 @@ class Driver:
             return bool(run.keep_parents and self.evolves and -(epoch + 1) % every + 1 <= to_replay)
 
         prune(folder, epoch, run.keep + max(0, to_go_on - 1), replayed)  # to go on from each of `keep`
+        self.place.push()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Be what the run was at a checkpoint. Raises InputError when its images or devices are others now."""
@@ -365,8 +370,7 @@ class Driver:
             raise InputError(f"{self.folder}: data.root: the images are not those that the run began with")
         if loop.device != self.device.type:
             raise InputError(f"{self.folder}: the run began on {loop.device}, here the driver has {self.device.type}")
-        assert self.folder
-        checkpoints, epochs = self.folder / "checkpoints", epochs_behind(self.config)[0]
+        checkpoints, epochs = self.place.path / "checkpoints", epochs_behind(self.config)[0]
         be_after_epoch(self.model.module, checkpoint, checkpoints, epochs, self._remember)
         if self.average and self.average.kind == "ema":
             self.average.theta_D.copy_(checkpoint.tensors["average"]["theta"])
@@ -385,6 +389,7 @@ class Driver:
                 save_weights(self.record.path / "average.safetensors", self.model.state_dict(), self.description)
         save_weights(self.record.path / "final.safetensors", self.model.state_dict(), self.description)
         self.log("finished")
+        self.place.push()
         self._begin("done", "", 0)
 
     def _begin(self, phase: str, unit: str, total: int) -> None:

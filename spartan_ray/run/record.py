@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
-import socket
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from spartan_ray import __version__, origin
 from spartan_ray.engine.strategies.requests import Outcome
-from spartan_ray.errors import InputError, RunError
+from spartan_ray.errors import RunError
 from spartan_ray.run.checkpoint import MetricsState, write_whole
 from spartan_ray.run.config import Config
-from spartan_ray.run.loading import dump_config, refuse_links
+from spartan_ray.run.loading import dump_config
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "numba", "pandas")
 
@@ -35,9 +33,8 @@ Row = dict[str, Any]
 class RunFolder:
     """A run folder that this process writes, made by `create` or `reopen`."""
 
-    def __init__(self, path: Path, lock: IO[str], first_epoch: int = 1) -> None:
+    def __init__(self, path: Path, first_epoch: int = 1) -> None:
         self.path = path
-        self.lock = lock
         self.tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=first_epoch)
         self.rows: list[Row] = []
         self.began, self.seconds_before = time.monotonic(), 0.0  # of the run, before this process
@@ -45,19 +42,16 @@ class RunFolder:
         self.metrics_hash = hashlib.sha256()
 
     @classmethod
-    def create(cls, config: Config, devices: dict[str, Any]) -> RunFolder:
-        """A new run folder. `devices` is what environment.json says of driver and workers."""
-        path = make_run_folder(Path(config.run.out), config.run.name)
-        folder = cls(path, lock_folder(path))
+    def create(cls, path: Path, config: Config, devices: dict[str, Any]) -> RunFolder:
+        """A new run's, in an empty folder. `devices` is what environment.json says of driver and workers."""
+        folder = cls(path)
         folder._describe(config, environment() | devices)
         return folder
 
     @classmethod
-    def reopen(
-        cls, path: Path, lock: IO[str], config: Config, devices: dict[str, Any], epoch: int, metrics: bytes
-    ) -> RunFolder:
+    def reopen(cls, path: Path, config: Config, devices: dict[str, Any], epoch: int, metrics: bytes) -> RunFolder:
         """The folder of a run that goes on after an epoch, with what metrics.jsonl was then."""
-        folder = cls(path, lock, epoch + 1)
+        folder = cls(path, epoch + 1)
         folder.metrics_hash.update(metrics)
         folder.metrics_bytes = len(metrics)
         folder.rows = [json.loads(line) for line in metrics.splitlines()]
@@ -110,7 +104,6 @@ class RunFolder:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk was said by what failed before
             self.tensorboard.close()
-        self.lock.close()
 
 
 def phase_row(outcome: Outcome) -> Row:
@@ -187,39 +180,6 @@ def _diagnostics(outcome: Outcome) -> Row:
     }
 
 
-def lock_folder(path: Path, patience: float = 0.0) -> IO[str]:
-    """Lock a run folder for this process until the file is closed, or the process ends in whatever way.
-
-    Waits so many seconds for a process that is ending. Raises InputError when another one holds it, and for
-    a folder that a link would let us write out of."""
-    refuse_links(path)
-    try:
-        file = os.fdopen(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be locked: {error.strerror}") from None
-    if os.fstat(file.fileno()).st_nlink > 1:
-        file.close()
-        raise InputError(f"{path / 'lock'}: is another file too")
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                with file:
-                    holder = file.read().strip()
-                raise InputError(f"{path}: another process writes this run: {holder or 'unknown'}") from None
-            time.sleep(0.1)
-        except OSError as error:  # a file system without locks
-            file.close()
-            raise InputError(f"{path}: cannot be locked: {error.strerror}") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
-
-
 def environment() -> dict[str, Any]:
     """What the bits of a run may depend on beside its configuration."""
     return {
@@ -240,22 +200,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def make_run_folder(out: Path, name: str) -> Path:
-    """A new folder out/name, or out/name-2, ... when it is taken."""
-    number = 1
-    while True:
-        folder = out / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError as error:
-            if not folder.exists():  # it is `out` that is there, as a file
-                raise InputError(f"run.out {out}: cannot make a run folder: {error}") from None
-            number += 1
-        except OSError as error:
-            raise InputError(f"run.out {out}: cannot make a run folder: {error}") from None
 
 
 def _processor() -> str:

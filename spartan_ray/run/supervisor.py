@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,7 +30,7 @@ class Supervisor:
     Runs on the Ray that this process is connected to. Raises InputError when the workers that the
     configuration asks for do not fit."""
 
-    def __init__(self, config: Config, folder: Path | None = None) -> None:
+    def __init__(self, config: Config, folder: str | None = None) -> None:
         nodes = nodes_here_first()
         cluster = resolve_cluster(config.cluster, [node["Resources"] for node in nodes])
         self.config = config.model_copy(update={"cluster": cluster})
@@ -78,7 +77,7 @@ class Supervisor:
         self.answered = time.monotonic()
         self.unsaid += progress.said
         self.said += len(progress.said)
-        self.folder = Path(progress.folder) if progress.folder else self.folder
+        self.folder = progress.folder or self.folder
         return ended, progress
 
     def result(self) -> bool:
@@ -106,6 +105,5 @@ class Supervisor:
 
     def _silence(self, notes: list[str]) -> Progress:
         """What is known of a driver that does not answer."""
-        folder = str(self.folder) if self.folder else None
         self.unsaid += notes
-        return Progress(folder, epochs=self.config.run.epochs, said=list(notes))
+        return Progress(self.folder, epochs=self.config.run.epochs, said=list(notes))

@@ -47,7 +47,8 @@ from spartan_ray.run.checkpoint import (
 from spartan_ray.run.config import Config, Run
 from spartan_ray.run.journal import read_journal, write_journal
 from spartan_ray.run.loading import differences, load_config, load_run_config
-from spartan_ray.run.record import RunFolder, lock_folder
+from spartan_ray.run.place import lock_folder, make_run_folder
+from spartan_ray.run.record import RunFolder
 from spartan_ray.run.replay import Replay
 from spartan_ray.vision.config import Data, Parent
 from spartan_ray.vision.data import load_splits
@@ -85,7 +86,8 @@ def evolve_row(epoch: int) -> dict[str, Any]:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run folder with three checkpoints, a record and a journal."""
-    folder = RunFolder.create(Config(run=Run(out=str(tmp_path))), {"driver": {"device": "cpu"}})
+    path = make_run_folder(tmp_path, "run")
+    folder = RunFolder.create(path, Config(run=Run(out=str(tmp_path))), {"driver": {"device": "cpu"}})
     for epoch in (1, 2, 3):
         folder.append(evolve_row(epoch))
         save_checkpoint(folder.path / "checkpoints", checkpoint(epoch, folder.metrics_state()))

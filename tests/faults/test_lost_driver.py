@@ -76,7 +76,7 @@ def test_a_driver_lost_too_often_ends_the_run_which_nobody_else_may_write_and_wh
     def disturb(progress: Progress) -> None:
         if progress.epoch < 3 or killed:
             return
-        second = Supervisor(config, Path(str(progress.folder)))
+        second = Supervisor(config, progress.folder)
         with pytest.raises(RayTaskError) as caught:
             second.result()
         second.close()
@@ -88,7 +88,7 @@ def test_a_driver_lost_too_often_ends_the_run_which_nobody_else_may_write_and_wh
     with pytest.raises(RayActorError):
         attend(supervisor, disturb)
     assert supervisor.folder
-    folder = supervisor.folder
+    folder = Path(supervisor.folder)
     assert run_here(load_config(str(folder)), folder=folder)[0] == folder
     assert same_result(folder, undisturbed)
 
