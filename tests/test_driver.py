@@ -20,6 +20,7 @@ from ray.exceptions import RayTaskError
 from safetensors.torch import load_file
 from whole_runs import change, metrics, outcome, run_here, same_result, thresholds_of
 
+from spartan_ray.cli.train import begun
 from spartan_ray.engine.draws import draw_cases
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.errors import Diverged, InputError
@@ -29,11 +30,11 @@ from spartan_ray.report.reading import read_run, unique_frames
 from spartan_ray.report.tables import final_table
 from spartan_ray.run import driver
 from spartan_ray.run.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from spartan_ray.run.config import Config
+from spartan_ray.run.config import Config, Run
 from spartan_ray.run.journal import read_journal
-from spartan_ray.run.loading import load_config, load_run_config
+from spartan_ray.run.loading import differences, load_config, load_run_config
 from spartan_ray.run.place import make_run_folder
-from spartan_ray.run.record import RunFolder
+from spartan_ray.run.record import RunFolder, is_over
 from spartan_ray.run.replay import Replay
 from spartan_ray.run.supervisor import Supervisor
 from spartan_ray.vision.classification import Normaliser, score
@@ -412,3 +413,80 @@ def test_json_has_no_word_for_nan(small_config: Config, tmp_path: Path) -> None:
     expected = {"epoch": 1, "train_loss": None, "fitness_min": None, "test_loss": 1.5, "search_fitness": [0.5, None]}
     assert [row] == metrics(record.path)
     assert {key: row[key] for key in row.keys() - {"time", "run_seconds"}} == expected
+
+
+def test_epochs_may_be_added_to_a_run(local_ray: None, small_config: Config) -> None:
+    """To the bits of one that had them from the beginning, also where it was finished."""
+    whole, _ = run_here(change(small_config, run={"epochs": 5, "name": "whole"}))
+    short, _ = run_here(change(small_config, run={"epochs": 3, "name": "short"}))
+    run_here(change(load_config(str(short)), run={"epochs": 5}), folder=short)
+    assert same_result(short, whole)
+    assert load_config(str(short)).run.epochs == 5
+
+
+def test_epochs_are_raised_and_only_where_the_learning_rate_does_not_depend_on_them() -> None:
+    before = Config(run=Run(epochs=5, keep=2, out="/there", name="one"))
+    may = change(before, run={"epochs": 9, "keep": 1, "out": "/here", "patience": 3}, data={"root": "/elsewhere"})
+    assert differences(before, may) == []
+    assert differences(before, change(before, run={"epochs": 4})) == [
+        "run.epochs was 5 and is 4: it can only be raised"
+    ]
+    cosine = change(before, parent={"schedule": "cosine"})
+    expected = "run.epochs was 5, and parent.schedule cosine depends on it"
+    assert differences(cosine, change(cosine, run={"epochs": 9})) == [expected]
+    assert differences(before, change(before, run={"seed": 4})) == ["run.seed was 0 and is 4"]
+
+
+def test_a_run_ends_when_validation_has_not_become_better_for_so_long_and_its_best_network_is_kept(
+    local_ray: None, small_config: Config
+) -> None:
+    """With a rate of nearly nothing it soon stands still."""
+    config = change(
+        small_config,
+        run={"epochs": 60, "patience": 2, "keep": 60, "keep_best": True},
+        parent={"lr": 1e-12, "momentum": 0.0},
+        evolution={"strategy": "none"},
+    )
+    folder, _ = run_here(config)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    best = int(np.argmax([row["validation_accuracy"] for row in rows])) + 1
+    assert len(rows) == best + 2 < 60
+    names = "best.safetensors", f"checkpoints/epoch-{best:06d}.safetensors", "final.safetensors"
+    kept, then, last = (load_file(folder / name) for name in names)
+    assert all(torch.equal(kept[name], then[name]) for name in then)
+    assert not all(torch.equal(kept[name], last[name]) for name in then)
+    assert [is_over(rows[:count], config.run) for count in range(best, best + 3)] == [False, False, True]
+    assert not is_over(rows, config.run.model_copy(update={"patience": 3}))
+    assert is_over(rows[:2], config.run.model_copy(update={"epochs": 2}))
+    assert not is_over([], config.run)
+
+
+def test_the_same_command_begins_a_run_goes_on_and_is_finished(
+    local_ray: None, small_config: Config, tmp_path: Path
+) -> None:
+    config = change(small_config, run={"out": str(tmp_path), "name": "again", "epochs": 3, "resume": "auto"})
+    assert begun(config) == (None, False)
+    whole, _ = run_here(config)
+    assert whole == tmp_path / "again"
+    with pytest.raises(InputError, match=r"again: another process has just begun this run$"):
+        run_here(config)
+    assert begun(config) == (str(whole), True)
+    assert begun(change(config, run={"epochs": 4})) == (str(whole), False)
+    with pytest.raises(InputError, match=r"again: only .* may change on resume: run\.seed was 0 and is 1$"):
+        begun(change(config, run={"seed": 1}))
+
+    lost = tmp_path / "elsewhere" / "again"
+    shutil.copytree(whole, lost)
+    (lost / "final.safetensors").unlink()
+    (lost / "checkpoints" / "epoch-000003.sha256").unlink()
+    there = change(config, run={"out": str(lost.parent)})
+    assert begun(there) == (str(lost), False)
+    run_here(there, folder=lost)
+    assert same_result(lost, whole)
+
+    # Lost before the first checkpoint: there is a folder, with nothing to go on from.
+    shutil.rmtree(lost)
+    lost.mkdir()
+    assert begun(there) == (str(lost), False)
+    run_here(there, folder=lost)
+    assert same_result(lost, whole)

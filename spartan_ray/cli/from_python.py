@@ -11,7 +11,7 @@ from rich.console import Console
 
 from spartan_ray.cli.flags import with_absolute_paths
 from spartan_ray.cli.follow import follow
-from spartan_ray.cli.train import STOP_SECONDS, check_paths
+from spartan_ray.cli.train import STOP_SECONDS, begun, check_paths
 from spartan_ray.distributed.address import ray_address
 from spartan_ray.distributed.start import join_ray
 from spartan_ray.errors import InputError, RunError, one_line
@@ -76,8 +76,6 @@ def train(
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    from spartan_ray.report.reading import read_run
-    from spartan_ray.run.place import in_report, reading
     from spartan_ray.run.supervisor import Supervisor
 
     if not isinstance(config, Config):
@@ -85,12 +83,15 @@ def train(
     chosen = with_absolute_paths(override(config, sections))
     console = Console(quiet=not progress)
     leave, supervisor = None, None
+    place, finished = begun(chosen)
+    if place and finished:
+        return _result(place)
     try:
         if not ray.is_initialized():
             if ray_address(chosen.cluster.address)[0] == "local":
-                check_paths(chosen, new=True)
+                check_paths(chosen, new=place is None)
             leave = join_ray(chosen.cluster.address)
-        supervisor = Supervisor(chosen)
+        supervisor = Supervisor(chosen, place)
         try:
             follow(supervisor, console)
         except KeyboardInterrupt:
@@ -100,9 +101,7 @@ def train(
             raise
         supervisor.result()
         assert supervisor.folder
-        with reading(supervisor.folder, in_report) as folder:
-            run = read_run(folder)
-        return Result(supervisor.folder if is_url(supervisor.folder) else Path(supervisor.folder), run.metrics)
+        return _result(supervisor.folder)
     except RayTaskError as error:
         if isinstance(error.cause, InputError | RunError):
             raise error.cause from None
@@ -114,3 +113,12 @@ def train(
             supervisor.close()
         if leave:
             leave()
+
+
+def _result(place: str) -> Result:
+    """Of a run that has ended."""
+    from spartan_ray.report.reading import read_run
+    from spartan_ray.run.place import in_report, reading
+
+    with reading(place, in_report) as folder:
+        return Result(place if is_url(place) else Path(place), read_run(folder).metrics)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from spartan_ray import __version__
 from spartan_ray.cli.flags import Parser, add_config, add_fields, refuse_unknown, take_config, with_absolute_paths
-from spartan_ray.cli.train import resume_run, run
+from spartan_ray.cli.train import begun, resume_run, run
 from spartan_ray.errors import InputError, RunError
 from spartan_ray.section import is_url, no_url, place_of
 
@@ -66,11 +66,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "resume",
         help="go on with a run that was stopped or lost, to the same result",
         description="Go on with a run from its last checkpoint. Nothing but what follows can change.",
-        usage="spartan resume RUN [--code] [--run.keep INT] [--cluster.FIELD VALUE ...]",
+        usage="spartan resume RUN [--code] [--run.epochs INT] [--run.keep INT] [--cluster.FIELD VALUE ...]",
     )
     resume.add_argument("run", type=place_of, metavar="RUN", help=RUN)
     resume.add_argument("--code", action="store_true", help=CODE)
-    add_fields(resume, shown=("run.keep", "cluster"))
+    add_fields(resume, shown=("run.epochs", "run.keep", "run.keep_best", "data.root", "cluster"))
     report = commands.add_parser("report", help="tables and pictures of one run, or of several compared")
     report.add_argument("runs", nargs="+", type=place_of, metavar="RUN", help=RUN)
     report.add_argument(
@@ -111,7 +111,9 @@ def _command() -> int:
     arguments = parse(sys.argv[1:])
     match arguments.command:
         case "train":
-            return run(with_absolute_paths(take_config(arguments)))
+            config = with_absolute_paths(take_config(arguments))
+            place, finished = begun(config)
+            return 0 if finished else run(config, place)
         case "resume":
             return resume_run(arguments)
         case "report":

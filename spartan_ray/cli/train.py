@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -19,8 +20,9 @@ from spartan_ray.distributed.address import ray_address
 from spartan_ray.distributed.start import reach_ray, start_ray
 from spartan_ray.errors import Diverged, InputError, RunError
 from spartan_ray.naming import imported, is_named
+from spartan_ray.run.checkpoint import epochs_kept
 from spartan_ray.run.config import Config
-from spartan_ray.run.loading import differences, load_run_config, refuse_code
+from spartan_ray.run.loading import as_decided, differences, load_run_config, refuse_code
 from spartan_ray.section import is_url
 
 # Seconds that Ray may take to start, and a stopping run to stop.
@@ -37,38 +39,56 @@ def resume_run(arguments: argparse.Namespace) -> int:
     from spartan_ray.run.place import reading
 
     with reading(arguments.run) as folder:
-        config = _to_go_on(arguments, folder)
-    if config is None:
-        return 0
+        before = load_run_config(folder)
+        if not arguments.code:
+            refuse_code(folder, before, "add --code if you trust it")
+        config = take_fields(before, arguments)
+        if is_finished(arguments.run, folder, config):
+            return 0
     return run(config, arguments.run if is_url(arguments.run) else str(folder.absolute()))
 
 
-def _to_go_on(arguments: argparse.Namespace, folder: Path) -> Config | None:
-    """The configuration with which the run in a folder goes on; None when it is finished."""
+def begun(config: Config) -> tuple[str | None, bool]:
+    """The place where a run is to go on that `run.resume` may have begun, if there is one, and whether it is finished.
+    Raises InputError where it cannot go on with this configuration."""
+    from spartan_ray.run.place import exists, reading
+
+    place = f"{config.run.out}/{config.run.name}"
+    if config.run.resume == "never" or not exists(place):
+        return None, False
+    with reading(place) as folder:
+        # A run that was lost before its first checkpoint begins in its folder.
+        return place, bool(epochs_kept(folder / "checkpoints")) and is_finished(place, folder, config)
+
+
+def is_finished(place: str, folder: Path, config: Config) -> bool:
+    """Whether nothing is left to do of a run with this configuration, which is said. Raises InputError where it cannot
+    go on with it."""
     from spartan_ray.run.checkpoint import latest_checkpoint
     from spartan_ray.run.place import lock_folder
+    from spartan_ray.run.record import is_over
 
-    before = load_run_config(folder)
-    if not arguments.code:
-        refuse_code(folder, before, "add --code if you trust it")
-    config = take_fields(before, arguments)
     with lock_folder(folder, LOCK_PATIENCE):  # a run in progress is said before Ray starts
         warnings: list[str] = []
         try:
-            checkpoint, _ = latest_checkpoint(folder, warnings.append)
+            checkpoint, metrics = latest_checkpoint(folder, warnings.append)
         except InputError:
             for warning in warnings:
                 print(warning)
             raise
-    changed = differences(checkpoint.loop.config, config)
+    before = checkpoint.loop.config
+    changed = differences(before, as_decided(before, config))
     if changed:
-        raise InputError(f"{folder}: only cluster and run.keep may change on resume: {'; '.join(changed)}")
+        names = "cluster, run.epochs, run.keep, run.keep_best and data.root"
+        raise InputError(f"{place}: only {names} may change on resume: {'; '.join(changed)}")
     if config.cluster.cpus_per_worker != before.cluster.cpus_per_worker:
         print("cluster.cpus_per_worker is another one now: the bits of the scores depend on it")
-    if checkpoint.epoch == config.run.epochs and (folder / "final.safetensors").exists():
-        print(f"{arguments.run}: finished, all {config.run.epochs} epochs are done")
-        return None
-    return config
+    rows = [json.loads(line) for line in metrics.splitlines()]
+    if not is_over(rows, config.run) or not (folder / "final.safetensors").exists():
+        return False
+    done = f"all {checkpoint.epoch} epochs are done"
+    print(f"{place}: finished, {done if checkpoint.epoch == config.run.epochs else f'after epoch {checkpoint.epoch}'}")
+    return True
 
 
 def run(config: Config, folder: str | None = None) -> int:

@@ -32,6 +32,12 @@ class Run(Section):
     """Seed of splits, initial weights, data order and noise."""
     epochs: PositiveInt = 50
     """Epochs, evolve phases included: one phase counts as an epoch."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: `out`/`name` is begun, or goes on where it was, or is finished: the same command again and again."""
+    patience: PositiveInt | None = None
+    """End after so many epochs without a better validation accuracy (default: never)."""
+    keep_best: bool = False
+    """Keep the network of the best epoch by validation accuracy too, as best.safetensors."""
     keep: PositiveInt = 3
     """Checkpoints kept, one an epoch; those that replay needs come on top."""
     keep_parents: bool = True

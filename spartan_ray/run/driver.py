@@ -26,6 +26,7 @@ from spartan_ray.run.checkpoint import (
     Checkpoint,
     Loop,
     be_after_epoch,
+    epochs_kept,
     latest_checkpoint,
     load_evolution,
     prune,
@@ -37,7 +38,7 @@ from spartan_ray.run.esgd import Parents
 from spartan_ray.run.journal import write_journal
 from spartan_ray.run.place import Place
 from spartan_ray.run.progress import Progress
-from spartan_ray.run.record import Row, RunFolder, phase_row
+from spartan_ray.run.record import Row, RunFolder, best_epoch, is_over, phase_row
 from spartan_ray.run.setup import (
     epochs_behind,
     make_average,
@@ -89,10 +90,10 @@ class Driver:
     def run(self) -> bool:
         """The whole run, or what is left of it. False when `stop` ended it early."""
         try:
-            first = self._set_up()
+            self._set_up()
             evolve_every = self.config.evolution.every if self.evolves else math.inf
-            for epoch in range(first, self.config.run.epochs + 1):
-                self.progress.epoch = epoch
+            while not is_over(self.record.rows, self.config.run):
+                self.progress.epoch = epoch = len(self.record.rows) + 1
                 row = self._evolve(epoch) if epoch % evolve_every == 0 else self._train(epoch)
                 started = time.perf_counter()
                 self._remember(epoch)
@@ -227,21 +228,23 @@ class Driver:
             f"parameters are not finite; start a new run with smaller {smaller}. {last} is before it"
         )
 
-    def _set_up(self) -> int:
+    def _set_up(self) -> None:
         """Load the data, make the parent and the run folder or take them from a checkpoint, start the
-        workers. Returns the first epoch to run."""
+        workers."""
         checkpoint = None
         if self.folder:
             self.place = Place.existing(self.folder, self.patience, self.stopping.wait)
             self.at_end.callback(self.place.close)
-            checkpoint, metrics = latest_checkpoint(
-                self.place.path, self._note, lambda config: epochs_behind(config)[0]
-            )
+            # One that goes on by itself may have been lost before its first checkpoint.
+            if self.config.run.resume == "never" or epochs_kept(self.place.path / "checkpoints"):
+                checkpoint, metrics = latest_checkpoint(
+                    self.place.path, self._note, lambda config: epochs_behind(config)[0]
+                )
         config, workers = self.config, pool_size(self.config.cluster)
         if checkpoint:
-            run = checkpoint.loop.config
-            run_keep = run.run.model_copy(update={"keep": config.run.keep})
-            config = run.model_copy(update={"run": run_keep, "cluster": config.cluster})
+            before = checkpoint.loop.config
+            data = before.data.model_copy(update={"root": config.data.root})
+            config = before.model_copy(update={"run": config.run, "data": data, "cluster": config.cluster})
         threads = config.parent.threads or config.cluster.driver_cpus or len(os.sched_getaffinity(0))
         self.config = config = config.model_copy(
             update={
@@ -296,8 +299,10 @@ class Driver:
             self._restore(checkpoint)
             self.record = RunFolder.reopen(self.place.path, config, devices, checkpoint.epoch, metrics)
         else:
-            self.place = Place.new(config.run.out, config.run.name, self.stopping.wait)
-            self.at_end.callback(self.place.close)
+            if not self.folder:
+                only = config.run.resume == "auto"
+                self.place = Place.new(config.run.out, config.run.name, only, self.stopping.wait)
+                self.at_end.callback(self.place.close)
             self.record = RunFolder.create(self.place.path, config, devices)
         self.at_end.callback(self.record.close)
         self.log = self.record.log
@@ -319,10 +324,8 @@ class Driver:
             self._note(
                 f"no evolve phase: evolution.every ({config.evolution.every}) > run.epochs ({config.run.epochs})"
             )
-        if not checkpoint:
-            return 1
-        self._note(f"going on after epoch {checkpoint.epoch}")
-        return checkpoint.epoch + 1
+        if checkpoint:
+            self._note(f"going on after epoch {checkpoint.epoch}")
 
     def _start_workers(self, spec: EvaluatorSpec) -> Pool:
         cluster = self.config.cluster
@@ -353,6 +356,8 @@ class Driver:
             config=self.config,
         )
         folder, run = self.record.path / "checkpoints", self.config.run
+        if run.keep_best and epoch and best_epoch(self.record.rows) == epoch:
+            save_weights(self.record.path / "best.safetensors", tensors["network"], self.description)
         save_checkpoint(folder, Checkpoint(tensors, loop))
         to_go_on, to_replay = epochs_behind(self.config)
 

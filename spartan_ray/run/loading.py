@@ -127,14 +127,35 @@ def refuse_links(folder: Path) -> None:
             raise InputError(f"{entry}: neither a file nor a folder")
 
 
+# What may change when a run goes on: the digest of the images is compared by itself.
+MAY_CHANGE = {"run": {"keep", "keep_best", "epochs", "patience", "resume", "out", "name"}, "data": {"root"}}
+
+
+def as_decided(before: Config, now: Config) -> Config:
+    """A configuration with what it leaves open, which is none, as a run has decided it."""
+    sections = {}
+    for section in ("data", "parent", "evolution"):
+        decided, values = getattr(before, section), getattr(now, section)
+        open_ = [name for name, value in values if value is None]
+        sections[section] = values.model_copy(update={name: getattr(decided, name) for name in open_})
+    return now.model_copy(update=sections)
+
+
 def differences(before: Config, now: Config) -> list[str]:
-    """The fields that change what a run computes and differ: all but `cluster` and `run.keep`."""
+    """The fields that change what a run has computed and differ. Epochs may be added where the learning rate does not
+    depend on how many there are."""
     found = []
     for section in ("run", "data", "parent", "evolution"):
-        values, others = (getattr(config, section).model_dump(exclude={"keep"}) for config in (before, now))
+        values, others = (
+            getattr(config, section).model_dump(exclude=MAY_CHANGE.get(section)) for config in (before, now)
+        )
         found += [
             f"{section}.{name} was {value} and is {others[name]}"
             for name, value in values.items()
             if value != others[name]
         ]
+    if now.run.epochs < before.run.epochs:
+        found.append(f"run.epochs was {before.run.epochs} and is {now.run.epochs}: it can only be raised")
+    elif now.run.epochs > before.run.epochs and before.parent.schedule != "constant":
+        found.append(f"run.epochs was {before.run.epochs}, and parent.schedule {before.parent.schedule} depends on it")
     return found

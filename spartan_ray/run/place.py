@@ -34,16 +34,18 @@ class Place:
         self.failed = False
 
     @classmethod
-    def new(cls, out: str, name: str, pause: Callable[[float], object] = time.sleep) -> Place:
-        """A new run under a path or URL, with a number at its name when that is taken."""
+    def new(cls, out: str, name: str, only: bool = False, pause: Callable[[float], object] = time.sleep) -> Place:
+        """A new run under a path or URL, with a number at its name when that is taken; InputError with `only`."""
         if not is_url(out):
-            path = make_run_folder(Path(out), name)
+            path = make_run_folder(Path(out), name, only)
             return cls(str(path), path, lock_folder(path))
         for number in itertools.count(1):
             called = name if number == 1 else f"{name}-{number}"
             store = Store(f"{out}/{called}", pause)
             if not store.names() and store.create(lease_name(1), lease_content(0)):
                 return cls(store.url, _scratch(called), Lease(store, 1))
+            if only:
+                raise InputError(f"{store.url}: another process has just begun this run")
         raise AssertionError
 
     @classmethod
@@ -105,8 +107,8 @@ class Place:
         return found
 
 
-def make_run_folder(out: Path, name: str) -> Path:
-    """A new folder out/name, or out/name-2, ... when it is taken."""
+def make_run_folder(out: Path, name: str, only: bool = False) -> Path:
+    """A new folder out/name, or out/name-2, ... when it is taken; with `only` InputError then."""
     number = 1
     while True:
         folder = out / (name if number == 1 else f"{name}-{number}")
@@ -116,6 +118,8 @@ def make_run_folder(out: Path, name: str) -> Path:
         except FileExistsError as error:
             if not folder.exists():  # it is `out` that is there, as a file
                 raise InputError(f"run.out {out}: cannot make a run folder: {error}") from None
+            if only:
+                raise InputError(f"{folder}: another process has just begun this run") from None
             number += 1
         except OSError as error:
             raise InputError(f"run.out {out}: cannot make a run folder: {error}") from None
@@ -169,6 +173,11 @@ def reading(where: str, wanted: Callable[[str], bool] = lambda name: True) -> It
         raise InputError(str(error).replace(str(path), where)) from None
     finally:
         shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def exists(where: str) -> bool:
+    """Whether something is where a run would be."""
+    return bool(Store(where).names()) if is_url(where) else Path(where).exists()
 
 
 def in_report(name: str) -> bool:

@@ -22,7 +22,7 @@ from spartan_ray import __version__, origin
 from spartan_ray.engine.strategies.requests import Outcome
 from spartan_ray.errors import RunError
 from spartan_ray.run.checkpoint import MetricsState, write_whole
-from spartan_ray.run.config import Config
+from spartan_ray.run.config import Config, Run
 from spartan_ray.run.loading import dump_config
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "numba", "pandas")
@@ -104,6 +104,17 @@ class RunFolder:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk was said by what failed before
             self.tensorboard.close()
+
+
+def best_epoch(rows: list[Row]) -> int:
+    """The epoch of the highest validation accuracy, the first of several."""
+    return int(max(rows, key=lambda row: (row["validation_accuracy"], -row["epoch"]))["epoch"])
+
+
+def is_over(rows: list[Row], run: Run) -> bool:
+    """Whether a run with these rows has no epoch to come."""
+    epoch = len(rows)
+    return epoch >= run.epochs or bool(run.patience and rows and epoch - best_epoch(rows) >= run.patience)
 
 
 def phase_row(outcome: Outcome) -> Row:
