@@ -71,6 +71,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     resume.add_argument("run", type=place_of, metavar="RUN", help=RUN)
     resume.add_argument("--code", action="store_true", help=CODE)
     add_fields(resume, shown=("run.epochs", "run.keep", "run.keep_best", "data.root", "cluster"))
+    doctor = commands.add_parser(
+        "doctor",
+        help="see whether a run would start: nodes, devices, versions, noise, paths",
+        description="See whether `spartan train` with the same flags would start, and what it would run on.",
+    )
+    add_config(doctor)
     report = commands.add_parser("report", help="tables and pictures of one run, or of several compared")
     report.add_argument("runs", nargs="+", type=place_of, metavar="RUN", help=RUN)
     report.add_argument(
@@ -114,6 +120,10 @@ def _command() -> int:
             config = with_absolute_paths(take_config(arguments))
             place, finished = begun(config)
             return 0 if finished else run(config, place)
+        case "doctor":
+            from spartan_ray.cli.doctor import diagnose
+
+            return 0 if diagnose(with_absolute_paths(take_config(arguments))) else 1
         case "resume":
             return resume_run(arguments)
         case "report":
