@@ -233,7 +233,7 @@ class Driver:
         workers."""
         checkpoint = None
         if self.folder:
-            self.place = Place.existing(self.folder, self.patience, self.stopping.wait)
+            self.place = Place.existing(self.folder, self.patience, self.stopping.wait, self._note)
             self.at_end.callback(self.place.close)
             # One that goes on by itself may have been lost before its first checkpoint.
             if self.config.run.resume == "never" or epochs_kept(self.place.path / "checkpoints"):

@@ -49,13 +49,19 @@ class Place:
         raise AssertionError
 
     @classmethod
-    def existing(cls, where: str, patience: float, pause: Callable[[float], object] = time.sleep) -> Place:
+    def existing(
+        cls,
+        where: str,
+        patience: float,
+        pause: Callable[[float], object] = time.sleep,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> Place:
         """A run that goes on. Raises InputError when it is another process's, which may take `patience` seconds to let
-        go of a folder, and `LEASE_SECONDS` of a URL."""
+        go of a folder; of a URL it is seen in `LEASE_SECONDS`."""
         if not is_url(where):
             return cls(where, Path(where), lock_folder(Path(where), patience))
         store = Store(where, pause)
-        place = cls(where, _scratch(where.split("/")[-1]), Lease.take(store))
+        place = cls(where, _scratch(where.split("/")[-1]), Lease.take(store, note))
         try:
             fetch(store, place.path, lambda name: True)
         except BaseException:
@@ -92,9 +98,11 @@ class Place:
         if not self.failed:
             with contextlib.suppress(RunError):
                 self.push()
+        if self.failed:
+            self.lock.abandon()
+            return
         self.lock.release()
-        if not self.failed:
-            shutil.rmtree(self.path.parent, ignore_errors=True)
+        shutil.rmtree(self.path.parent, ignore_errors=True)
 
     def _files(self) -> dict[str, tuple[int, int]]:
         """What is to be sent, each with what changes when it does."""

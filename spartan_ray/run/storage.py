@@ -34,7 +34,8 @@ PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": 
 
 
 class Store:
-    """The files under a URL, by their names below it. What fails is tried again for about a minute."""
+    """The files under a URL, by their names below it. What fails is tried again for about a minute, or until `pause`,
+    which waits so many seconds, says that nobody wants to wait."""
 
     def __init__(self, url: str, pause: Callable[[float], object] = time.sleep) -> None:
         self.url, self.pause = url, pause
@@ -113,10 +114,9 @@ class Store:
             except PermissionError as error:
                 raise RunError(f"{self.url}/{name}: cannot {what}: {one_line(str(error))}") from None
             except Exception as error:  # each file system has errors of its own
-                if wait is None:
+                if wait is None or self.pause(wait):
                     said = one_line(f"{type(error).__name__}: {error}")
                     raise RunError(f"{self.url}/{name}: cannot {what}: {said}") from None
-                self.pause(wait)
         raise AssertionError
 
 
@@ -151,7 +151,7 @@ class Lease:
         self.thread.start()
 
     @classmethod
-    def take(cls, store: Store) -> Lease:
+    def take(cls, store: Store, note: Callable[[str], None] = lambda text: None) -> Lease:
         """The lease of a run, as soon as the last one is over. Raises InputError where that is renewed."""
         last = cls._last(store)
         seen = b""
@@ -164,8 +164,12 @@ class Lease:
                 holder = json.loads(content).get("holder", "unknown")
                 raise InputError(f"{store.url}: another process writes this run: {holder}")
             elif time.monotonic() < watched + LEASE_SECONDS:
+                if not seen:
+                    holder = json.loads(content).get("holder", "unknown")
+                    note(f"{store.url}: seeing for {LEASE_SECONDS:.0f} s whether {holder} still writes this run")
                 seen = content
-                store.pause(min(1.0, RENEW_SECONDS))
+                if store.pause(min(1.0, RENEW_SECONDS)):
+                    raise RunError(f"{store.url}: not waited for")
                 continue
             if store.create(lease_name(last + 1), lease_content(0)):
                 return cls(store, last + 1)
@@ -187,10 +191,14 @@ class Lease:
         if self._last(self.store) != self.number:
             raise RunError(f"{self.store.url}: another process has taken this run over")
 
+    def abandon(self) -> None:
+        """Renew it no more: it is over when that has been seen."""
+        self.ended.set()
+        self.thread.join(RENEW_SECONDS)
+
     def release(self) -> None:
         """Let the next one have it at once."""
-        self.ended.set()
-        self.thread.join()
+        self.abandon()
         with contextlib.suppress(RunError):
             self.store.write(lease_name(self.number), lease_content(0, released=True))
 
