@@ -22,6 +22,21 @@ def checked_name(field: str, known: tuple[str, ...], text: str) -> str:
     return text
 
 
+LOGGERS = ("tensorboard", "mlflow", "wandb")
+
+
+def logger_names(text: str) -> list[str]:
+    """The loggers that a value such as `tensorboard,mlflow` names."""
+    return [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
+
+
+def checked_loggers(field: str, text: str) -> str:
+    """The value of a field that names loggers. Raises InputError for another."""
+    for name in logger_names(text):
+        checked_name(field, LOGGERS, name)
+    return text
+
+
 def imported(field: str, text: str) -> Any:
     """The object that a field names. Raises InputError when there is none."""
     module, name = text.split(":")

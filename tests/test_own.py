@@ -39,12 +39,14 @@ import torch
 import spartan_ray as sr
 
 before = set(os.environ)
+seen = []
 result = sr.train(
     {"data": {"name": "digits", "sgd_images": 200, "evolution_images": 60, "validation_images": 60}},
     progress=False, run={"epochs": 4}, data={"image_size": 40},
     parent={"model": "mine:Small", "schedule": "cosine"},
-    evolution={"strategy": "mine:Halves", "every": 2, "population": 6},
+    evolution={"strategy": "mine:Halves", "every": 2, "population": 6}, callbacks=[seen.append],
 )
+assert [(row["epoch"], row["kind"]) for row in seen] == [(1, "sgd"), (2, "evolve"), (3, "sgd"), (4, "evolve")]
 assert not ray.is_initialized()
 assert not {name for name in os.environ if name.startswith("RAY_")} - before
 with sr.Population(torch.nn.Linear(2, 1), lambda network, case_N: network(torch.ones(len(case_N), 2))[:, 0], cases=3,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,30 @@ REFRESH_SECONDS = 0.5
 LINE_SECONDS = 15.0
 
 
-def follow(supervisor: Any, console: Console) -> None:
+# Is called with each row of metrics.jsonl.
+Callback = Callable[[dict[str, Any]], object]
+
+
+def follow(supervisor: Any, console: Console, callbacks: Sequence[Callback] = ()) -> None:
     """Show the run's progress until it ends: a live bar in a terminal, plain lines elsewhere."""
     show = _live_bar(console) if console.is_terminal or _in_notebook(console) else _plain_lines(console)
     with show as update:
         ended = False
         while not ended:
             ended, state = supervisor.watch(REFRESH_SECONDS)
-            say(console, supervisor)
+            say(console, supervisor, callbacks)
             update(state)
 
 
-def say(console: Console, supervisor: Any) -> None:
+def say(console: Console, supervisor: Any, callbacks: Sequence[Callback] = ()) -> None:
     """Print what the run has said, each line taken away when it is out: an interrupt loses none."""
     while supervisor.unsaid:
         said = supervisor.unsaid[0]
         line = said if isinstance(said, str) else _row_line(said, supervisor.config.run.epochs)
         _print(console, line)
         supervisor.unsaid.popleft()
+        for callback in callbacks if isinstance(said, dict) else ():
+            callback(said)
 
 
 def _print(console: Console, line: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from spartan_ray.cli.flags import with_absolute_paths
-from spartan_ray.cli.follow import follow
+from spartan_ray.cli.follow import Callback, follow
 from spartan_ray.cli.train import STOP_SECONDS, begun, check_paths
 from spartan_ray.distributed.address import ray_address
 from spartan_ray.distributed.start import join_ray
@@ -54,7 +54,11 @@ class Result:
 
 
 def train(
-    config: str | Path | Mapping[str, Any] | Config | None = None, *, progress: bool = True, **sections: Any
+    config: str | Path | Mapping[str, Any] | Config | None = None,
+    *,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    **sections: Any,
 ) -> Result:
     """Run what `spartan train` runs, to its end.
 
@@ -63,6 +67,8 @@ def train(
 
     config      a preset, a YAML file, a run folder, or sections of fields as in a file (default: the defaults)
     progress    show a progress bar in a terminal or a notebook, lines elsewhere
+    callbacks   functions that are called in this process with each row of `metrics`, a dict, as its epoch ends; what
+                one raises ends the run
     sections    fields that override those of the config: run, data, parent, evolution, cluster. A network or strategy
                 of your own is named: parent={"model": "my_module:Net"}
 
@@ -93,7 +99,7 @@ def train(
             leave = join_ray(chosen.cluster.address)
         supervisor = Supervisor(chosen, place)
         try:
-            follow(supervisor, console)
+            follow(supervisor, console, callbacks)
         except KeyboardInterrupt:
             supervisor.stop()
             supervisor.watch(STOP_SECONDS, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -19,10 +20,10 @@ from spartan_ray.cli.watchdog import watchdog
 from spartan_ray.distributed.address import ray_address
 from spartan_ray.distributed.start import reach_ray, start_ray
 from spartan_ray.errors import Diverged, InputError, RunError
-from spartan_ray.naming import imported, is_named
+from spartan_ray.naming import imported, is_named, logger_names
 from spartan_ray.run.checkpoint import epochs_kept
 from spartan_ray.run.config import Config
-from spartan_ray.run.loading import as_decided, differences, load_run_config, refuse_code
+from spartan_ray.run.loading import as_decided, differences, load_run_config, named_code, refuse_code
 from spartan_ray.section import is_url
 
 # Seconds that Ray may take to start, and a stopping run to stop.
@@ -207,6 +208,8 @@ def check_paths(config: Config, new: bool) -> None:
         from spartan_ray.vision.weights import read_weights
 
         read_weights(Path(config.parent.weights))
-    for field, name in (("parent.model", config.parent.model), ("evolution.strategy", config.evolution.strategy)):
-        if is_named(name):
-            imported(field, name)
+    for name in logger_names(config.run.loggers):
+        if not is_named(name) and importlib.util.find_spec(name) is None:
+            raise InputError(f"run.loggers {name}: not installed: pip install 'spartan-ray[{name}]'")
+    for field, name in named_code(config):
+        imported(field, name)

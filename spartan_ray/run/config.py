@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.engine.strategies.requests import CaseSet
-from spartan_ray.naming import SUBSPACES, checked_kind, checked_name, checked_ranges, is_named
+from spartan_ray.naming import SUBSPACES, checked_kind, checked_loggers, checked_name, checked_ranges, is_named
 from spartan_ray.noise.contract import NoiseKind
 from spartan_ray.section import Decay, Finite, NonNegativeFloat, PositiveFloat, Section, place_of
 from spartan_ray.vision.config import Data, Parent
@@ -38,6 +38,8 @@ class Run(Section):
     """End after so many epochs without a better validation accuracy (default: never)."""
     keep_best: bool = False
     """Keep the network of the best epoch by validation accuracy too, as best.safetensors."""
+    loggers: Annotated[str, AfterValidator(partial(checked_loggers, "run.loggers"))] = "tensorboard"
+    """Where the numbers of each epoch go too: tensorboard, mlflow, wandb, package.module:Name; several with commas."""
     keep: PositiveInt = 3
     """Checkpoints kept, one an epoch; those that replay needs come on top."""
     keep_parents: bool = True

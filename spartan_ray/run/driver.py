@@ -36,6 +36,7 @@ from spartan_ray.run.checkpoint import (
 from spartan_ray.run.config import Config
 from spartan_ray.run.esgd import Parents
 from spartan_ray.run.journal import write_journal
+from spartan_ray.run.loggers import make_loggers
 from spartan_ray.run.place import Place
 from spartan_ray.run.progress import Progress
 from spartan_ray.run.record import Row, RunFolder, best_epoch, is_over, phase_row
@@ -297,13 +298,17 @@ class Driver:
         }
         if checkpoint:
             self._restore(checkpoint)
-            self.record = RunFolder.reopen(self.place.path, config, devices, checkpoint.epoch, metrics)
+            loggers = make_loggers(self.place.path, self.place.where, config, checkpoint.epoch + 1)
+            self.record = RunFolder.reopen(
+                self.place.path, config, devices, checkpoint.epoch, metrics, loggers, self._note
+            )
         else:
             if not self.folder:
                 only = config.run.resume == "auto"
                 self.place = Place.new(config.run.out, config.run.name, only, self.stopping.wait)
                 self.at_end.callback(self.place.close)
-            self.record = RunFolder.create(self.place.path, config, devices)
+            loggers = make_loggers(self.place.path, self.place.where, config, 1)
+            self.record = RunFolder.create(self.place.path, config, devices, loggers, self._note)
         self.at_end.callback(self.record.close)
         self.log = self.record.log
         for text in self.unlogged:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from spartan_ray.errors import InputError
-from spartan_ray.naming import is_named
+from spartan_ray.naming import is_named, logger_names
 from spartan_ray.run.config import Config
 from spartan_ray.section import perhaps
 
@@ -55,9 +55,15 @@ def load_run_config(folder: Path) -> Config:
 
 def refuse_code(folder: Path, config: Config, hint: str) -> None:
     """Raises InputError for a run folder whose configuration names code, since to read a folder runs none."""
-    for name in (config.parent.model, config.evolution.strategy):
-        if is_named(name):
-            raise InputError(f"{folder}: its configuration names code, {name}, which would be run: {hint}")
+    for _, name in named_code(config):
+        raise InputError(f"{folder}: its configuration names code, {name}, which would be run: {hint}")
+
+
+def named_code(config: Config) -> list[tuple[str, str]]:
+    """The fields that name code of the user's own, and what they name."""
+    fields = [("parent.model", config.parent.model), ("evolution.strategy", config.evolution.strategy)]
+    fields += [("run.loggers", name) for name in logger_names(config.run.loggers)]
+    return [(field, name) for field, name in fields if is_named(name)]
 
 
 def _parse(text: str, source: str) -> Config:
@@ -128,7 +134,7 @@ def refuse_links(folder: Path) -> None:
 
 
 # What may change when a run goes on: the digest of the images is compared by itself.
-MAY_CHANGE = {"run": {"keep", "keep_best", "epochs", "patience", "resume", "out", "name"}, "data": {"root"}}
+MAY_CHANGE = {"run": {"keep", "keep_best", "epochs", "patience", "resume", "loggers", "out", "name"}, "data": {"root"}}
 
 
 def as_decided(before: Config, now: Config) -> Config:

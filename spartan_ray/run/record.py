@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -10,13 +11,13 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.tensorboard import SummaryWriter
 
 from spartan_ray import __version__, origin
 from spartan_ray.engine.strategies.requests import Outcome
@@ -24,8 +25,10 @@ from spartan_ray.errors import RunError
 from spartan_ray.run.checkpoint import MetricsState, write_whole
 from spartan_ray.run.config import Config, Run
 from spartan_ray.run.loading import dump_config
+from spartan_ray.run.loggers import Logger
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "numba", "pandas")
+
 
 Row = dict[str, Any]
 
@@ -33,25 +36,42 @@ Row = dict[str, Any]
 class RunFolder:
     """A run folder that this process writes, made by `create` or `reopen`."""
 
-    def __init__(self, path: Path, first_epoch: int = 1) -> None:
+    def __init__(self, path: Path, loggers: Sequence[tuple[str, Logger]], note: Callable[[str], None]) -> None:
         self.path = path
-        self.tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=first_epoch)
+        self.loggers, self.note = list(loggers), note
         self.rows: list[Row] = []
         self.began, self.seconds_before = time.monotonic(), 0.0  # of the run, before this process
         self.metrics_bytes = 0
         self.metrics_hash = hashlib.sha256()
 
     @classmethod
-    def create(cls, path: Path, config: Config, devices: dict[str, Any]) -> RunFolder:
-        """A new run's, in an empty folder. `devices` is what environment.json says of driver and workers."""
-        folder = cls(path)
+    def create(
+        cls,
+        path: Path,
+        config: Config,
+        devices: dict[str, Any],
+        loggers: Sequence[tuple[str, Logger]] = (),
+        note: Callable[[str], None] = print,
+    ) -> RunFolder:
+        """A new run's, in an empty folder. `devices` is what environment.json says of driver and workers, `note` takes
+        one-line messages."""
+        folder = cls(path, loggers, note)
         folder._describe(config, environment() | devices)
         return folder
 
     @classmethod
-    def reopen(cls, path: Path, config: Config, devices: dict[str, Any], epoch: int, metrics: bytes) -> RunFolder:
+    def reopen(
+        cls,
+        path: Path,
+        config: Config,
+        devices: dict[str, Any],
+        epoch: int,
+        metrics: bytes,
+        loggers: Sequence[tuple[str, Logger]] = (),
+        note: Callable[[str], None] = print,
+    ) -> RunFolder:
         """The folder of a run that goes on after an epoch, with what metrics.jsonl was then."""
-        folder = cls(path, epoch + 1)
+        folder = cls(path, loggers, note)
         folder.metrics_hash.update(metrics)
         folder.metrics_bytes = len(metrics)
         folder.rows = [json.loads(line) for line in metrics.splitlines()]
@@ -82,15 +102,22 @@ class RunFolder:
                 lines.write(line)
                 lines.flush()
                 os.fsync(lines.fileno())
-            for key, value in row.items():
-                if isinstance(value, (int, float)) and key != "epoch":
-                    self.tensorboard.add_scalar(key, value, row["epoch"])
         except OSError as error:
             raise RunError(f"{self.path}: the record cannot be written: {error.strerror}") from None
         self.metrics_hash.update(line)
         self.metrics_bytes += len(line)
         self.rows.append(row)
+        for name, logger in list(self.loggers):
+            self._attempt(name, functools.partial(logger.log, row), logger)
         return row
+
+    def _attempt(self, name: str, action: Callable[[], None], logger: Logger) -> None:
+        """A logger that fails is left, and ends nothing else."""
+        try:
+            action()
+        except Exception as error:
+            self.loggers.remove((name, logger))
+            self.note(f"run.loggers {name} gets nothing more: {type(error).__name__}: {error}")
 
     def log(self, text: str) -> None:
         """Append a line to log.txt: what was said of the run, and when. A full disk is said by what must be written."""
@@ -102,8 +129,8 @@ class RunFolder:
         return MetricsState(bytes=self.metrics_bytes, sha256=self.metrics_hash.hexdigest())
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk was said by what failed before
-            self.tensorboard.close()
+        for name, logger in list(self.loggers):
+            self._attempt(name, logger.close, logger)
 
 
 def best_epoch(rows: list[Row]) -> int:

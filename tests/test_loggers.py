@@ -1,0 +1,117 @@
+"""Where the rows of a run go: TensorBoard, MLflow and Weights & Biases without a network, and a logger of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from spartan_ray.errors import InputError
+from spartan_ray.run.config import Config, Run
+from spartan_ray.run.loggers import make_loggers
+from spartan_ray.run.record import RunFolder
+
+
+class Kept:
+    """A logger of one's own, which fails when it is told to."""
+
+    made: ClassVar[list[Kept]] = []
+
+    def __init__(self, folder: Path, place: str, config: Config, first_epoch: int) -> None:
+        self.about, self.rows, self.closed = (
+            (folder, place, config.run.seed, first_epoch),
+            list[dict[str, Any]](),
+            False,
+        )
+        self.made.append(self)
+
+    def log(self, row: dict[str, Any]) -> None:
+        if row["epoch"] == 2:
+            raise ConnectionError("the server\nis away")
+        self.rows.append(row)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def written(folder: Path, loggers: str, epochs: range, first_epoch: int = 1) -> list[str]:
+    """What was said by a run with these loggers and epochs."""
+    notes: list[str] = []
+    config = Config(run=Run(loggers=loggers, seed=7))
+    folder.mkdir(exist_ok=True)
+    made = make_loggers(folder, f"s3://bucket/{folder.name}", config, first_epoch)
+    record = RunFolder.create(folder, config, {}, made, notes.append)
+    for epoch in epochs:
+        record.append({"epoch": epoch, "kind": "sgd", "train_loss": 1 / epoch, "accepted": True, "note": None})
+    record.close()
+    return notes
+
+
+def test_tensorboard_has_the_numbers_of_each_epoch_and_not_those_that_a_run_took_back(tmp_path: Path) -> None:
+    assert written(tmp_path / "run", "tensorboard", range(1, 5)) == []
+    assert written(tmp_path / "run", "tensorboard", range(3, 6), first_epoch=3) == []
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [
+        (epoch, pytest.approx(1 / epoch)) for epoch in range(1, 6)
+    ]
+    assert "epoch" not in events.Tags()["scalars"]
+
+
+def test_mlflow_has_the_configuration_and_one_run_for_what_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
+    assert written(tmp_path / "run", "mlflow", range(1, 3)) == []
+    assert written(tmp_path / "run", "mlflow", range(3, 5), first_epoch=3) == []
+    assert written(tmp_path / "other", "mlflow", range(1, 2)) == []
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("theirs").experiment_id
+    run, other = sorted(client.search_runs([experiment]), key=lambda run: str(run.info.run_name), reverse=True)
+    assert (run.info.run_name, other.info.run_name, run.info.status) == ("run", "other", "FINISHED")
+    assert run.data.params["run.seed"] == "7"
+    history = client.get_metric_history(run.info.run_id, "train_loss")
+    assert [(metric.step, metric.value) for metric in history] == [(epoch, 1 / epoch) for epoch in range(1, 5)]
+
+
+def test_wandb_keeps_what_it_would_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    assert written(tmp_path / "run", "wandb", range(1, 3)) == []
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_one_s_own_gets_the_rows_and_one_that_fails_ends_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Kept, "made", [])
+    notes = written(tmp_path / "run", "test_loggers:Kept, test_loggers:Kept,tensorboard", range(1, 4))
+    said = "run.loggers test_loggers:Kept gets nothing more: ConnectionError: the server\nis away"
+    assert notes == [said, said]
+    assert [kept.about for kept in Kept.made] == [(tmp_path / "run", "s3://bucket/run", 7, 1)] * 2
+    assert [[row["epoch"] for row in kept.rows] for kept in Kept.made] == [[1], [1]]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("train_loss")) == 3
+
+    assert written(tmp_path / "two", "test_loggers:Kept", range(3, 5)) == []
+    assert Kept.made[-1].closed
+
+
+def test_a_logger_that_cannot_be_is_one_line_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"^run\.loggers \('tensorbord'\): expected tensorboard, mlflow, wandb, or"):
+        Run(loggers="tensorbord")
+    assert make_loggers(tmp_path, "x", Config(run=Run(loggers="none")), 1) == []
+    monkeypatch.setitem(__import__("sys").modules, "mlflow", None)
+    with pytest.raises(InputError, match=r"^run\.loggers mlflow: .*pip install 'spartan-ray\[mlflow\]'$"):
+        make_loggers(tmp_path, "x", Config(run=Run(loggers="mlflow")), 1)
+    with pytest.raises(InputError, match=r"^run\.loggers \(test_loggers:Absent\): "):
+        make_loggers(tmp_path, "x", Config(run=Run(loggers="test_loggers:Absent")), 1)
