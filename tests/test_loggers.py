@@ -93,7 +93,7 @@ def test_one_s_own_gets_the_rows_and_one_that_fails_ends_nothing_else(
 ) -> None:
     monkeypatch.setattr(Kept, "made", [])
     notes = written(tmp_path / "run", "test_loggers:Kept, test_loggers:Kept,tensorboard", range(1, 4))
-    said = "run.loggers test_loggers:Kept gets nothing more: ConnectionError: the server\nis away"
+    said = "test_loggers:Kept gets no more rows: ConnectionError: the server\nis away"
     assert notes == [said, said]
     assert [kept.about for kept in Kept.made] == [(tmp_path / "run", "s3://bucket/run", 7, 1)] * 2
     assert [[row["epoch"] for row in kept.rows] for kept in Kept.made] == [[1], [1]]

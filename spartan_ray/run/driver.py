@@ -36,7 +36,7 @@ from spartan_ray.run.checkpoint import (
 from spartan_ray.run.config import Config
 from spartan_ray.run.esgd import Parents
 from spartan_ray.run.journal import write_journal
-from spartan_ray.run.loggers import make_loggers
+from spartan_ray.run.loggers import Logger, make_loggers
 from spartan_ray.run.place import Place
 from spartan_ray.run.progress import Progress
 from spartan_ray.run.record import Row, RunFolder, best_epoch, is_over, phase_row
@@ -48,6 +48,7 @@ from spartan_ray.run.setup import (
     make_strategy,
     refuse_sets,
 )
+from spartan_ray.run.telemetry import Telemetry
 from spartan_ray.vision.averaging import Average
 from spartan_ray.vision.classification import Normaliser, score
 from spartan_ray.vision.data import load_splits
@@ -298,7 +299,7 @@ class Driver:
         }
         if checkpoint:
             self._restore(checkpoint)
-            loggers = make_loggers(self.place.path, self.place.where, config, checkpoint.epoch + 1)
+            loggers = self._loggers(checkpoint.epoch + 1)
             self.record = RunFolder.reopen(
                 self.place.path, config, devices, checkpoint.epoch, metrics, loggers, self._note
             )
@@ -307,7 +308,7 @@ class Driver:
                 only = config.run.resume == "auto"
                 self.place = Place.new(config.run.out, config.run.name, only, self.stopping.wait)
                 self.at_end.callback(self.place.close)
-            loggers = make_loggers(self.place.path, self.place.where, config, 1)
+            loggers = self._loggers(1)
             self.record = RunFolder.create(self.place.path, config, devices, loggers, self._note)
         self.at_end.callback(self.record.close)
         self.log = self.record.log
@@ -331,6 +332,11 @@ class Driver:
             )
         if checkpoint:
             self._note(f"going on after epoch {checkpoint.epoch}")
+
+    def _loggers(self, first_epoch: int) -> list[tuple[str, Logger]]:
+        """What takes the rows of the run."""
+        own = make_loggers(self.place.path, self.place.where, self.config, first_epoch)
+        return [*own, ("Ray's metrics", Telemetry(self.config.run.name, self.place.where))]
 
     def _start_workers(self, spec: EvaluatorSpec) -> Pool:
         cluster = self.config.cluster

@@ -117,7 +117,7 @@ class RunFolder:
             action()
         except Exception as error:
             self.loggers.remove((name, logger))
-            self.note(f"run.loggers {name} gets nothing more: {type(error).__name__}: {error}")
+            self.note(f"{name} gets no more rows: {type(error).__name__}: {error}")
 
     def log(self, text: str) -> None:
         """Append a line to log.txt: what was said of the run, and when. A full disk is said by what must be written."""
