@@ -17,9 +17,10 @@ SHOWS: dict[str, Callable[..., bool]] = {
     "f1": lambda before, after: after > before - 0.02 and after > 0.75,
     "transformer": lambda before, after: after > before - 0.03,  # a few of 200; what it evolved on is below
     "lightning_digits": lambda accuracy, steps, phases: accuracy > 0.88 and (steps, phases) == (500, 5),
+    "tune": lambda sigma, accuracy, epochs: sigma in (0.001, 0.02) and accuracy > 0.5 and epochs == 8,
     "cartpole": lambda mean, episodes, seconds: mean >= 475 and episodes == 100,
 }
-ON_RAY = ("transformer", "cartpole")
+ON_RAY = ("transformer", "cartpole", "tune")
 
 
 def test_every_example_is_short_and_tried() -> None:
