@@ -38,7 +38,8 @@ tuner = tune.Tuner(
 )
 results = tuner.fit()
 best = results.get_best_result()
-assert best.config and best.metrics
+assert best.config
+assert best.metrics
 epochs = sum(len(result.metrics_dataframe) for result in results if result.metrics_dataframe is not None)
 ray.shutdown()
 print(f"sigma {best.config['sigma']}: validation accuracy {best.metrics['accuracy']:.3f}; {epochs} epochs in all")
