@@ -396,6 +396,8 @@ def test_run_folders_are_never_shared(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"run\.out"):
         make_run_folder(tmp_path / "file", "x")
+    with pytest.raises(InputError, match=r"a/b/x: another process has just begun this run$"):
+        make_run_folder(tmp_path / "a" / "b", "x", only=True)
 
 
 def test_json_has_no_word_for_nan(small_config: Config, tmp_path: Path) -> None:
@@ -468,8 +470,9 @@ def test_the_same_command_begins_a_run_goes_on_and_is_finished(
     assert begun(config) == (None, False)
     whole, _ = run_here(config)
     assert whole == tmp_path / "again"
-    with pytest.raises(InputError, match=r"again: another process has just begun this run$"):
-        run_here(config)
+    final = (whole / "final.safetensors").read_bytes()
+    assert run_here(config)[0] == whole
+    assert (whole / "final.safetensors").read_bytes() == final
     assert begun(config) == (str(whole), True)
     assert begun(change(config, run={"epochs": 4})) == (str(whole), False)
     with pytest.raises(InputError, match=r"again: only .* may change on resume: run\.seed was 0 and is 1$"):

@@ -37,7 +37,7 @@ from spartan_ray.run.config import Config
 from spartan_ray.run.esgd import Parents
 from spartan_ray.run.journal import write_journal
 from spartan_ray.run.loggers import Logger, make_loggers
-from spartan_ray.run.place import Place
+from spartan_ray.run.place import Place, exists
 from spartan_ray.run.progress import Progress
 from spartan_ray.run.record import Row, RunFolder, best_epoch, is_over, phase_row
 from spartan_ray.run.setup import (
@@ -233,12 +233,14 @@ class Driver:
     def _set_up(self) -> None:
         """Load the data, make the parent and the run folder or take them from a checkpoint, start the
         workers."""
-        checkpoint = None
+        checkpoint, run = None, self.config.run
+        if run.resume == "auto" and exists(f"{run.out}/{run.name}"):  # perhaps begun by a driver that was lost
+            self.folder = f"{run.out}/{run.name}"
         if self.folder:
             self.place = Place.existing(self.folder, self.patience, self.stopping.wait, self._note)
             self.at_end.callback(self.place.close)
             # One that goes on by itself may have been lost before its first checkpoint.
-            if self.config.run.resume == "never" or epochs_kept(self.place.path / "checkpoints"):
+            if run.resume == "never" or epochs_kept(self.place.path / "checkpoints"):
                 checkpoint, metrics = latest_checkpoint(
                     self.place.path, self._note, lambda config: epochs_behind(config)[0]
                 )
