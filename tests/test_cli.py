@@ -75,6 +75,10 @@ def test_train_and_report(tmp_path: Path) -> None:
         (["report", "nosuch://bucket/x"], "nosuch://bucket/x: Protocol not known: nosuch"),
         (["report", "memory://bucket/x"], "memory://bucket/x: there is no run"),
         (["report", "runs/x", "-o", "s3://bucket/x"], "-o (s3://bucket/x) is a URL"),
+        (["submit", *SMALL], "run.out (runs): a job has a working directory of its own: give an absolute path"),
+        (["submit", "--run.out", "/x"], "data.root (not given): a job has a working directory of its own"),
+        (["submit", *SMALL, "--run.out", "/x", "--parent.model", "mine:Small"], "mine:Small is code of your own: give"),
+        (["submit", *SMALL, "--run.out", "/x", "--address", "http://127.0.0.1:1"], "--address http://127.0.0.1:1: "),
         (["resume", "nosuch://bucket/x"], "nosuch://bucket/x: Protocol not known: nosuch"),
         (["replay", "memory://bucket/x", "--verify"], "memory://bucket/x: there is no run"),
         (
@@ -269,3 +273,12 @@ def test_a_ray_job_does_the_same_as_a_local_run(local_ray: None, ray_head: Head,
     assert known["versions"]["spartan-ray"] == spartan_ray.__version__
     local, _ = run_here(change(load_config(str(job)), run={"out": str(tmp_path / "local")}))
     assert same_result(local, job)
+
+    out = ["--run.out", str(tmp_path / "sent")]
+    sent = spartan("submit", "--follow", *flags, *out, cwd=tmp_path, **ray_head.environment)
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    assert "epoch 2/2 evolve" in sent.stdout
+    assert f"go on:   spartan resume {tmp_path}/sent/job, or" in sent.stdout
+    assert same_result(tmp_path / "sent" / "job", job)
+    failed = spartan("submit", "--follow", *flags, *out, "--cluster.workers", "9", cwd=tmp_path, **ray_head.environment)
+    assert failed.returncode == 2, failed.stdout + failed.stderr

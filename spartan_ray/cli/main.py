@@ -71,6 +71,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     resume.add_argument("run", type=place_of, metavar="RUN", help=RUN)
     resume.add_argument("--code", action="store_true", help=CODE)
     add_fields(resume, shown=("run.epochs", "run.keep", "run.keep_best", "data.root", "cluster"))
+    submit = commands.add_parser(
+        "submit",
+        help="train as a job of a Ray that is running",
+        description="Submit `spartan train` with the same flags as a job. The package goes along; every node needs "
+        "what it depends on. --run.out and --data.root are absolute paths there, or URLs.",
+    )
+    submit.add_argument(
+        "--address", metavar="URL", help="of Ray's dashboard (default: RAY_API_SERVER_ADDRESS, or port 8265 here)"
+    )
+    submit.add_argument(
+        "--code", type=_path("--code"), metavar="DIR", help="a folder with modules of your own, sent along"
+    )
+    submit.add_argument("--follow", action="store_true", help="show what the job prints, and end as it does")
+    add_config(submit)
     doctor = commands.add_parser(
         "doctor",
         help="see whether a run would start: nodes, devices, versions, noise, paths",
@@ -120,6 +134,10 @@ def _command() -> int:
             config = with_absolute_paths(take_config(arguments))
             place, finished = begun(config)
             return 0 if finished else run(config, place)
+        case "submit":
+            from spartan_ray.cli.submit import submit
+
+            return submit(take_config(arguments), arguments.address, arguments.code, arguments.follow)
         case "doctor":
             from spartan_ray.cli.doctor import diagnose
 

@@ -1,0 +1,78 @@
+"""`spartan submit`: a run as a job of a Ray that is running, which needs neither this package nor its repository."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import spartan_ray
+from spartan_ray.errors import InputError, one_line
+from spartan_ray.run.config import Config
+from spartan_ray.run.loading import dump_config, named_code
+from spartan_ray.section import is_url
+
+ADDRESS = "http://127.0.0.1:8265"
+# Of what is sent to the nodes with the job.
+EXCLUDED = ["__pycache__", "*.pyc", ".git", ".venv", "runs", "data"]
+
+
+def submit(config: Config, address: str | None, code: Path | None, follow: bool) -> int:
+    """Submit a run, and say its id and how to go on; with `follow` show what it prints, and answer its exit code."""
+    _refuse_paths(config)
+    if named_code(config) and code is None:
+        raise InputError(f"{named_code(config)[0][1]} is code of your own: give its folder with --code")
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    with tempfile.TemporaryDirectory() as folder:
+        # What runs is this configuration, whatever becomes of the file that it was read from.
+        if code:
+            shutil.copytree(code, folder, ignore=shutil.ignore_patterns(*EXCLUDED), dirs_exist_ok=True)
+        (Path(folder) / "config.yaml").write_text(dump_config(config))
+        package = str(Path(spartan_ray.__file__).parent)
+        environment: dict[str, Any] = {"working_dir": folder, "py_modules": [package], "excludes": EXCLUDED}
+        command = ["python", "-m", "spartan_ray", "train", "--config", "config.yaml"]
+        try:
+            client = JobSubmissionClient(address)
+            job = client.submit_job(
+                entrypoint=shlex.join(command), runtime_env=environment, metadata={"spartan_run": config.run.name}
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InputError(f"--address {address}: {one_line(str(error))}") from None
+    at = "" if address == ADDRESS else f" --address {address}"
+    print(f"{job}: submitted")
+    print(f"follow:  ray job logs{at} --follow {job}\nstop:    ray job stop{at} {job}")
+    print(f"go on:   spartan resume {config.run.out}/{config.run.name}, or submit it again with --run.resume auto")
+    if not follow:
+        return 0
+
+    async def show() -> None:
+        async for text in client.tail_job_logs(job):
+            print(text, end="", flush=True)
+
+    asyncio.run(show())
+    info = client.get_job_info(job)
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    code_ = info.driver_exit_code
+    return code_ if code_ is not None and code_ > 0 else 1
+
+
+def _refuse_paths(config: Config) -> None:
+    """Raises InputError for a path that would be another one on the cluster."""
+    paths = {"run.out": config.run.out}
+    if config.data.name != "digits":
+        paths["data.root"] = config.data.root or ""
+    if config.parent.weights not in ("none", "imagenet"):
+        paths["parent.weights"] = config.parent.weights
+    for field, path in paths.items():
+        if not is_url(path) and not Path(path).is_absolute():
+            raise InputError(
+                f"{field} ({path or 'not given'}): a job has a working directory of its own: give an absolute path"
+            )
