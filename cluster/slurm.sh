@@ -23,7 +23,7 @@ trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 on() {
     local node=$1
     shift
-    srun --nodes=1 --ntasks=1 --overlap --nodelist="$node" "$@"
+    srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --overlap --nodelist="$node" "$@"
 }
 start() {
     on "$1" "$python" -m ray.scripts.scripts start "${@:2}" \
@@ -36,8 +36,11 @@ while read -r node; do
 done < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 wait_for='import ray, sys; ray.init(sys.argv[1], log_to_driver=False); sys.exit(len(ray.nodes()) < int(sys.argv[2]))'
-for _ in {1..60}; do
-    on "$head" "$python" -c "$wait_for" "$head:$port" "$SLURM_NNODES" 2>/dev/null && break
+until on "$head" "$python" -c "$wait_for" "$head:$port" "$SLURM_NNODES" 2>/dev/null; do
+    if ((SECONDS > 600)); then
+        echo "slurm.sh: not all $SLURM_NNODES nodes are there after ten minutes" >&2
+        exit 1
+    fi
     sleep 2
 done
 on "$head" "$python" -m spartan_ray train --cluster.address "$head:$port" --run.resume auto "$@"

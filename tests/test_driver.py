@@ -20,7 +20,7 @@ from ray.exceptions import RayTaskError
 from safetensors.torch import load_file
 from whole_runs import change, metrics, outcome, run_here, same_result, thresholds_of
 
-from spartan_ray.cli.train import begun
+from spartan_ray.cli.train import begun, is_finished
 from spartan_ray.engine.draws import draw_cases
 from spartan_ray.engine.flat import FlatModel
 from spartan_ray.errors import Diverged, InputError
@@ -426,10 +426,32 @@ def test_epochs_may_be_added_to_a_run(local_ray: None, small_config: Config) -> 
     assert load_config(str(short)).run.epochs == 5
 
 
+def test_a_run_whose_added_epochs_were_not_finished_is_not_finished(
+    local_ray: None, small_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost after its last checkpoint: what was the end of the shorter run is none."""
+    folder, _ = run_here(change(small_config, run={"epochs": 2}))
+    longer = change(load_config(str(folder)), run={"epochs": 3})
+    assert is_finished(str(folder), load_config(str(folder)))
+    with monkeypatch.context() as patched:
+        patched.setattr(driver.Driver, "_finish", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_here(longer, folder=folder)
+    assert not is_finished(str(folder), longer)
+    run_here(longer, folder=folder)
+    assert is_finished(str(folder), longer)
+    final, last = (load_file(folder / name) for name in ("final.safetensors", "checkpoints/epoch-000003.safetensors"))
+    assert all(torch.equal(final[name], last[name]) for name in last)
+
+
 def test_epochs_are_raised_and_only_where_the_learning_rate_does_not_depend_on_them() -> None:
     before = Config(run=Run(epochs=5, keep=2, out="/there", name="one"))
-    may = change(before, run={"epochs": 9, "keep": 1, "out": "/here", "patience": 3}, data={"root": "/elsewhere"})
+    may = change(before, run={"epochs": 9, "keep": 1, "out": "/here"}, data={"root": "/elsewhere"})
     assert differences(before, may) == []
+    patient = change(before, run={"patience": 3})
+    assert differences(patient, change(patient, run={"patience": None})) == []
+    less = ["run.patience was None and is 3: it can only be raised"]
+    assert differences(before, patient) == less
     assert differences(before, change(before, run={"epochs": 4})) == [
         "run.epochs was 5 and is 4: it can only be raised"
     ]
@@ -475,8 +497,13 @@ def test_the_same_command_begins_a_run_goes_on_and_is_finished(
     assert (whole / "final.safetensors").read_bytes() == final
     assert begun(config) == (str(whole), True)
     assert begun(change(config, run={"epochs": 4})) == (str(whole), False)
-    with pytest.raises(InputError, match=r"again: only .* may change on resume: run\.seed was 0 and is 1$"):
-        begun(change(config, run={"seed": 1}))
+    for wrong, said in (
+        ({"run": {"seed": 1}}, r"run\.seed was 0 and is 1"),
+        ({"evolution": {"fitness_images": None}}, r"evolution\.fitness_images was \d+ and is None"),
+    ):
+        for what in (begun, run_here):  # the program asks before Ray starts, and the driver again
+            with pytest.raises(InputError, match=rf"again: only .* may change on resume: {said}$"):
+                what(change(config, **wrong))
 
     lost = tmp_path / "elsewhere" / "again"
     shutil.copytree(whole, lost)
@@ -486,6 +513,18 @@ def test_the_same_command_begins_a_run_goes_on_and_is_finished(
     assert begun(there) == (str(lost), False)
     run_here(there, folder=lost)
     assert same_result(lost, whole)
+
+    # A copy is a run of its own, whatever its configuration says of where it is.
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    digests = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    run_here(change(load_config(str(copy)), run={"epochs": 4}), folder=copy)
+    assert len((copy / "metrics.jsonl").read_text().splitlines()) == 4
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == digests
+
+    # With a record and no checkpoint there is nothing to begin.
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(InputError, match=r"copy: has metrics\.jsonl and no checkpoint to go on from"):
+        run_here(change(config, run={"name": "copy"}))
 
     # Lost before the first checkpoint: there is a folder, with nothing to go on from.
     shutil.rmtree(lost)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from spartan_ray.errors import InputError
 from spartan_ray.run.config import Config, Run
-from spartan_ray.run.loggers import make_loggers
+from spartan_ray.run.loading import refuse_links
+from spartan_ray.run.loggers import About, make_loggers
 from spartan_ray.run.record import RunFolder
 
 
@@ -19,12 +21,9 @@ class Kept:
 
     made: ClassVar[list[Kept]] = []
 
-    def __init__(self, folder: Path, place: str, config: Config, first_epoch: int) -> None:
-        self.about, self.rows, self.closed = (
-            (folder, place, config.run.seed, first_epoch),
-            list[dict[str, Any]](),
-            False,
-        )
+    def __init__(self, about: About) -> None:
+        self.about, self.closed = about, False
+        self.rows: list[dict[str, Any]] = []
         self.made.append(self)
 
     def log(self, row: dict[str, Any]) -> None:
@@ -36,12 +35,16 @@ class Kept:
         self.closed = True
 
 
+def about(folder: Path, config: Config, first_epoch: int = 1) -> About:
+    return About(folder, f"s3://bucket/{folder.name}", f"id-of-{folder.name}", config, first_epoch)
+
+
 def written(folder: Path, loggers: str, epochs: range, first_epoch: int = 1) -> list[str]:
     """What was said by a run with these loggers and epochs."""
     notes: list[str] = []
     config = Config(run=Run(loggers=loggers, seed=7))
     folder.mkdir(exist_ok=True)
-    made = make_loggers(folder, f"s3://bucket/{folder.name}", config, first_epoch)
+    made = make_loggers(about(folder, config, first_epoch), notes.append)
     record = RunFolder.create(folder, config, {}, made, notes.append)
     for epoch in epochs:
         record.append({"epoch": epoch, "kind": "sgd", "train_loss": 1 / epoch, "accepted": True, "note": None})
@@ -83,9 +86,10 @@ def test_wandb_keeps_what_it_would_send(tmp_path: Path, monkeypatch: pytest.Monk
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     assert written(tmp_path / "run", "wandb", range(1, 3)) == []
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-id-of-run.wandb"))
+    refuse_links(tmp_path / "run")  # nothing of theirs is in the run folder
 
 
 def test_one_s_own_gets_the_rows_and_one_that_fails_ends_nothing_else(
@@ -95,7 +99,9 @@ def test_one_s_own_gets_the_rows_and_one_that_fails_ends_nothing_else(
     notes = written(tmp_path / "run", "test_loggers:Kept, test_loggers:Kept,tensorboard", range(1, 4))
     said = "test_loggers:Kept gets no more rows: ConnectionError: the server\nis away"
     assert notes == [said, said]
-    assert [kept.about for kept in Kept.made] == [(tmp_path / "run", "s3://bucket/run", 7, 1)] * 2
+    first, second = (kept.about for kept in Kept.made)
+    assert first == second == about(tmp_path / "run", first.config)
+    assert first.config.run.seed == 7
     assert [[row["epoch"] for row in kept.rows] for kept in Kept.made] == [[1], [1]]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
@@ -109,9 +115,18 @@ def test_one_s_own_gets_the_rows_and_one_that_fails_ends_nothing_else(
 def test_a_logger_that_cannot_be_is_one_line_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"^run\.loggers \('tensorbord'\): expected tensorboard, mlflow, wandb, or"):
         Run(loggers="tensorbord")
-    assert make_loggers(tmp_path, "x", Config(run=Run(loggers="none")), 1) == []
-    monkeypatch.setitem(__import__("sys").modules, "mlflow", None)
+
+    def make(loggers: str, first_epoch: int = 1) -> tuple[int, list[str]]:
+        notes: list[str] = []
+        return len(make_loggers(about(tmp_path, Config(run=Run(loggers=loggers)), first_epoch), notes.append)), notes
+
+    assert make("none") == (0, [])
+    monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(InputError, match=r"^run\.loggers mlflow: .*pip install 'spartan-ray\[mlflow\]'$"):
-        make_loggers(tmp_path, "x", Config(run=Run(loggers="mlflow")), 1)
+        make("mlflow")
     with pytest.raises(InputError, match=r"^run\.loggers \(test_loggers:Absent\): "):
-        make_loggers(tmp_path, "x", Config(run=Run(loggers="test_loggers:Absent")), 1)
+        make("test_loggers:Absent")
+    # In a run that goes on it does not matter so much.
+    made, (note,) = make("tensorboard,mlflow", first_epoch=3)
+    assert made == 1
+    assert note.startswith("run.loggers mlflow: ")

@@ -14,7 +14,7 @@ from object_store import BUCKET, ObjectStore, object_store
 
 from spartan_ray.errors import InputError, RunError
 from spartan_ray.run import storage
-from spartan_ray.run.place import Place, fetch, in_report, reading
+from spartan_ray.run.place import Place, fetch, in_report, last_epoch, reading
 from spartan_ray.run.storage import Lease, Store
 
 URL = f"s3://{BUCKET}/runs"
@@ -27,11 +27,12 @@ def server() -> Iterator[ObjectStore]:
 
 
 @pytest.fixture(autouse=True)
-def s3(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+def s3(server: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ObjectStore]:
     """The server, empty and well, with tries that wait for nobody."""
     for name in server.names():
         server.client().delete_object(Bucket=BUCKET, Key=name)
     monkeypatch.setattr(storage, "RETRIES", (0.0,) * 4)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield server
     server.fails = server.fails_after = lambda method, path: False
 
@@ -43,18 +44,18 @@ def scratch_folders() -> set[Path]:
 
 def test_files_are_read_and_written_by_their_names(s3: ObjectStore) -> None:
     store = Store(f"{URL}/x")
-    assert store.names() == set()
+    assert set(store.sizes()) == set()
     store.write("a/b.txt", b"one")
     store.write("a/b.txt", b"two")
     store.write("c", bytes(3_000_000))
-    assert store.names() == {"a/b.txt", "c"}
+    assert set(store.sizes()) == {"a/b.txt", "c"}
     assert store.read("a/b.txt") == b"two" == s3.content("runs/x/a/b.txt")
     assert store.read("c") == bytes(3_000_000)
     with pytest.raises(FileNotFoundError):
         store.read("b.txt")
     store.delete("a/b.txt")
     store.delete("a/b.txt")
-    assert Store(f"{URL}/x").names() == {"c"}
+    assert set(Store(f"{URL}/x").sizes()) == {"c"}
 
 
 def test_only_one_process_creates_a_file() -> None:
@@ -83,7 +84,7 @@ def test_a_store_that_errs_is_tried_again_and_then_is_an_error_that_names_the_fi
         left[0] -= 1
         return left[0] >= 0
 
-    for action in (lambda: store.write("a", b"1"), lambda: store.read("a"), store.names, lambda: store.delete("a")):
+    for action in (lambda: store.write("a", b"1"), lambda: store.read("a"), store.sizes, lambda: store.delete("a")):
         left[0] = 3
         s3.fails = few
         action()
@@ -92,7 +93,7 @@ def test_a_store_that_errs_is_tried_again_and_then_is_an_error_that_names_the_fi
     with pytest.raises(RunError, match=rf"^{URL}/x/a: cannot write: ") as caught:
         store.write("a", b"1")
     assert "\n" not in str(caught.value)
-    assert store.names() == set()
+    assert set(store.sizes()) == set()
 
 
 def test_what_was_created_by_a_try_that_seemed_to_fail_is_ours(s3: ObjectStore) -> None:
@@ -121,10 +122,10 @@ def test_a_server_that_does_not_answer_is_an_error(s3: ObjectStore, monkeypatch:
 
 
 def test_a_bucket_that_is_not_there_or_not_ours_is_an_error_at_once() -> None:
-    with pytest.raises(RunError, match=r"s3://nobucket/x/spartan-.*: cannot write: .*bucket does not exist"):
+    with pytest.raises(RunError, match=r"s3://nobucket/x/spartan-.*: cannot create: .*bucket does not exist"):
         Store("s3://nobucket/x").check()
     Store(f"{URL}/y").check()
-    assert Store(f"{URL}/y").names() == set()
+    assert Store(f"{URL}/y").sizes() == {}
 
 
 def test_a_package_that_a_url_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,18 +143,18 @@ def test_a_lease_is_one_process_s_until_it_is_released_or_no_longer_renewed(monk
     first = Lease.take(store)
     with pytest.raises(InputError, match=f"another process writes this run: process {os.getpid()} on"):
         Lease.take(Store(f"{URL}/x"))
-    first.check()
+    first.hold()
     first.release()
     second = Lease.take(store)
-    with pytest.raises(RunError, match=f"^{URL}/x: another process has taken this run over$"):
-        first.check()
     # Its process dies: nothing renews it.
     second.ended.set()
     second.thread.join()
     monkeypatch.setattr(storage, "LEASE_SECONDS", 0.1)
     third = Lease.take(store)
-    third.check()
+    third.hold()
     assert third.number == 3
+    with pytest.raises(RunError, match=f"^{URL}/x: another process has taken this run over$"):
+        second.hold()
     third.release()
 
 
@@ -252,7 +253,7 @@ def test_who_has_lost_the_lease_writes_no_more(s3: ObjectStore, monkeypatch: pyt
     with pytest.raises(RunError, match="another process has taken this run over"):
         place.push()
     place.close()
-    other.lock.check()  # type: ignore[union-attr]
+    other.lock.hold()  # type: ignore[union-attr]
     assert s3.content("runs/x/metrics.jsonl") == b"first"
     other.close()
     shutil.rmtree(place.path.parent)
@@ -270,3 +271,63 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(s3: ObjectStore, tmp_pat
     with pytest.raises(InputError, match="is no file of a run"):
         fetch(Store(f"{URL}/x"), tmp_path / "x", lambda name: True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_writes_over_what_is_to_be_created_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    put = Store.put
+    monkeypatch.setattr(Store, "put", lambda self, name, content, **mode: put(self, name, content))
+    with pytest.raises(InputError, match=f"^{URL}/x: this store writes over what is to be created"):
+        Place.new(URL, "x")
+    assert Store(URL).sizes() == {}
+    with pytest.raises(InputError, match=r"^ftp://host/x: expected a path, s3:// or gs://$"):
+        Store("ftp://host/x")
+
+
+def test_who_is_patient_waits_for_one_that_is_still_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "RENEW_SECONDS", 0.01)
+    ending = Lease.take(Store(f"{URL}/x"))
+    seen: list[int] = []
+
+    def pause(seconds: float) -> None:
+        """It is renewed a few times, and released."""
+        seen.append(ending.renewals)
+        if ending.renewals > 3:
+            ending.release()
+
+    notes: list[str] = []
+    lease = Lease.take(Store(f"{URL}/x", pause), patience=600.0, note=notes.append)
+    assert lease.number == 2
+    assert max(seen) > 3
+    assert notes == [
+        f"{URL}/x: seeing for 45 s whether process {os.getpid()} on {os.uname().nodename} still writes this run"
+    ]
+    lease.release()
+
+
+def test_copies_of_processes_that_are_gone_are_deleted_and_what_was_not_sent_stays(tmp_path: Path) -> None:
+    mine = Place.new(URL, "x")
+    for name, files in (("dead", ["lock"]), ("kept", ["lock", "kept"]), ("being-made", [])):
+        folder = tmp_path / f"spartan-ray-{name}"
+        folder.mkdir()
+        for file in files:
+            (folder / file).touch()
+    other = Place.new(URL, "y")
+    left = {path.name for path in scratch_folders()}
+    assert left == {"spartan-ray-kept", "spartan-ray-being-made", mine.path.parent.name, other.path.parent.name}
+    for place in (mine, other):
+        place.close()
+
+
+def test_of_a_long_run_only_its_last_checkpoint_is_fetched_to_see_how_far_it_is() -> None:
+    store = Store(f"{URL}/x")
+    names = ["config.yaml", "metrics.jsonl", "final.safetensors", "journal/000005.npz"]
+    names += [
+        f"checkpoints/epoch-{epoch:06d}{end}" for epoch in (9, 10) for end in (".sha256", ".json", ".safetensors")
+    ]
+    names += ["checkpoints/epoch-000010.optimizer.safetensors", "checkpoints/epoch-000011.safetensors"]
+    for name in names:
+        store.write(name, b"1")
+    wanted = last_epoch(f"{URL}/x")
+    assert {name for name in names if wanted(name)} == {
+        *names[:3], *(name for name in names if name.startswith("checkpoints/epoch-000010"))
+    }  # fmt: skip

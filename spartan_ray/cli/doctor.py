@@ -85,6 +85,8 @@ def _look_at_nodes(config: Config, doctor: Doctor) -> None:
     def paths() -> str:
         on_node(nodes[0], check_paths, config, True)
         root = "" if config.data.name == "digits" else f" in {config.data.root}"
+        if config.data.name not in ("digits", "folder"):
+            root += ", which is read, or downloaded, when a run starts"
         return f"run.out {config.run.out} can be written; data {config.data.name}{root}"
 
     doctor.check("workers", workers)

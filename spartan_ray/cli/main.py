@@ -70,7 +70,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     resume.add_argument("run", type=place_of, metavar="RUN", help=RUN)
     resume.add_argument("--code", action="store_true", help=CODE)
-    add_fields(resume, shown=("run.epochs", "run.keep", "run.keep_best", "data.root", "cluster"))
+    shown = [f"run.{name}" for name in ("epochs", "patience", "keep", "keep_best", "loggers")]
+    add_fields(resume, shown=(*shown, "data.root", "cluster"))
     submit = commands.add_parser(
         "submit",
         help="train as a job of a Ray that is running",

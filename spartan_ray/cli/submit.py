@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from spartan_ray.section import is_url
 
 ADDRESS = "http://127.0.0.1:8265"
 # Of what is sent to the nodes with the job.
-EXCLUDED = ["__pycache__", "*.pyc", ".git", ".venv", "runs", "data"]
+EXCLUDED = ["__pycache__", "*.pyc", ".git", ".venv"]
+CONFIG = "spartan-submitted.yaml"
 
 
 def submit(config: Config, address: str | None, code: Path | None, follow: bool) -> int:
@@ -34,10 +36,10 @@ def submit(config: Config, address: str | None, code: Path | None, follow: bool)
         # What runs is this configuration, whatever becomes of the file that it was read from.
         if code:
             shutil.copytree(code, folder, ignore=shutil.ignore_patterns(*EXCLUDED), dirs_exist_ok=True)
-        (Path(folder) / "config.yaml").write_text(dump_config(config))
+        (Path(folder) / CONFIG).write_text(dump_config(config))
         package = str(Path(spartan_ray.__file__).parent)
         environment: dict[str, Any] = {"working_dir": folder, "py_modules": [package], "excludes": EXCLUDED}
-        command = ["python", "-m", "spartan_ray", "train", "--config", "config.yaml"]
+        command = ["python", "-m", "spartan_ray", "train", "--config", CONFIG]
         try:
             client = JobSubmissionClient(address)
             job = client.submit_job(
@@ -48,7 +50,7 @@ def submit(config: Config, address: str | None, code: Path | None, follow: bool)
     at = "" if address == ADDRESS else f" --address {address}"
     print(f"{job}: submitted")
     print(f"follow:  ray job logs{at} --follow {job}\nstop:    ray job stop{at} {job}")
-    print(f"go on:   spartan resume {config.run.out}/{config.run.name}, or submit it again with --run.resume auto")
+    print("go on:   submit it again, if this one has --run.resume auto, or resume the run folder that it prints")
     if not follow:
         return 0
 
@@ -57,11 +59,11 @@ def submit(config: Config, address: str | None, code: Path | None, follow: bool)
             print(text, end="", flush=True)
 
     asyncio.run(show())
-    info = client.get_job_info(job)
+    while not (info := client.get_job_info(job)).status.is_terminal():  # its last lines come before its end
+        time.sleep(0.5)
     if info.status == JobStatus.SUCCEEDED:
         return 0
-    code_ = info.driver_exit_code
-    return code_ if code_ is not None and code_ > 0 else 1
+    return info.driver_exit_code if info.driver_exit_code and info.driver_exit_code > 0 else 1
 
 
 def _refuse_paths(config: Config) -> None:

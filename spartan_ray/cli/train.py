@@ -21,9 +21,8 @@ from spartan_ray.distributed.address import ray_address
 from spartan_ray.distributed.start import reach_ray, start_ray
 from spartan_ray.errors import Diverged, InputError, RunError
 from spartan_ray.naming import imported, is_named, logger_names
-from spartan_ray.run.checkpoint import epochs_kept
 from spartan_ray.run.config import Config
-from spartan_ray.run.loading import as_decided, differences, load_run_config, named_code, refuse_code
+from spartan_ray.run.loading import load_run_config, named_code, refuse_changes, refuse_code
 from spartan_ray.section import is_url
 
 # Seconds that Ray may take to start, and a stopping run to stop.
@@ -39,53 +38,53 @@ def resume_run(arguments: argparse.Namespace) -> int:
     """`spartan resume`: go on from the last checkpoint."""
     from spartan_ray.run.place import reading
 
-    with reading(arguments.run) as folder:
+    with reading(arguments.run, lambda name: name == "config.yaml") as folder:
         before = load_run_config(folder)
         if not arguments.code:
             refuse_code(folder, before, "add --code if you trust it")
-        config = take_fields(before, arguments)
-        if is_finished(arguments.run, folder, config):
-            return 0
-    return run(config, arguments.run if is_url(arguments.run) else str(folder.absolute()))
+        where = arguments.run if is_url(arguments.run) else str(folder.absolute())
+    config = take_fields(before, arguments)
+    return 0 if is_finished(arguments.run, config) else run(config, where)
 
 
 def begun(config: Config) -> tuple[str | None, bool]:
     """The place where a run is to go on that `run.resume` may have begun, if there is one, and whether it is finished.
     Raises InputError where it cannot go on with this configuration."""
-    from spartan_ray.run.place import exists, reading
+    from spartan_ray.run.place import exists
 
     place = f"{config.run.out}/{config.run.name}"
     if config.run.resume == "never" or not exists(place):
         return None, False
-    with reading(place) as folder:
-        # A run that was lost before its first checkpoint begins in its folder.
-        return place, bool(epochs_kept(folder / "checkpoints")) and is_finished(place, folder, config)
+    return place, is_finished(place, config)
 
 
-def is_finished(place: str, folder: Path, config: Config) -> bool:
+def is_finished(place: str, config: Config) -> bool:
     """Whether nothing is left to do of a run with this configuration, which is said. Raises InputError where it cannot
     go on with it."""
-    from spartan_ray.run.checkpoint import latest_checkpoint
-    from spartan_ray.run.place import lock_folder
+    from spartan_ray.run.checkpoint import is_empty, latest_checkpoint
+    from spartan_ray.run.place import last_epoch, lock_folder, reading
     from spartan_ray.run.record import is_over
 
-    with lock_folder(folder, LOCK_PATIENCE):  # a run in progress is said before Ray starts
-        warnings: list[str] = []
-        try:
-            checkpoint, metrics = latest_checkpoint(folder, warnings.append)
-        except InputError:
-            for warning in warnings:
-                print(warning)
-            raise
+    with reading(place, last_epoch(place)) as folder:
+        if config.run.resume == "auto" and is_empty(folder):
+            return False
+        with lock_folder(folder, LOCK_PATIENCE):  # a run in progress is said before Ray starts
+            warnings: list[str] = []
+            try:
+                checkpoint, metrics = latest_checkpoint(folder, warnings.append)
+            except InputError:
+                if is_url(place):  # the driver looks at the earlier ones
+                    return False
+                for warning in warnings:
+                    print(warning)
+                raise
+        has_ended = (folder / "final.safetensors").exists()
     before = checkpoint.loop.config
-    changed = differences(before, as_decided(before, config))
-    if changed:
-        names = "cluster, run.epochs, run.keep, run.keep_best and data.root"
-        raise InputError(f"{place}: only {names} may change on resume: {'; '.join(changed)}")
+    refuse_changes(place, before, config)
     if config.cluster.cpus_per_worker != before.cluster.cpus_per_worker:
         print("cluster.cpus_per_worker is another one now: the bits of the scores depend on it")
     rows = [json.loads(line) for line in metrics.splitlines()]
-    if not is_over(rows, config.run) or not (folder / "final.safetensors").exists():
+    if not is_over(rows, config.run) or not has_ended:
         return False
     done = f"all {checkpoint.epoch} epochs are done"
     print(f"{place}: finished, {done if checkpoint.epoch == config.run.epochs else f'after epoch {checkpoint.epoch}'}")

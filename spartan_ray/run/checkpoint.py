@@ -173,6 +173,17 @@ def latest_checkpoint(
     raise InputError(f"{run}: no intact checkpoint to go on from")
 
 
+def is_empty(run: Path) -> bool:
+    """Whether a run folder has nothing of a run: it was lost before its first checkpoint. Raises InputError for one
+    that has had more, and has no checkpoint any more."""
+    if epochs_kept(run / "checkpoints"):
+        return False
+    for name in ("metrics.jsonl", "final.safetensors"):
+        if (run / name).exists() and (run / name).stat().st_size:
+            raise InputError(f"{run}: has {name} and no checkpoint to go on from: give another run.name")
+    return True
+
+
 def epochs_kept(folder: Path) -> list[int]:
     """The epochs that have a checkpoint, in order."""
     if not folder.is_dir():

@@ -21,12 +21,12 @@ from spartan_ray.engine.flat import FlatModel
 from spartan_ray.engine.moments import load_optimizer, optimizer_state
 from spartan_ray.engine.population import Population
 from spartan_ray.engine.strategies.requests import Strategy
-from spartan_ray.errors import Diverged, InputError, one_line
+from spartan_ray.errors import Diverged, InputError, RunError, one_line
 from spartan_ray.run.checkpoint import (
     Checkpoint,
     Loop,
     be_after_epoch,
-    epochs_kept,
+    is_empty,
     latest_checkpoint,
     load_evolution,
     prune,
@@ -36,10 +36,11 @@ from spartan_ray.run.checkpoint import (
 from spartan_ray.run.config import Config
 from spartan_ray.run.esgd import Parents
 from spartan_ray.run.journal import write_journal
-from spartan_ray.run.loggers import Logger, make_loggers
+from spartan_ray.run.loading import refuse_changes
+from spartan_ray.run.loggers import About, Logger, make_loggers
 from spartan_ray.run.place import Place, exists
 from spartan_ray.run.progress import Progress
-from spartan_ray.run.record import Row, RunFolder, best_epoch, is_over, phase_row
+from spartan_ray.run.record import Row, RunFolder, best_epoch, is_over, phase_row, run_id
 from spartan_ray.run.setup import (
     epochs_behind,
     make_average,
@@ -84,6 +85,7 @@ class Driver:
         self.population: Population | None = None
         self.parents: Parents | None = None  # of evolutionary SGD, instead of a population
         self.average: Average | None = None
+        self.named: Callable[[str], str] = str  # messages by the name of the run's place
         self.strategy: Strategy | None = None
         self.at_end = contextlib.ExitStack()
         self.unlogged = [reason] if reason else []  # what is said before there is a folder
@@ -111,6 +113,10 @@ class Driver:
         except Stopped:
             self.log("stopped by the user")
             return False
+        except (InputError, RunError) as error:
+            said = self.named(str(error))
+            self.log(one_line(f"{type(error).__name__}: {said}"))
+            raise type(error)(said) from None
         except Exception as error:
             self.log(one_line(f"{type(error).__name__}: {error}"))
             raise
@@ -234,19 +240,18 @@ class Driver:
         """Load the data, make the parent and the run folder or take them from a checkpoint, start the
         workers."""
         checkpoint, run = None, self.config.run
-        if run.resume == "auto" and exists(f"{run.out}/{run.name}"):  # perhaps begun by a driver that was lost
-            self.folder = f"{run.out}/{run.name}"
+        if not self.folder and run.resume == "auto" and exists(f"{run.out}/{run.name}"):
+            self.folder = f"{run.out}/{run.name}"  # perhaps begun by a driver that was lost
         if self.folder:
-            self.place = Place.existing(self.folder, self.patience, self.stopping.wait, self._note)
-            self.at_end.callback(self.place.close)
-            # One that goes on by itself may have been lost before its first checkpoint.
-            if run.resume == "never" or epochs_kept(self.place.path / "checkpoints"):
+            self._be_at(Place.existing(self.folder, self.patience, self.stopping.wait, self._note))
+            if run.resume == "never" or not is_empty(self.place.path):
                 checkpoint, metrics = latest_checkpoint(
                     self.place.path, self._note, lambda config: epochs_behind(config)[0]
                 )
         config, workers = self.config, pool_size(self.config.cluster)
         if checkpoint:
             before = checkpoint.loop.config
+            refuse_changes(str(self.folder), before, config)
             data = before.data.model_copy(update={"root": config.data.root})
             config = before.model_copy(update={"run": config.run, "data": data, "cluster": config.cluster})
         threads = config.parent.threads or config.cluster.driver_cpus or len(os.sched_getaffinity(0))
@@ -301,17 +306,20 @@ class Driver:
         }
         if checkpoint:
             self._restore(checkpoint)
-            loggers = self._loggers(checkpoint.epoch + 1)
+            loggers = self._loggers(run_id(self.place.path), checkpoint.epoch + 1)
             self.record = RunFolder.reopen(
                 self.place.path, config, devices, checkpoint.epoch, metrics, loggers, self._note
             )
+            if not is_over(self.record.rows, config.run):  # what was its end is not any more
+                for name in ("final.safetensors", "average.safetensors"):
+                    (self.place.path / name).unlink(missing_ok=True)
+                self.place.push()
         else:
             if not self.folder:
                 only = config.run.resume == "auto"
-                self.place = Place.new(config.run.out, config.run.name, only, self.stopping.wait)
-                self.at_end.callback(self.place.close)
-            loggers = self._loggers(1)
-            self.record = RunFolder.create(self.place.path, config, devices, loggers, self._note)
+                self._be_at(Place.new(config.run.out, config.run.name, only, self.stopping.wait, self._note))
+            id = run_id(self.place.path)
+            self.record = RunFolder.create(self.place.path, config, devices, self._loggers(id, 1), self._note, id)
         self.at_end.callback(self.record.close)
         self.log = self.record.log
         for text in self.unlogged:
@@ -335,9 +343,13 @@ class Driver:
         if checkpoint:
             self._note(f"going on after epoch {checkpoint.epoch}")
 
-    def _loggers(self, first_epoch: int) -> list[tuple[str, Logger]]:
+    def _be_at(self, place: Place) -> None:
+        self.place, self.named = place, place.named
+        self.at_end.callback(place.close)
+
+    def _loggers(self, id: str, first_epoch: int) -> list[tuple[str, Logger]]:
         """What takes the rows of the run."""
-        own = make_loggers(self.place.path, self.place.where, self.config, first_epoch)
+        own = make_loggers(About(self.place.path, self.place.where, id, self.config, first_epoch), self._note)
         return [*own, ("Ray's metrics", Telemetry(self.config.run.name, self.place.where))]
 
     def _start_workers(self, spec: EvaluatorSpec) -> Pool:
@@ -424,7 +436,7 @@ class Driver:
         self.progress.images += images
 
     def _note(self, text: str) -> None:
-        text = one_line(text)  # it may quote the name of a file
+        text = one_line(self.named(text))  # it may quote the name of a file
         self.progress.said.append(text)
         self.log(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import reprlib
 import stat
@@ -133,23 +134,22 @@ def refuse_links(folder: Path) -> None:
             raise InputError(f"{entry}: neither a file nor a folder")
 
 
-# What may change when a run goes on: the digest of the images is compared by itself.
-MAY_CHANGE = {"run": {"keep", "keep_best", "epochs", "patience", "resume", "loggers", "out", "name"}, "data": {"root"}}
+# What may change when a run goes on; the digest of the images is compared by itself. Where a run is, is no part of it.
+MAY_CHANGE = {"run": {"epochs", "patience", "keep", "keep_best", "loggers", "resume", "out", "name"}, "data": {"root"}}
+# What is open, as none, until a run has begun.
+DECIDED = {"parent": ("threads",), "evolution": ("accept", "lr", "wave")}
 
 
-def as_decided(before: Config, now: Config) -> Config:
-    """A configuration with what it leaves open, which is none, as a run has decided it."""
-    sections = {}
-    for section in ("data", "parent", "evolution"):
-        decided, values = getattr(before, section), getattr(now, section)
-        open_ = [name for name, value in values if value is None]
-        sections[section] = values.model_copy(update={name: getattr(decided, name) for name in open_})
-    return now.model_copy(update=sections)
+def refuse_changes(place: str, before: Config, now: Config) -> None:
+    """Raises InputError where a run cannot go on with this configuration."""
+    if changed := differences(before, _as_decided(before, now)):
+        may = "cluster, data.root and run.keep, keep_best, loggers, epochs and patience"
+        raise InputError(f"{place}: only {may} may change on resume: {'; '.join(changed)}")
 
 
 def differences(before: Config, now: Config) -> list[str]:
     """The fields that change what a run has computed and differ. Epochs may be added where the learning rate does not
-    depend on how many there are."""
+    depend on how many there are, and patience too."""
     found = []
     for section in ("run", "data", "parent", "evolution"):
         values, others = (
@@ -160,8 +160,20 @@ def differences(before: Config, now: Config) -> list[str]:
             for name, value in values.items()
             if value != others[name]
         ]
-    if now.run.epochs < before.run.epochs:
-        found.append(f"run.epochs was {before.run.epochs} and is {now.run.epochs}: it can only be raised")
-    elif now.run.epochs > before.run.epochs and before.parent.schedule != "constant":
+    for name in ("epochs", "patience"):
+        value, other = getattr(before.run, name), getattr(now.run, name)
+        if (other or math.inf) < (value or math.inf):
+            found.append(f"run.{name} was {value} and is {other}: it can only be raised")
+    if now.run.epochs > before.run.epochs and before.parent.schedule != "constant":
         found.append(f"run.epochs was {before.run.epochs}, and parent.schedule {before.parent.schedule} depends on it")
     return found
+
+
+def _as_decided(before: Config, now: Config) -> Config:
+    """A configuration with what it leaves open as a run has decided it."""
+    sections = {}
+    for section, fields in DECIDED.items():
+        decided, values = getattr(before, section), getattr(now, section)
+        open_ = [name for name in fields if getattr(values, name) is None]
+        sections[section] = values.model_copy(update={name: getattr(decided, name) for name in open_})
+    return now.model_copy(update=sections)

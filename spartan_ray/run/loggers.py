@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-from spartan_ray.errors import InputError, one_line
+from spartan_ray.errors import InputError
 from spartan_ray.naming import imported, logger_names
 
 if TYPE_CHECKING:
     from spartan_ray.run.config import Config
 
 
+class About(NamedTuple):
+    """A run, for those who log it: its folder here, its place as the user names it, a word that no other run has, its
+    configuration, and the first epoch that is to come, which is not 1 in a run that goes on."""
+
+    folder: Path
+    place: str
+    id: str
+    config: Config
+    first_epoch: int
+
+
 class Logger(Protocol):
-    """Takes the rows of metrics.jsonl, one an epoch. Made with the run's folder, its place as the user names it, its
-    configuration and the first epoch that is to come, which is not 1 in a run that goes on."""
+    """Takes the rows of metrics.jsonl, one an epoch. Made with an `About`."""
 
     def log(self, row: dict[str, Any]) -> None: ...
 
@@ -29,8 +38,8 @@ class Logger(Protocol):
 class TensorBoard:
     """Event files in the run folder."""
 
-    def __init__(self, folder: Path, place: str, config: Config, first_epoch: int) -> None:
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+    def __init__(self, about: About) -> None:
+        self.writer = SummaryWriter(str(about.folder / "tensorboard"), purge_step=about.first_epoch)
 
     def log(self, row: dict[str, Any]) -> None:
         for key, value in _numbers(row).items():
@@ -41,10 +50,10 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run of the server and experiment that MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME name. A run that goes on
-    has the place of the one before as its tag."""
+    """A run of the server and experiment that MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME name. One that goes on is
+    found by its tag."""
 
-    def __init__(self, folder: Path, place: str, config: Config, first_epoch: int) -> None:
+    def __init__(self, about: About) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
@@ -52,15 +61,14 @@ class MLflow:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "spartan-ray")
         known = self.client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self.client.create_experiment(name)
-        filled = place.replace("'", "")
-        found = self.client.search_runs([experiment], f"tags.spartan_run = '{filled}'", max_results=1)
-        if found and first_epoch > 1:
+        found = self.client.search_runs([experiment], f"tags.spartan_run = '{about.id}'", max_results=1)
+        if found:
             self.run = found[0].info.run_id
             self.client.update_run(self.run, status="RUNNING")
             return
-        tags = {"spartan_run": filled}
-        self.run = self.client.create_run(experiment, run_name=place.split("/")[-1], tags=tags).info.run_id
-        values = config.model_dump()
+        tags = {"spartan_run": about.id, "spartan_place": about.place}
+        self.run = self.client.create_run(experiment, run_name=about.place.split("/")[-1], tags=tags).info.run_id
+        values = about.config.model_dump()
         params = [Param(f"{part}.{key}", str(value)) for part in values for key, value in values[part].items()]
         self.client.log_batch(self.run, params=params)
 
@@ -73,15 +81,15 @@ class MLflow:
 
 
 class WandB:
-    """A run of the project that WANDB_PROJECT names, as WANDB_MODE says. One that goes on has the same id."""
+    """A run of the project that WANDB_PROJECT names, as WANDB_MODE says, in WANDB_DIR. One that goes on has the same
+    id."""
 
-    def __init__(self, folder: Path, place: str, config: Config, first_epoch: int) -> None:
+    def __init__(self, about: About) -> None:
         import wandb
 
-        name = hashlib.sha256(place.encode()).hexdigest()[:16]
         self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "spartan-ray"), id=name, name=place.split("/")[-1],
-            resume="allow" if first_epoch > 1 else None, config=config.model_dump(), dir=str(folder),
+            project=os.environ.get("WANDB_PROJECT", "spartan-ray"), id=about.id, name=about.place.split("/")[-1],
+            resume="allow", config=about.config.model_dump(),
         )  # fmt: skip
 
     def log(self, row: dict[str, Any]) -> None:
@@ -91,22 +99,26 @@ class WandB:
         self.run.finish()
 
 
-OWN: dict[str, Callable[[Path, str, Config, int], Logger]] = {
-    "tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB
-}  # fmt: skip
+OWN: dict[str, Callable[[About], Logger]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
 
 
-def make_loggers(folder: Path, place: str, config: Config, first_epoch: int) -> list[tuple[str, Logger]]:
-    """The loggers of a run, by their names. Raises InputError for one that cannot be made."""
+def make_loggers(about: About, note: Callable[[str], None]) -> list[tuple[str, Logger]]:
+    """The loggers of a run, by their names. One that cannot be made is an InputError, and a note in a run that goes on:
+    there it has been made before."""
     made: list[tuple[str, Logger]] = []
-    for name in logger_names(config.run.loggers):
-        make = OWN.get(name) or imported("run.loggers", name)
+    for name in logger_names(about.config.run.loggers):
         try:
-            made.append((name, make(folder, place, config, first_epoch)))
-        except ImportError as error:
-            raise InputError(f"run.loggers {name}: {one_line(str(error))}: pip install 'spartan-ray[{name}]'") from None
+            make = OWN.get(name) or imported("run.loggers", name)
+            made.append((name, make(about)))
         except Exception as error:  # each library has errors of its own
-            raise InputError(f"run.loggers {name}: {one_line(f'{type(error).__name__}: {error}')}") from error
+            said = (
+                str(error) if isinstance(error, InputError) else f"run.loggers {name}: {type(error).__name__}: {error}"
+            )
+            if isinstance(error, ImportError) and name in OWN:
+                said = f"run.loggers {name}: {error}: pip install 'spartan-ray[{name}]'"
+            if about.first_epoch == 1:
+                raise InputError(said) from error
+            note(said)
     return made
 
 

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -20,30 +21,43 @@ from typing import IO
 
 from spartan_ray.errors import InputError, RunError
 from spartan_ray.run.loading import refuse_links
-from spartan_ray.run.storage import LEASE, Lease, Store, lease_content, lease_name
+from spartan_ray.run.storage import LEASE, Lease, Store
 from spartan_ray.section import is_url
+
+# Of the folders that copies are in: their names, what is locked while they are used, and what says that one stays.
+COPY, LOCK, KEPT = "spartan-ray-", "lock", "kept"
+LOCKS: list[IO[str]] = []  # of this process, until it ends
 
 
 class Place:
     """Where a run is written: `path`, a folder that this process alone writes, and for a URL the store that what is in
     it goes to. Made by `new` or `existing`."""
 
-    def __init__(self, where: str, path: Path, lock: IO[str] | Lease) -> None:
-        self.where, self.path, self.lock = where, path, lock
+    def __init__(self, where: str, path: Path, lock: IO[str] | Lease, note: Callable[[str], None] = print) -> None:
+        self.where, self.path, self.lock, self.note = where, path, lock, note
         self.sent: dict[str, tuple[int, int]] = {}
         self.failed = False
 
     @classmethod
-    def new(cls, out: str, name: str, only: bool = False, pause: Callable[[float], object] = time.sleep) -> Place:
+    def new(
+        cls,
+        out: str,
+        name: str,
+        only: bool = False,
+        pause: Callable[[float], object] = time.sleep,
+        note: Callable[[str], None] = print,
+    ) -> Place:
         """A new run under a path or URL, with a number at its name when that is taken; InputError with `only`."""
         if not is_url(out):
             path = make_run_folder(Path(out), name, only)
-            return cls(str(path), path, lock_folder(path))
+            return cls(str(path), path, lock_folder(path), note)
         for number in itertools.count(1):
             called = name if number == 1 else f"{name}-{number}"
             store = Store(f"{out}/{called}", pause)
-            if not store.names() and store.create(lease_name(1), lease_content(0)):
-                return cls(store.url, _scratch(called), Lease(store, 1))
+            if not store.sizes():
+                store.check()
+                if lease := Lease.begin(store):
+                    return cls(store.url, _scratch(called), lease, note)
             if only:
                 raise InputError(f"{store.url}: another process has just begun this run")
         raise AssertionError
@@ -54,40 +68,47 @@ class Place:
         where: str,
         patience: float,
         pause: Callable[[float], object] = time.sleep,
-        note: Callable[[str], None] = lambda text: None,
+        note: Callable[[str], None] = print,
     ) -> Place:
         """A run that goes on. Raises InputError when it is another process's, which may take `patience` seconds to let
-        go of a folder; of a URL it is seen in `LEASE_SECONDS`."""
+        go of it."""
         if not is_url(where):
-            return cls(where, Path(where), lock_folder(Path(where), patience))
+            return cls(where, Path(where), lock_folder(Path(where), patience), note)
         store = Store(where, pause)
-        place = cls(where, _scratch(where.split("/")[-1]), Lease.take(store, note))
+        store.check()
+        place = cls(where, _scratch(where.split("/")[-1]), Lease.take(store, patience, note), note)
         try:
             fetch(store, place.path, lambda name: True)
         except BaseException:
             place.failed = True
             place.close()
+            shutil.rmtree(place.path.parent)
             raise
         place.sent = place._files()
         return place
+
+    def named(self, text: str) -> str:
+        """A message with the name that the user knows the folder by."""
+        return text.replace(str(self.path), self.where)
 
     def push(self) -> None:
         """Have the store have what the folder has: what is new, checksums after what they are of, and then without
         what is gone. Raises RunError, with the folder and the store's last checkpoint as they are."""
         if not isinstance(self.lock, Lease):
             return
-        store, files = self.lock.store, self._files()
+        files = self._files()
         try:
-            self.lock.check()
             for name in sorted(files, key=_order):
                 if files[name] != self.sent.get(name):
-                    store.write(name, (self.path / name).read_bytes())
-                    self.sent[name] = files[name]
+                    with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                        self.lock.write(name, (self.path / name).read_bytes())
+                        self.sent[name] = files[name]
             for name in sorted(self.sent.keys() - files.keys(), key=_order, reverse=True):
-                store.delete(name)
+                self.lock.delete(name)
                 del self.sent[name]
         except RunError as error:
             self.failed = True
+            (self.path.parent / KEPT).touch()
             raise RunError(f"{error}; what it could not take is in {self.path}") from None
 
     def close(self) -> None:
@@ -96,8 +117,10 @@ class Place:
             self.lock.close()
             return
         if not self.failed:
-            with contextlib.suppress(RunError):
+            try:
                 self.push()
+            except RunError as error:
+                self.note(str(error))
         if self.failed:
             self.lock.abandon()
             return
@@ -108,10 +131,9 @@ class Place:
         """What is to be sent, each with what changes when it does."""
         found = {}
         for path in self.path.rglob("*"):
-            name = path.relative_to(self.path).as_posix()
-            if path.is_file() and path.suffix != ".tmp" and not name.startswith("lease/"):
+            if path.is_file() and not path.is_symlink() and path.suffix != ".tmp":
                 about = path.stat()
-                found[name] = about.st_mtime_ns, about.st_size
+                found[path.relative_to(self.path).as_posix()] = about.st_mtime_ns, about.st_size
         return found
 
 
@@ -177,15 +199,25 @@ def reading(where: str, wanted: Callable[[str], bool] = lambda name: True) -> It
     try:
         fetch(Store(where), path, wanted)
         yield path
-    except InputError as error:
-        raise InputError(str(error).replace(str(path), where)) from None
+    except (InputError, RunError) as error:
+        raise type(error)(str(error).replace(str(path), where)) from None
     finally:
         shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def exists(where: str) -> bool:
     """Whether something is where a run would be."""
-    return bool(Store(where).names()) if is_url(where) else Path(where).exists()
+    return bool(Store(where).sizes()) if is_url(where) else Path(where).exists()
+
+
+def last_epoch(where: str) -> Callable[[str], bool]:
+    """What is wanted of a run to see how far it is: by a URL its last checkpoint, and what has no epoch."""
+    if not is_url(where):
+        return lambda name: True
+    kept = [name for name in Store(where).sizes() if re.fullmatch(r"checkpoints/epoch-\d+\.sha256", name)]
+    last = max(kept, default="").removesuffix(".sha256")
+    named = {"config.yaml", "metrics.jsonl", "final.safetensors"}
+    return lambda name: name in named or bool(last and name.startswith(f"{last}."))
 
 
 def in_report(name: str) -> bool:
@@ -195,19 +227,21 @@ def in_report(name: str) -> bool:
 
 def fetch(store: Store, path: Path, wanted: Callable[[str], bool]) -> None:
     """Copy the wanted files of a store into a folder. Raises InputError where there are none at all."""
-    names = store.names()
-    if not names:
+    sizes = store.sizes()
+    if not sizes:
         raise InputError(f"{store.url}: there is no run")
-    for name in sorted(names):
-        parts = PurePosixPath(name).parts
+    for name in sorted(sizes):
         if LEASE.fullmatch(name) or not wanted(name):
             continue
-        if not parts or ".." in parts or name.startswith("/"):
+        if ".." in PurePosixPath(name).parts or name.startswith("/") or not name:
             raise InputError(f"{store.url}: {name!r} is no file of a run")
         with contextlib.suppress(FileNotFoundError):  # its writer has deleted it since
-            content = store.read(name)
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(content)
+            content = store.read(name, sizes[name])
+            try:
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                (path / name).write_bytes(content)
+            except OSError as error:
+                raise RunError(f"{path / name}: cannot be written: {error.strerror}") from None
 
 
 def _order(name: str) -> tuple[bool, str]:
@@ -215,7 +249,18 @@ def _order(name: str) -> tuple[bool, str]:
 
 
 def _scratch(name: str) -> Path:
-    """An empty folder of this name."""
-    path = Path(tempfile.mkdtemp(prefix="spartan-ray-")) / name
+    """An empty folder of this name, for a copy. Copies of processes that are gone are deleted, but for those that hold
+    what could not be sent."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{COPY}*"):
+        with contextlib.suppress(OSError), open(folder / LOCK, "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (folder / KEPT).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=COPY))
+    lock = open(folder / "making", "w")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / "making").rename(folder / LOCK)  # so that it is never seen unlocked
+    LOCKS.append(lock)
+    path = folder / name
     path.mkdir()
     return path

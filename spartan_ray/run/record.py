@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,11 +53,12 @@ class RunFolder:
         devices: dict[str, Any],
         loggers: Sequence[tuple[str, Logger]] = (),
         note: Callable[[str], None] = print,
+        id: str | None = None,
     ) -> RunFolder:
         """A new run's, in an empty folder. `devices` is what environment.json says of driver and workers, `note` takes
-        one-line messages."""
+        one-line messages, `id` is a word that no other run has."""
         folder = cls(path, loggers, note)
-        folder._describe(config, environment() | devices)
+        folder._describe(config, {"id": id or uuid.uuid4().hex} | environment() | devices)
         return folder
 
     @classmethod
@@ -131,6 +133,14 @@ class RunFolder:
     def close(self) -> None:
         for name, logger in list(self.loggers):
             self._attempt(name, logger.close, logger)
+
+
+def run_id(folder: Path) -> str:
+    """The word that no other run has, of the run in a folder; a new one where there is none."""
+    try:
+        return str(json.loads((folder / "environment.json").read_text())["id"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return uuid.uuid4().hex
 
 
 def best_epoch(rows: list[Row]) -> int:

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -22,15 +22,16 @@ from spartan_ray.errors import InputError, RunError, one_line
 T = TypeVar("T")
 # Seconds between tries when a store fails.
 RETRIES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-# Seconds after which a lease that is not renewed is nobody's, and between two renewals.
-LEASE_SECONDS, RENEW_SECONDS = 45.0, 10.0
-TOKEN = uuid.uuid4().hex
+# Seconds after which a lease that is not renewed is nobody's, between two renewals, and that one may take.
+LEASE_SECONDS, RENEW_SECONDS, RENEWAL_SECONDS = 45.0, 10.0, 10.0
 LEASE = re.compile(r"lease/(\d{6})\.json")
-# A call may take so many seconds, and more for what it sends: the timeouts of libraries don't see every silence.
+RELEASED = b'{"released": true}\n'
+# A call may take so many seconds, and more for what it moves: the timeouts of libraries don't see every silence.
 CALL_SECONDS, BYTES_PER_SECOND = 60.0, 1e6
-# Options of file systems: we try again ourselves.
+# The stores that can create a file only where there is none, with the package that each needs and its options: we try
+# again ourselves. `memory` is for tests.
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "memory": "fsspec"}
 OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"retries": {"max_attempts": 1}}}}
-PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 
 
 class Store:
@@ -40,63 +41,80 @@ class Store:
     def __init__(self, url: str, pause: Callable[[float], object] = time.sleep) -> None:
         self.url, self.pause = url, pause
         kind = url.split("://")[0].lower()
+        if kind not in PACKAGES:
+            raise InputError(f"{url}: expected a path, s3:// or gs://")
         try:
             # Another process's files are not seen in listings that were kept, nor is a server that has come back.
             options = {"skip_instance_cache": True, "use_listings_cache": False} | OPTIONS.get(kind, {})
             self.fs, self.root = fsspec.core.url_to_fs(url, **options)
-        except ImportError as error:
-            raise InputError(f"{url}: needs the package {PACKAGES.get(kind, one_line(str(error)))}") from None
+        except ImportError:
+            raise InputError(f"{url}: needs the package {PACKAGES[kind]}") from None
         except ValueError as error:
             raise InputError(f"{url}: {error}") from None
         if kind == "s3":
             self.fs.retries = 1
 
-    def names(self) -> set[str]:
-        """Of all files."""
+    def sizes(self) -> dict[str, int]:
+        """Of all files, by their names."""
+        return self._patiently("list", "", self.sizes_now)
 
-        def found() -> set[str]:
-            self.fs.invalidate_cache()
-            try:
-                paths = self.fs.find(self.root)
-            except FileNotFoundError:
-                return set()
-            return {path.removeprefix(self.root).lstrip("/") for path in paths}
+    def sizes_now(self) -> dict[str, int]:
+        """The same in one try."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.find(self.root, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {path.removeprefix(self.root).lstrip("/"): int(about["size"] or 0) for path, about in found.items()}
 
-        return self._patiently("list", "", found)
+    def read(self, name: str, size: int = 0) -> bytes:
+        """A file of about so many bytes. Raises FileNotFoundError."""
+        return self._patiently("read", name, lambda: bytes(self.fs.cat_file(self._path(name))), size)
 
-    def read(self, name: str) -> bytes:
-        """A file. Raises FileNotFoundError."""
-        return self._patiently("read", name, lambda: bytes(self.fs.cat_file(self._path(name))))
+    def write(self, name: str, content: bytes, before: Callable[[], None] = lambda: None) -> None:
+        """Write a file, whole or not at all as object stores do. `before` is called before each try, and may raise
+        RunError."""
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file, whole or not at all as object stores do."""
-        self._patiently("write", name, lambda: self._put(name, content), len(content))
+        def write() -> None:
+            before()
+            self.put(name, content)
+
+        self._patiently("write", name, write, len(content))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file unless there is one, which only one of several processes does. The content is unlike that of any
-        other process."""
+        """Write a file unless there is one, which only one of several processes does. No other content is this one."""
 
         def create() -> bool:
             try:
-                self._put(name, content, mode="create")
+                self.put(name, content, mode="create")
             except FileExistsError:  # perhaps made by a try of ours that seemed to fail
                 return bool(self.fs.cat_file(self._path(name)) == content)
             return True
 
         return self._patiently("create", name, create)
 
-    def delete(self, name: str) -> None:
-        """Delete a file if it is there."""
+    def delete(self, name: str, before: Callable[[], None] = lambda: None) -> None:
+        """Delete a file if it is there. `before` as of `write`."""
+
+        def delete() -> None:
+            before()
+            self.fs.rm_file(self._path(name))
+
         with contextlib.suppress(FileNotFoundError):
-            self._patiently("delete", name, lambda: self.fs.rm_file(self._path(name)))
+            self._patiently("delete", name, delete)
 
     def check(self) -> None:
-        """Raises RunError where files cannot be written, or deleted."""
-        name = f"spartan-{TOKEN}"
-        self.write(name, b"")
-        self.delete(name)
+        """Raises RunError where files cannot be written or deleted, and InputError where two processes could both
+        create one."""
+        name = f"spartan-{uuid.uuid4().hex}"
+        try:
+            if not self.create(name, b"one") or self.create(name, b"two"):
+                raise InputError(f"{self.url}: this store writes over what is to be created: two could write one run")
+        finally:
+            self.delete(name)
 
-    def _put(self, name: str, content: bytes, **mode: str) -> None:
+    def put(self, name: str, content: bytes, **mode: str) -> None:
+        """Write a file in one try."""
         try:
             self.fs.pipe_file(self._path(name), content, **mode)
         except FileNotFoundError as error:  # no such bucket
@@ -108,8 +126,8 @@ class Store:
     def _patiently(self, what: str, name: str, action: Callable[[], T], size: int = 0) -> T:
         for wait in (*RETRIES, None):
             try:
-                return _within(CALL_SECONDS + size / BYTES_PER_SECOND, action)
-            except FileNotFoundError:
+                return within(CALL_SECONDS + size / BYTES_PER_SECOND, action)
+            except (FileNotFoundError, RunError):
                 raise
             except PermissionError as error:
                 raise RunError(f"{self.url}/{name}: cannot {what}: {one_line(str(error))}") from None
@@ -120,7 +138,7 @@ class Store:
         raise AssertionError
 
 
-def _within(seconds: float, action: Callable[[], T]) -> T:
+def within(seconds: float, action: Callable[[], T]) -> T:
     """What an action returns, or its error. Raises TimeoutError when it takes longer: it is left to itself then."""
     ended: Future[T] = Future()
 
@@ -141,75 +159,105 @@ class Lease:
     """That one process alone writes a run: the last of the store's files lease/000001.json, ..., each of which only one
     process can create, renewed as long as its holder lives.
 
-    Clocks need not agree: a lease is over when it was released, or was watched for `LEASE_SECONDS` without a change."""
+    Clocks need not agree: a lease is over when it was released, or was watched for `LEASE_SECONDS` without a change.
+    A holder that has not renewed it for half as long looks before it writes whether it still has it."""
 
-    def __init__(self, store: Store, number: int) -> None:
-        self.store, self.number = store, number
-        self.renewals = 0
+    def __init__(self, store: Store, number: int, token: str) -> None:
+        self.store, self.number, self.token = store, number, token
+        self.renewals, self.renewed, self.lost = 0, time.monotonic(), False
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._renew, daemon=True)
+        self.thread = threading.Thread(target=self._renew_again_and_again, daemon=True)
         self.thread.start()
 
     @classmethod
-    def take(cls, store: Store, note: Callable[[str], None] = lambda text: None) -> Lease:
-        """The lease of a run, as soon as the last one is over. Raises InputError where that is renewed."""
-        last = cls._last(store)
-        seen = b""
-        watched = time.monotonic()
+    def begin(cls, store: Store) -> Lease | None:
+        """The first lease of a run, or None when there is one."""
+        token = uuid.uuid4().hex
+        return cls(store, 1, token) if store.create(_name(1), _content(token, 0)) else None
+
+    @classmethod
+    def take(cls, store: Store, patience: float = 0.0, note: Callable[[str], None] = lambda text: None) -> Lease:
+        """The lease of a run, as soon as the last one is over. Raises InputError where that is renewed, and `patience`
+        seconds are over."""
+        started = watched = time.monotonic()
+        last, seen, token = _last(store.sizes()), b"", uuid.uuid4().hex
         while True:
-            content = store.read(lease_name(last)) if last else b""
-            if not last or content == lease_content(0, released=True):
-                pass
-            elif seen and content != seen:
-                holder = json.loads(content).get("holder", "unknown")
-                raise InputError(f"{store.url}: another process writes this run: {holder}")
-            elif time.monotonic() < watched + LEASE_SECONDS:
-                if not seen:
-                    holder = json.loads(content).get("holder", "unknown")
-                    note(f"{store.url}: seeing for {LEASE_SECONDS:.0f} s whether {holder} still writes this run")
-                seen = content
-                if store.pause(min(1.0, RENEW_SECONDS)):
-                    raise RunError(f"{store.url}: not waited for")
+            content = store.read(_name(last)) if last else RELEASED
+            now = time.monotonic()
+            if content == RELEASED or (seen == content and now > watched + LEASE_SECONDS):
+                if store.create(_name(last + 1), _content(token, 0)):
+                    return cls(store, last + 1, token)
+                last, seen = _last(store.sizes()), b""
                 continue
-            if store.create(lease_name(last + 1), lease_content(0)):
-                return cls(store, last + 1)
-            seen, watched, last = b"", time.monotonic(), cls._last(store)
+            if seen and content != seen and now > started + patience:
+                raise InputError(f"{store.url}: another process writes this run: {_holder(content)}")
+            if not seen:
+                note(f"{store.url}: seeing for {LEASE_SECONDS:.0f} s whether {_holder(content)} still writes this run")
+            if content != seen:
+                seen, watched = content, now
+            if store.pause(min(1.0, RENEW_SECONDS)):
+                raise RunError(f"{store.url}: not waited for")
 
-    @staticmethod
-    def _last(store: Store) -> int:
-        numbers = (LEASE.fullmatch(name) for name in store.names())
-        return max((int(match[1]) for match in numbers if match), default=0)
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of the run. Raises RunError when the run is another process's now, or the store fails."""
+        self.store.write(name, content, self.hold)
 
-    def _renew(self) -> None:
-        while not self.ended.wait(RENEW_SECONDS):
-            self.renewals += 1
-            with contextlib.suppress(RunError):  # the next time, and who waits for `check` learns of it
-                self.store.write(lease_name(self.number), lease_content(self.renewals))
+    def delete(self, name: str) -> None:
+        """Delete a file of the run. Raises as `write`."""
+        self.store.delete(name, self.hold)
 
-    def check(self) -> None:
-        """Raises RunError when another process has taken the run over."""
-        if self._last(self.store) != self.number:
+    def hold(self) -> None:
+        """Raises RunError when another process has taken the run over, as far as it is known, or can be in one try."""
+        if not self.lost and self._has_lapsed():
+            self._renew()
+        if self.lost:
             raise RunError(f"{self.store.url}: another process has taken this run over")
 
     def abandon(self) -> None:
         """Renew it no more: it is over when that has been seen."""
         self.ended.set()
-        self.thread.join(RENEW_SECONDS)
+        self.thread.join(2 * RENEWAL_SECONDS)
 
     def release(self) -> None:
         """Let the next one have it at once."""
         self.abandon()
         with contextlib.suppress(RunError):
-            self.store.write(lease_name(self.number), lease_content(0, released=True))
+            self.store.write(_name(self.number), RELEASED)
+
+    def _has_lapsed(self) -> bool:
+        return time.monotonic() > self.renewed + LEASE_SECONDS / 2
+
+    def _renew(self) -> None:
+        started, self.renewals = time.monotonic(), self.renewals + 1
+        content = _content(self.token, self.renewals)
+        within(RENEWAL_SECONDS, lambda: self.store.put(_name(self.number), content))
+        if self._has_lapsed():
+            names = within(RENEWAL_SECONDS, self.store.sizes_now)
+            self.lost = self.lost or _last(names) != self.number
+        self.renewed = started
+
+    def _renew_again_and_again(self) -> None:
+        while not self.ended.wait(RENEW_SECONDS):
+            with contextlib.suppress(Exception):  # the next time; who writes looks how long ago the last one was
+                self._renew()
 
 
-def lease_name(number: int) -> str:
-    """Of the file of a lease."""
+def _name(number: int) -> str:
     return f"lease/{number:06d}.json"
 
 
-def lease_content(renewals: int, released: bool = False) -> bytes:
-    if released:
-        return b'{"released": true}\n'
+def _content(token: str, renewals: int) -> bytes:
     holder = f"process {os.getpid()} on {socket.gethostname()}"
-    return (json.dumps({"holder": holder, "token": TOKEN, "renewals": renewals}) + "\n").encode()
+    return (json.dumps({"holder": holder, "token": token, "renewals": renewals}) + "\n").encode()
+
+
+def _holder(content: bytes) -> str:
+    try:
+        return one_line(str(json.loads(content)["holder"]))
+    except (ValueError, TypeError, KeyError):
+        return "unknown"
+
+
+def _last(names: Iterable[str]) -> int:
+    """The number of the last lease, 0 where there is none."""
+    return max((int(match[1]) for match in map(LEASE.fullmatch, names) if match), default=0)

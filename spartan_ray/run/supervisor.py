@@ -38,8 +38,10 @@ class Supervisor:
         self.node = nodes[0]["NodeID"]
         self.restarts = 0
         self.stopping = False
+        self.shown = 0  # the last epoch of which a row was said
         self.unsaid: deque[Row | str] = deque()  # for who shows it
-        self._start()
+        # Who is submitted again may find the one before it still ending.
+        self._start(LOCK_PATIENCE if config.run.resume == "auto" else 0.0)
 
     def _start(self, patience: float = 0.0, reason: str | None = None) -> None:
         cluster = self.config.cluster
@@ -75,10 +77,20 @@ class Supervisor:
         except RayError as error:  # died, out of memory, its node lost
             return False, self._restart(error)
         self.answered = time.monotonic()
-        self.unsaid += progress.said
+        for said in progress.said:
+            self._say(said)
         self.said += len(progress.said)
         self.folder = progress.folder or self.folder
         return ended, progress
+
+    def _say(self, said: Row | str) -> None:
+        """Put what was said where it is shown, after the rows that a lost driver has written and not said."""
+        if not isinstance(said, str):
+            if self.shown and said["epoch"] > self.shown + 1:
+                known: Progress = ray.get(self.driver.look.remote(self.shown, self.said))
+                self.unsaid += [row for row in known.rows if self.shown < row["epoch"] < said["epoch"]]
+            self.shown = said["epoch"]
+        self.unsaid.append(said)
 
     def result(self) -> bool:
         """What the driver's `run` returned, or its error."""

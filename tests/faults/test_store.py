@@ -97,4 +97,4 @@ def test_a_store_that_goes_away_ends_the_run_which_goes_on_when_it_is_back(
     assert s3.content("runs/away/final.safetensors") == undisturbed
     with reading(f"{URL}/away") as folder:
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
-    assert not any(name.endswith(".tmp") for name in Store(f"{URL}/away").names())
+    assert not any(name.endswith(".tmp") for name in Store(f"{URL}/away").sizes())
