@@ -109,7 +109,8 @@ class Place:
         except RunError as error:
             self.failed = True
             (self.path.parent / KEPT).touch()
-            raise RunError(f"{error}; what it could not take is in {self.path}") from None
+            # By the folder around it, whose name is not taken for that of the run.
+            raise RunError(f"{error}; what it could not take is in {self.path.parent}") from None
 
     def close(self) -> None:
         """Send what is left, and let go of the run. The copy of a URL's run stays where it could not be sent."""
