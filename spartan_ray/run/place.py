@@ -26,7 +26,6 @@ from spartan_ray.section import is_url
 
 # Of the folders that copies are in: their names, what is locked while they are used, and what says that one stays.
 COPY, LOCK, KEPT = "spartan-ray-", "lock", "kept"
-LOCKS: list[IO[str]] = []  # of this process, until it ends
 
 
 class Place:
@@ -258,10 +257,9 @@ def _scratch(name: str) -> Path:
             if not (folder / KEPT).exists():
                 shutil.rmtree(folder, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=COPY))
-    lock = open(folder / "making", "w")  # noqa: SIM115
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    # Until this process ends, in whatever way.
+    fcntl.flock(os.open(folder / "making", os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
     (folder / "making").rename(folder / LOCK)  # so that it is never seen unlocked
-    LOCKS.append(lock)
     path = folder / name
     path.mkdir()
     return path
