@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -100,9 +101,10 @@ def test_recordings_end_when_there_are_too_many_and_what_they_read_lives_as_long
     recorder.upload(Members(np.zeros(1, np.uint64), np.zeros(1, np.float32), np.ones(1, np.float32)))
     references = []
     for number in range(MOST + 1):
-        tensor = recorder.keep(number, torch.full((3,), float(number)))
+        tensor = torch.full((3,), float(number))
         references.append(weakref.ref(tensor))
-        assert recorder.repeat([tensor], tensor.clone, 0).tolist() == [number] * 3
+        assert recorder.repeat([tensor], partial(torch.zeros, 3), 0).tolist() == [0.0] * 3
+        del tensor
         assert len(recorder.recorded) == (number + 1 if number < MOST else 1)
         assert all(reference() is not None for reference in references) == (number < MOST)
     assert references[-1]() is not None
