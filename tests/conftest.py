@@ -62,6 +62,7 @@ def pytest_report_header() -> str:
     return f"instructions: torch {torch.backends.cpu.get_cpu_capability()}, oneDNN {onednn}, numba {compiler.CPU_NAME}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What uses a Ray is not for the fast tier; the rest must not start one, and may run beside it."""
     for item in items:
