@@ -20,27 +20,24 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 
 trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 
-on() {
-    local node=$1
-    shift
-    srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --overlap --nodelist="$node" "$@"
-}
+step=(srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --overlap)
+# In the background, and in place of its shell: what is killed at the end is srun, and not who waits for it.
 start() {
-    on "$1" "$python" -m ray.scripts.scripts start "${@:2}" \
-        --num-cpus="$SLURM_CPUS_PER_TASK" --block --disable-usage-stats &
+    exec "${step[@]}" --nodelist="$1" "$python" -m ray.scripts.scripts start "${@:2}" \
+        --num-cpus="$SLURM_CPUS_PER_TASK" --block --disable-usage-stats
 }
 
-start "$head" --head --node-ip-address="$head" --port="$port" --include-dashboard=false
+start "$head" --head --node-ip-address="$head" --port="$port" --include-dashboard=false &
 while read -r node; do
-    [ "$node" = "$head" ] || start "$node" --address="$head:$port"
+    [ "$node" = "$head" ] || start "$node" --address="$head:$port" &
 done < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 wait_for='import ray, sys; ray.init(sys.argv[1], log_to_driver=False); sys.exit(len(ray.nodes()) < int(sys.argv[2]))'
-until on "$head" "$python" -c "$wait_for" "$head:$port" "$SLURM_NNODES" 2>/dev/null; do
+until "${step[@]}" --nodelist="$head" "$python" -c "$wait_for" "$head:$port" "$SLURM_NNODES" 2>/dev/null; do
     if ((SECONDS > 600)); then
         echo "slurm.sh: not all $SLURM_NNODES nodes are there after ten minutes" >&2
         exit 1
     fi
     sleep 2
 done
-on "$head" "$python" -m spartan_ray train --cluster.address "$head:$port" --run.resume auto "$@"
+"${step[@]}" --nodelist="$head" "$python" -m spartan_ray train --cluster.address "$head:$port" --run.resume auto "$@"

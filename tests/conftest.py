@@ -100,6 +100,18 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def free_cores(request: pytest.FixtureRequest) -> None:
+    """A test finds the cores of the tests' Ray free, unless a pool of its module has them: `auto` takes what is free,
+    and what the test before it had may still be ending."""
+    if "local_ray" not in request.fixturenames or "running" in request.fixturenames:
+        return
+    request.getfixturevalue("local_ray")
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 @dataclass
 class Head:
     """A Ray of its own, as `ray start --head` makes it, and the environment that reaches it."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.joining import WorkerInfo, versions
 from spartan_ray.distributed.pool import Pool
-from spartan_ray.distributed.protocol import Lost
+from spartan_ray.distributed.protocol import Lost, Room
 from spartan_ray.engine.strategies.requests import Members, Scores
 from spartan_ray.noise.contract import noise
 from spartan_ray.noise.cpu import CpuKernel
@@ -52,6 +52,8 @@ class Scripted:
         self.clock = 0.0
         self.workers = room
         self.up = {"node"}
+        self.leaving: set[str] = set()
+        self.never = ""
         self.script = script or (lambda process, method, arguments: None)
         self.pids = count(1)
         self.processes: list[Process] = []
@@ -103,11 +105,18 @@ class Scripted:
     def kill(self, worker: Process) -> None:
         self.die(worker, "it was killed")
 
+    def end(self, workers: list[Process]) -> None:
+        for worker in workers:
+            self.kill(worker)
+
     def now(self) -> float:
         return self.clock
 
-    def room(self) -> tuple[int, set[str]]:
-        return self.workers, self.up
+    def room(self, workers: int, starting: int) -> Room:
+        return Room(self.workers, self.up, self.leaving)
+
+    def impossible(self) -> str:
+        return self.never
 
     def die(self, process: Process, reason: str = "a signal") -> None:
         """End a process: what it had not answered by now it never will."""

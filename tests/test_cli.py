@@ -117,6 +117,7 @@ def test_what_the_cluster_cannot_do_is_one_line_and_exit_2(ray_head: Head, tmp_p
     errors = [line for line in ended.stderr.splitlines() if line.startswith("spartan: ")]
     assert len(errors) == 1
     assert "do not fit the" in errors[0]
+    assert "waiting for nodes: cluster.workers (auto) of 1 CPUs" in ended.stdout
     assert "Traceback" not in ended.stderr + ended.stdout
     assert not (tmp_path / "runs").exists()
 
@@ -194,7 +195,7 @@ def test_a_run_that_is_ended_in_a_hurry_says_how_to_go_on(
 ) -> None:
     """A second Ctrl-C while the first is waited for, a signal that ended the driver too, output that nobody reads."""
     watches: list[float] = []
-    monkeypatch.setattr(supervisor, "Supervisor", lambda config, folder: EndedFromOutside(error, watches))
+    monkeypatch.setattr(supervisor, "Supervisor", lambda *arguments: EndedFromOutside(error, watches))
     for part, name in ((train, "check_paths"), (train, "start_ray"), (ray, "shutdown")):
         monkeypatch.setattr(part, name, lambda *arguments, **named: None)
     monkeypatch.setattr(train, "reach_ray", lambda flag: ("local", "cluster.address"))

@@ -357,7 +357,7 @@ def test_kills_without_end_end_the_run_when_nothing_was_done_for_too_long(at_sta
     with pytest.raises(PoolError, match=rf"^{said} \(cluster\.worker_timeout\); the last one: a signal$"):
         team.pool.weighted_sum(SEEDS, WEIGHTS, 0, 5000)
     assert 90 < team.transport.clock - began < 100
-    assert any("no worker is there: waiting for 90 s" in note for note in team.notes)
+    assert any(note.endswith("each, for 90 s at most (cluster.worker_timeout)") for note in team.notes)
 
 
 def test_long_work_is_waited_for() -> None:
@@ -468,6 +468,70 @@ def test_workers_follow_the_nodes_and_a_refused_one_is_not_missed_while_its_node
     assert workers() == [1, 3, 4, 5]
     transport.workers = 2  # what works stays until its node goes
     assert workers() == [1, 3, 4, 5]
+
+
+def test_a_worker_whose_node_is_about_to_go_gets_no_more_work_unless_nobody_else_is_there() -> None:
+    def move(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        return (lambda info: replace(info, node="spot")) if method == "join" and process.pid == 2 else None
+
+    team = Team(Scripted(2, move), chunk=4)
+    transport = team.transport
+    team.pool.wait_until_joined()
+
+    def at_work() -> set[int]:
+        """Who does an evaluation and an update, once the nodes were looked at."""
+        transport.clock += 10
+        team.pool.dispatcher._tend()
+        asked = set()
+        transport.script = lambda process, method, _: asked.add(process.pid)
+        assert ends_well(team)
+        return asked
+
+    assert at_work() == {1, 2}
+    transport.leaving = {"spot"}
+    assert at_work() == {1}
+    assert team.notes == ["1 workers get no more work: their nodes are about to go"]
+    transport.leaving = {"spot", "node"}
+    assert at_work() == {1, 2}
+    transport.leaving = set()
+    assert at_work() == {1, 2}
+
+
+def test_the_first_worker_is_waited_for_without_end_and_a_line_a_minute_says_so() -> None:
+    team = Team(Scripted(2, lambda process, method, _: None), worker_timeout=10.0)
+    team.pool.dispatcher._tend()
+    go_on = [team.transport.freeze(process) for process in team.transport.processes]
+    team.transport.events.append((1000.0, lambda: [come() for come in go_on]))  # type: ignore[arg-type]
+    team.pool.wait_until_joined()
+    assert team.transport.clock >= 1000
+    waiting = [note for note in team.notes if note.startswith("no worker is there")]
+    assert set(waiting) == {"no worker is there: waiting for room for 2 of 1 CPUs and 0 GPUs each"}
+    assert 15 <= len(waiting) <= 17
+    assert ends_well(team)
+
+
+def test_a_request_that_no_node_can_meet_ends_the_run_within_a_minute() -> None:
+    team = Team(Scripted(1, lambda process, method, _: None))
+    team.pool.dispatcher._tend()
+    team.transport.freeze(team.transport.processes[0])
+    team.transport.never = "no node of this Ray has 1 CPUs and 9 GPUs"
+    with pytest.raises(PoolError, match=r"^no node of this Ray has 1 CPUs and 9 GPUs$"):
+        team.pool.wait_until_joined()
+    assert team.transport.clock < 60
+
+
+def test_so_many_workers_as_a_range_begins_with_are_waited_for() -> None:
+    team = Team(Scripted(3))
+    dispatcher, transport = team.pool.dispatcher, team.transport
+    dispatcher.cluster = dispatcher.cluster.model_copy(update={"workers": "2..3"})
+    dispatcher._tend()
+    transport.freeze(transport.processes[0])
+    go_on = transport.freeze(transport.processes[1])
+    transport.events.append((100.0, go_on))
+    team.pool.wait_until_joined()
+    assert transport.clock >= 100
+    assert {info.pid for info in team.pool.infos} == {2, 3}
+    assert team.notes == ["2 of 3 workers have started; the others join when they can"]
 
 
 def test_a_slow_worker_has_smaller_chunks_and_a_small_update_fewer_slices() -> None:

@@ -15,8 +15,8 @@ import ray
 import torch
 from local import make_spec
 
+from spartan_ray.distributed import dispatch
 from spartan_ray.distributed.config import Cluster
-from spartan_ray.distributed.dispatch import PoolError
 from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.pool import Pool
 from spartan_ray.distributed.protocol import Failed, Lost
@@ -150,8 +150,21 @@ def test_a_member_that_raises_on_three_workers_is_named_and_scored_worst(running
     )
 
 
-def test_without_room_for_any_worker_the_run_waits_and_then_stops(running: Running) -> None:
+class Enough(Exception):
+    """What was waited for long enough."""
+
+
+class Waiting(Running):
+    def advance(self, members: int, images: int) -> None:
+        if self.notes:
+            raise Enough(*self.notes)
+
+
+def test_without_room_for_any_worker_the_run_waits_and_says_so(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The pool of these tests has all cores."""
     assert "CPU" not in ray.available_resources()
-    with pytest.raises(PoolError, match=r"no worker for 1.5 s \(cluster\.worker_timeout\)"):
-        Running(workers=1, worker_timeout=1.5)
+    monkeypatch.setattr(dispatch, "SLOW_START_SECONDS", 1.0)
+    with pytest.raises(Enough, match=r"^no worker is there: waiting for room for 1 of 1 CPUs and 0 GPUs each$"):
+        Waiting(workers=1, worker_timeout=0.5)

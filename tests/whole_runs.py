@@ -83,6 +83,9 @@ class WarmTransport(RayTransport):
     def kill(self, worker: Any) -> None:
         self.idle.append(worker)
 
+    def end(self, workers: list[Any]) -> None:
+        self.idle.extend(workers)
+
 
 def run_here(config: Config, folder: Path | str | None = None) -> tuple[Path, list[str]]:
     """The same with the driver in this process and workers that are warm: the run folder and what was said. No

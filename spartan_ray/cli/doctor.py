@@ -59,8 +59,9 @@ def diagnose(config: Config, say: Callable[[str], None] = print) -> bool:
 
 def _look_at_nodes(config: Config, doctor: Doctor) -> None:
     from spartan_ray.distributed.examine import examined, on_node
-    from spartan_ray.distributed.placement import resolve_cluster, workers_that_fit
-    from spartan_ray.distributed.transport import nodes_here_first
+    from spartan_ray.distributed.nodes import grows, nodes_here_first
+    from spartan_ray.distributed.placement import described, resolve_cluster, worker_resources
+    from spartan_ray.distributed.transport import room_for
 
     nodes = nodes_here_first()
 
@@ -76,11 +77,11 @@ def _look_at_nodes(config: Config, doctor: Doctor) -> None:
         doctor.check(name, partial(node_of, node))
 
     def workers() -> str:
-        resources = [node["Resources"] for node in nodes]
-        cluster = resolve_cluster(config.cluster, resources)
-        count = workers_that_fit(cluster, resources) if cluster.workers == "auto" else cluster.workers
-        each = f"{cluster.cpus_per_worker} CPUs and {cluster.gpus_per_worker:g} GPUs"
-        return f"{count} of {each} each, beside a driver of {cluster.driver_cpus} CPUs and {cluster.driver_gpus:g} GPUs"
+        cluster = resolve_cluster(config.cluster, [node["Resources"] for node in nodes], grows())
+        count, each = room_for(cluster).workers, described(worker_resources(cluster))
+        more = "; an autoscaler starts nodes for those that do not fit now" if grows() else ""
+        driver = f"a driver of {cluster.driver_cpus} CPUs and {cluster.driver_gpus:g} GPUs"
+        return f"{count} of {each} each, beside {driver}{more}"
 
     def paths() -> str:
         on_node(nodes[0], check_paths, config, True)

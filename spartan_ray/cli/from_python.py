@@ -82,13 +82,13 @@ def train(
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    from spartan_ray.run.supervisor import Supervisor
+    from spartan_ray.run.supervisor import ROOM_SECONDS, Supervisor
 
     if not isinstance(config, Config):
         config = load_config(str(config)) if isinstance(config, str | Path) else configuration(dict(config or {}))
     chosen = with_absolute_paths(override(config, sections))
     console = Console(quiet=not progress)
-    leave, supervisor = None, None
+    leave, supervisor, room_seconds = None, None, ROOM_SECONDS
     place, finished = begun(chosen)
     if place and finished:
         return _result(place)
@@ -96,8 +96,9 @@ def train(
         if not ray.is_initialized():
             if ray_address(chosen.cluster.address)[0] == "local":
                 check_paths(chosen, new=place is None)
+                room_seconds = 0.0  # nothing joins it
             leave = join_ray(chosen.cluster.address)
-        supervisor = Supervisor(chosen, place)
+        supervisor = Supervisor(chosen, place, room_seconds)
         try:
             follow(supervisor, console, callbacks)
         except KeyboardInterrupt:

@@ -105,7 +105,7 @@ def run(config: Config, folder: str | None = None) -> int:
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    from spartan_ray.run.supervisor import Supervisor
+    from spartan_ray.run.supervisor import ROOM_SECONDS, Supervisor
 
     print("starting Ray", flush=True)
     with watchdog("the start of Ray", START_SECONDS, "its logs are in /tmp/ray/session_latest/logs"):
@@ -113,7 +113,7 @@ def run(config: Config, folder: str | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
     supervisor = None
     try:
-        supervisor = Supervisor(config, folder)
+        supervisor = Supervisor(config, folder, ROOM_SECONDS if address != "local" else 0.0)
         console = Console()
         try:
             follow(supervisor, console)

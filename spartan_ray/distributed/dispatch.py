@@ -13,6 +13,7 @@ from typing import Any
 
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.joining import WorkerInfo
+from spartan_ray.distributed.placement import described, worker_resources
 from spartan_ray.distributed.protocol import Failed, Lost, Transport
 from spartan_ray.distributed.slots import End, Slot, Task, may_do
 from spartan_ray.distributed.spans import Blame, Range, Span
@@ -32,6 +33,8 @@ LATE_SECONDS, LATE_FACTOR = 2.0, 3.0
 HANG_FACTOR = 10.0
 # After so long a start the user is told what is waited for.
 SLOW_START_SECONDS = 30.0
+# And again after so many more.
+SAY_SECONDS = 60.0
 # How long to wait for a result, how often to look after the workers, and to look for nodes that came or went.
 POLL_SECONDS = 0.5
 TEND_SECONDS = 0.1
@@ -58,7 +61,8 @@ class Dispatcher:
         self.transport = transport
         self.cluster = cluster
         self.note, self.advance, self.refuse = note, advance, refuse
-        self.size, _ = transport.room()
+        self.room = transport.room(0, 0)
+        self.size = self.room.workers
         self.slots: list[Slot] = []
         self.tasks: dict[Any, Task] = {}  # in flight, by their references
         self.refused: list[str] = []  # nodes, one for each worker that was refused there
@@ -71,7 +75,8 @@ class Dispatcher:
         self.began = now  # to cover a range
         self.progress = now  # something was last done
         self.manned = now  # a worker was last there
-        self.covering = self.said_unmanned = False
+        self.covering = self.had_workers = False
+        self.said_unmanned = -math.inf  # when it was last said that none is there
         self.places = self.size
         # Workers to be started: when, in which place, after how many failures there.
         self.starts = [(now, place, 0) for place in range(self.size)]
@@ -86,14 +91,17 @@ class Dispatcher:
         deadline = self.transport.now() + SLOW_START_SECONDS
         while self.starts or any(slot.info is None for slot in self.slots):
             self._collect()
-            if self.infos and self.transport.now() > deadline:
+            if len(self.infos) >= self.cluster.least_workers and self.transport.now() > deadline:
                 self.note(f"{len(self.infos)} of {self.size} workers have started; the others join when they can")
                 return
 
     def close(self) -> None:
         """End all workers."""
+        idle = [slot.worker for slot in self.slots if slot.info and not slot.tasks]
         for slot in self.slots:
-            self.transport.kill(slot.worker)
+            if slot.worker not in idle:
+                self.transport.kill(slot.worker)
+        self.transport.end(idle)
         self.slots.clear()
         self.tasks.clear()
         self.starts.clear()
@@ -149,7 +157,9 @@ class Dispatcher:
     def _dispatch(self, range_: Range) -> None:
         """Queue spans on the workers that have joined, the idle ones first; where nothing is left to queue,
         idle workers take what is late on others."""
-        fit = [slot for slot in self.slots if slot.info and not slot.late]
+        there = [slot for slot in self.slots if slot.info and not slot.late]
+        # One whose node is about to go ends what it has, unless nobody else is there.
+        fit = [slot for slot in there if slot.info and slot.info.node not in self.room.leaving] or there
         for queued in range(QUEUED_PER_WORKER):
             for slot in fit:
                 if not range_.waiting:
@@ -231,9 +241,9 @@ class Dispatcher:
             return []
         self.tend_at = now + TEND_SECONDS
         self._look_who_is_late()
-        if self.cluster.workers == "auto" and now - self.nodes_seen > NODES_SECONDS:
+        if now - self.nodes_seen > NODES_SECONDS:
             self.nodes_seen = now
-            self._resize()
+            self._follow_nodes()
         due = [start for start in self.starts if start[0] <= now]
         self.starts = [start for start in self.starts if start[0] > now]
         for _, place, failures in due:
@@ -259,29 +269,40 @@ class Dispatcher:
         is not taken to hang: it may be long work."""
         joined = self.infos
         if joined:
-            self.manned, self.said_unmanned = now, False
-            if not self.covering:
-                self.progress = now
+            self.manned, self.had_workers, self.said_unmanned = now, True, -math.inf
+        # The first worker is waited for without end, where none has failed: nodes may be on their way.
+        for_room = not self.had_workers and not self.last_reason
+        if for_room or (joined and not self.covering):
+            self.progress = now
         at_work = min((slot.since for slot in self.slots if slot.info and slot.tasks), default=now)
         timeout = self.cluster.worker_timeout
         if at_work - self.progress > timeout:
             said = "no worker" if now - self.manned > timeout / 2 else "no worker got anything done"
             reason = f"; the last one: {self.last_reason}" if self.last_reason else ""
             raise PoolError(f"{said} for {timeout:g} s (cluster.worker_timeout){reason}")
-        if now - self.manned > SLOW_START_SECONDS and not self.said_unmanned:
-            self.said_unmanned = True
-            self.note(f"no worker is there: waiting for {timeout:g} s (cluster.worker_timeout) for room or a node")
+        if now - self.manned > SLOW_START_SECONDS and now - self.said_unmanned > SAY_SECONDS:
+            self.said_unmanned = now
+            if for_room and (reason := self.transport.impossible()):
+                raise PoolError(reason)
+            until = "" if for_room else f", for {timeout:g} s at most (cluster.worker_timeout)"
+            each = described(worker_resources(self.cluster))
+            self.note(f"no worker is there: waiting for room for {self.size} of {each} each{until}")
 
-    def _resize(self) -> None:
-        """Follow the nodes: start workers where there is new room, give up waiting for room that is gone."""
-        self.size, up = self.transport.room()
-        wanted = self.size - sum(node in up for node in self.refused)
+    def _follow_nodes(self) -> None:
+        """Start workers where there is new room, give up waiting for room that is gone."""
+        starting = [slot for slot in self.slots if not slot.info and not slot.doubted]
+        leaving = self.room.leaving
+        self.room = self.transport.room(len(self.slots) - len(starting), len(starting))
+        held = sum(slot.info.node in self.room.leaving - leaving for slot in self.slots if slot.info)
+        if held:
+            self.note(f"{held} workers get no more work: their nodes are about to go")
+        self.size = self.room.workers
+        wanted = self.size - sum(node in self.room.up for node in self.refused)
         missing = max(0, wanted - len(self.slots))
         fresh = max(0, missing - len(self.starts))
         new = [(self.transport.now(), self.places + number, 0) for number in range(fresh)]
         self.places += fresh
         self.starts = (self.starts + new)[:missing]
-        starting = [slot for slot in self.slots if not slot.info and not slot.doubted]
         for slot in starting[: max(0, len(self.slots) - wanted)]:
             self._remove(slot)
 

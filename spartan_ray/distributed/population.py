@@ -109,10 +109,11 @@ class Population(population.Population):
 
         if not ray.is_initialized():
             self.leave_ray = join_ray(cluster.address)
-        from spartan_ray.distributed.transport import RayTransport, nodes_here_first
+        from spartan_ray.distributed.nodes import grows, nodes_here_first
+        from spartan_ray.distributed.transport import RayTransport
 
         nodes = [node["Resources"] for node in nodes_here_first()]
-        resolved = resolve_cluster(cluster, nodes)
+        resolved = resolve_cluster(cluster, nodes, grows())
         try:
             transport = RayTransport(spec, resolved)
         except (TypeError, AttributeError, pickle.PicklingError) as error:

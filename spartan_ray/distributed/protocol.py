@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -11,6 +12,16 @@ class Lost(Exception):
 
 class Failed(Exception):
     """What a worker's own code raised, at its start or in its work."""
+
+
+@dataclass
+class Room:
+    """What the Ray has room for: how many workers there are to be now, the names of the nodes that are up, and those
+    of them that are about to go."""
+
+    workers: int
+    up: set[str]
+    leaving: set[str] = field(default_factory=set)
 
 
 class Transport(Protocol):
@@ -34,8 +45,14 @@ class Transport(Protocol):
     def kill(self, worker: Any) -> None:
         """End a worker, in whatever state it is."""
 
+    def end(self, workers: list[Any]) -> None:
+        """End workers that have nothing to do."""
+
     def now(self) -> float:
         """Seconds on a clock that never goes back."""
 
-    def room(self) -> tuple[int, set[str]]:
-        """How many workers there are to be now, and the names of the nodes that are up."""
+    def room(self, workers: int, starting: int) -> Room:
+        """What there is room for, with so many workers that have joined and so many that have not."""
+
+    def impossible(self) -> str:
+        """Why there will never be room for a worker; nothing where there may be."""

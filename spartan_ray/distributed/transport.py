@@ -10,23 +10,31 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from spartan_ray.distributed.config import Cluster
-from spartan_ray.distributed.placement import workers_that_fit
-from spartan_ray.distributed.protocol import Failed, Lost
+from spartan_ray.distributed.nodes import free_resources, grows, is_impossible, leaving_nodes, nodes_here_first
+from spartan_ray.distributed.placement import described, pool_size, worker_resources
+from spartan_ray.distributed.protocol import Failed, Lost, Room
 from spartan_ray.distributed.worker import Worker
 
-
-def nodes_here_first() -> list[dict[str, Any]]:
-    """The nodes of the Ray that are up, this one first."""
-    here = ray.get_runtime_context().get_node_id()
-    return sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here)
+# Seconds that actors may take to end before they are killed.
+LEAVE_SECONDS = 5.0
 
 
-def pool_size(cluster: Cluster) -> int:
-    """How many workers a run is to have now. With `workers` auto that follows the nodes that are up."""
-    if cluster.workers != "auto":
-        return cluster.workers
-    assert cluster.gpus_per_worker is not None, "resolved before"
-    return max(1, workers_that_fit(cluster, [node["Resources"] for node in nodes_here_first()]))
+def leave(actors: list[ActorHandle[Any]]) -> None:
+    """Let idle actors end as what is done: one that is killed looks like a failure to who operates the Ray."""
+    ended: list[Any] = [actor.__ray_terminate__.remote() for actor in actors]
+    if ended:
+        ray.wait(ended, num_returns=len(ended), timeout=LEAVE_SECONDS)
+    for actor in actors:
+        ray.kill(actor)
+
+
+def room_for(cluster: Cluster, workers: int = 0, starting: int = 0) -> Room:
+    """What there is room for beside the driver, which runs, with so many workers that have joined and so many that
+    have not."""
+    nodes, leaving = nodes_here_first(), leaving_nodes()
+    staying = [node["Resources"] for node in nodes if node["NodeID"] not in leaving]
+    size = pool_size(cluster, staying, free_resources(), workers, starting, grows())
+    return Room(size, {node["NodeID"] for node in nodes}, leaving)
 
 
 class RayTransport:
@@ -35,7 +43,9 @@ class RayTransport:
     def __init__(self, spec: object, cluster: Cluster, worker: type[Any] = Worker) -> None:
         self.spec = ray.put(spec)
         self.cluster = cluster
-        self.actor: Any = ray.remote(worker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
+        self.actor: Any = ray.remote(worker).options(
+            num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, scheduling_strategy="SPREAD"
+        )
 
     def start(self) -> tuple[ActorHandle[Any], Any]:
         worker = self.actor.remote(self.spec)
@@ -68,11 +78,20 @@ class RayTransport:
     def kill(self, worker: ActorHandle[Any]) -> None:
         ray.kill(worker)
 
+    def end(self, workers: list[ActorHandle[Any]]) -> None:
+        leave(workers)
+
     def now(self) -> float:
         return time.monotonic()
 
-    def room(self) -> tuple[int, set[str]]:
-        return pool_size(self.cluster), {node["NodeID"] for node in nodes_here_first()}
+    def room(self, workers: int, starting: int) -> Room:
+        return room_for(self.cluster, workers, starting)
+
+    def impossible(self) -> str:
+        wanted = worker_resources(self.cluster)
+        if not is_impossible(wanted):
+            return ""
+        return f"no node of this Ray has {described(wanted)}, and its autoscaler cannot start one that has"
 
 
 def _lines(error: Exception) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from spartan_ray.distributed.pool import Pool
-from spartan_ray.distributed.transport import RayTransport, pool_size
+from spartan_ray.distributed.transport import RayTransport, room_for
 from spartan_ray.distributed.worker import claim_device
 from spartan_ray.engine.evaluator import EvaluatorSpec
 from spartan_ray.engine.flat import FlatModel
@@ -248,7 +248,7 @@ class Driver:
                 checkpoint, metrics = latest_checkpoint(
                     self.place.path, self._note, lambda config: epochs_behind(config)[0]
                 )
-        config, workers = self.config, pool_size(self.config.cluster)
+        config, workers = self.config, room_for(self.config.cluster).workers
         if checkpoint:
             before = checkpoint.loop.config
             refuse_changes(str(self.folder), before, config)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -168,7 +169,7 @@ def test_a_worker_that_returns_nan_one_that_raises_and_one_that_hangs(undisturbe
 
 
 def test_a_node_removed_in_mid_generation(undisturbed: Path, config: Config, tmp_path: Path) -> None:
-    """A cluster of two nodes, in a process of its own, since a process can be connected to one Ray."""
+    """A cluster of two nodes beside its head, in a process of its own, since a process can be connected to one Ray."""
     given = change(config, run={"out": str(tmp_path / "runs")}).model_dump_json()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     ended = subprocess.run(
@@ -180,3 +181,4 @@ def test_a_node_removed_in_mid_generation(undisturbed: Path, config: Config, tmp
     assert same_result(Path(seen["folder"]), undisturbed)
     assert seen["removed"] == "evolve"
     assert seen["workers"] == [1, 2, 1]
+    assert re.fullmatch(r"waiting for nodes: cluster.workers \(auto\) .* do not fit the 1 nodes .*", seen["waited"])

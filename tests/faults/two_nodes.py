@@ -1,5 +1,5 @@
-"""A run on a cluster that begins with one node, gets a second one, and loses it in mid-generation. Takes the
-configuration as JSON; prints what it saw as JSON."""
+"""A run on a cluster that begins with a head without cores, gets a node, a second one, and loses that in
+mid-generation. Takes the configuration as JSON; prints what it saw as JSON."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ from spartan_ray.run.supervisor import Supervisor
 
 def main() -> None:
     config = Config(**json.loads(sys.argv[1]))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     ray.init(address=cluster.address, log_to_driver=False)
     seen: dict[str, Any] = {"workers": []}
     second: list[Any] = []
     first: list[int] = []
 
     def watch(progress: Progress) -> None:
+        if supervisor.unsaid and "waited" not in seen:
+            seen["waited"] = supervisor.unsaid[0]
+            cluster.add_node(num_cpus=1)
         workers = progress.worker_pids
         if workers and seen["workers"][-1:] != [len(workers)]:
             seen["workers"].append(len(workers))
@@ -44,7 +47,8 @@ def main() -> None:
             cluster.remove_node(second[0], allow_graceful=False)
             os.kill(first[0], signal.SIGCONT)
 
-    seen["folder"] = str(attend(Supervisor(config), watch))
+    supervisor = Supervisor(config, room_seconds=600.0)
+    seen["folder"] = str(attend(supervisor, watch))
     ray.shutdown()
     cluster.shutdown()
     print(json.dumps(seen))
