@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from conftest import free_port
+from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 from safetensors.torch import load_file
 from whole_runs import ROOT, SMALL, environment, parse_config
@@ -35,6 +38,21 @@ def test_a_ray_up_file_passes_ray_s_schema(name: str) -> None:
         assert types["gpu"]["resources"]["GPU"] == 1
     with pytest.raises(Exception, match="Additional properties are not allowed"):
         validate_config(prepare_config(config) | {"nonsense": 1})
+
+
+def test_what_a_job_brings_is_the_package_and_not_what_lies_beside_it(tmp_path: Path) -> None:
+    """Ray refuses more than 100 MB."""
+    for name in (".rayignore", ".gitignore"):
+        shutil.copy(ROOT / name, tmp_path)
+    wanted = {"spartan_ray/run/presets/article-es.yaml", "examples/tune.py", "mine.py"}
+    beside = {"images/train/cat/1.jpg", "runs/a/metrics.jsonl", ".venv/bin/python", "data/x.bin", ".git/objects/1"}
+    for name in wanted | beside:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("content")
+    package = tmp_path.parent / f"{tmp_path.name}.zip"
+    create_package(str(tmp_path), package, include_gitignore=True)
+    sent = {name for name in zipfile.ZipFile(package).namelist() if not name.endswith("/")}
+    assert sent - {".rayignore", ".gitignore"} == wanted
 
 
 def kuberay(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
