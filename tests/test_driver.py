@@ -532,3 +532,16 @@ def test_the_same_command_begins_a_run_goes_on_and_is_finished(
     assert begun(there) == (str(lost), False)
     run_here(there, folder=lost)
     assert same_result(lost, whole)
+
+
+def test_a_run_waits_for_nodes_and_can_be_stopped_before_there_is_room(local_ray: None, small_config: Config) -> None:
+    config = change(small_config, cluster={"workers": 99})
+    with pytest.raises(InputError, match="do not fit the 1 nodes"):
+        Supervisor(config)
+    supervisor = Supervisor(config, room_seconds=3600.0)
+    assert supervisor.watch(0.01)[0] is False
+    (said,) = supervisor.unsaid  # and not again with each look
+    assert str(said).startswith("waiting for nodes: cluster.workers (99)")
+    supervisor.stop()
+    assert supervisor.watch(3600.0)[0] is True
+    supervisor.close()

@@ -50,12 +50,12 @@ class Supervisor:
 
     def _begin(self) -> bool:
         """Start the driver where there is room for the workers. Raises InputError where there is none in time."""
-        nodes = nodes_here_first()
+        nodes, growing = nodes_here_first(), grows()
         self.node = nodes[0]["NodeID"]
         try:
-            cluster = resolve_cluster(self.config.cluster, [node["Resources"] for node in nodes], grows())
+            cluster = resolve_cluster(self.config.cluster, [node["Resources"] for node in nodes], growing)
         except InputError as error:
-            if time.monotonic() >= self.room_until:
+            if growing or time.monotonic() >= self.room_until:
                 raise
             self._say_waiting(f"waiting for nodes: {error}")
             return False
@@ -84,6 +84,8 @@ class Supervisor:
         """Wait so long for the end: whether it came, and the progress with what was said since the last call
         and, if they are asked for, the rows after the first `rows`. Raises the driver's error when it was
         lost too often, or RunError when it does not answer, or start, for as long as a worker may be missing."""
+        if self.driver is None and self.stopping:
+            return True, self._silence([])
         if self.driver is None and not self._begin():
             time.sleep(seconds)
             return False, self._silence([])
