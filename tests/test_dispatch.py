@@ -490,7 +490,7 @@ def test_a_worker_whose_node_is_about_to_go_gets_no_more_work_unless_nobody_else
     assert at_work() == {1, 2}
     transport.leaving = {"spot"}
     assert at_work() == {1}
-    assert team.notes == ["1 workers get no more work: their nodes are about to go"]
+    assert team.notes == ["workers whose nodes are about to go, and that get no more work: 1"]
     transport.leaving = {"spot", "node"}
     assert at_work() == {1, 2}
     transport.leaving = set()

@@ -33,7 +33,7 @@ LATE_SECONDS, LATE_FACTOR = 2.0, 3.0
 HANG_FACTOR = 10.0
 # After so long a start the user is told what is waited for.
 SLOW_START_SECONDS = 30.0
-# And again after so many more.
+# And again after so many more seconds.
 SAY_SECONDS = 60.0
 # How long to wait for a result, how often to look after the workers, and to look for nodes that came or went.
 POLL_SECONDS = 0.5
@@ -295,7 +295,7 @@ class Dispatcher:
         self.room = self.transport.room(len(self.slots) - len(starting), len(starting))
         held = sum(slot.info.node in self.room.leaving - leaving for slot in self.slots if slot.info)
         if held:
-            self.note(f"{held} workers get no more work: their nodes are about to go")
+            self.note(f"workers whose nodes are about to go, and that get no more work: {held}")
         self.size = self.room.workers
         wanted = self.size - sum(node in self.room.up for node in self.refused)
         missing = max(0, wanted - len(self.slots))

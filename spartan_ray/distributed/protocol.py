@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 
@@ -21,7 +21,7 @@ class Room:
 
     workers: int
     up: set[str]
-    leaving: set[str] = field(default_factory=set)
+    leaving: set[str]
 
 
 class Transport(Protocol):

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from spartan_ray.distributed.dispatch import SAY_SECONDS
 from spartan_ray.distributed.nodes import free_resources, grows, is_impossible, nodes_here_first
 from spartan_ray.distributed.placement import described, holds, resolve_cluster
 from spartan_ray.distributed.transport import leave
@@ -26,15 +27,13 @@ LOCK_PATIENCE = 60.0
 ANSWER_SECONDS = 10.0
 # Seconds that nodes may take to join a Ray which does not start any itself.
 ROOM_SECONDS = 30.0
-# Seconds between two lines that say what is waited for.
-SAY_SECONDS = 60.0
 
 
 class Supervisor:
     """A run from outside: its driver actor, which is started again from the last checkpoint when it is lost.
 
     Runs on the Ray that this process is connected to. Where the workers that the configuration asks for do not fit,
-    more nodes are waited for so many seconds; then, or at once where that is 0, `watch` raises InputError."""
+    more nodes are waited for so many seconds, after which `watch` raises InputError; with 0, this call does."""
 
     def __init__(self, config: Config, folder: str | None = None, room_seconds: float = 0.0) -> None:
         self.config = config
