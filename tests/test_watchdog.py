@@ -23,7 +23,9 @@ with watchdog.watchdog("the start", {seconds}, "look there"):
     said = []
     while True:
         try:
-            said or said.append(print(child.pid, flush=True))
+            if not said:
+                said.append(True)  # before it is printed: the signal comes from then on, and it is said once
+                print(child.pid, flush=True)
             take(lock)
         except KeyboardInterrupt:  # it came just before
             pass
