@@ -328,9 +328,15 @@ def test_the_documents_have_the_tables_of_the_results() -> None:
         assert results[name]
 
 
-def test_a_simulated_worker_needs_no_torch() -> None:
+def test_a_simulated_worker_needs_no_torch_and_is_let_in() -> None:
     """Dozens of them are to fit a machine: with torch each takes 300 MB, and Ray kills what exceeds the memory."""
-    program = "import sys, bench.sleeper; sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys, types, ray, bench.sleeper\n"
+        "ray.get_runtime_context = lambda: types.SimpleNamespace(get_node_id=lambda: 'node')\n"
+        "from spartan_ray.distributed.joining import objections\n"
+        "assert objections(bench.sleeper.Sleeper(None).join(), 'uniform') == ''\n"
+        "sys.exit('torch' in sys.modules)"
+    )
     path = f"{ROOT / 'benchmarks'}{os.pathsep}{ROOT}"
     assert (
         subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, check=False).returncode

@@ -11,8 +11,7 @@ import ray
 
 from spartan_ray.distributed.joining import WorkerInfo, versions
 from spartan_ray.engine.strategies.requests import CaseSet, Members, Part, Scores
-from spartan_ray.noise.contract import noise
-from spartan_ray.noise.fingerprint import FINGERPRINT_SEED, FINGERPRINT_SLICES
+from spartan_ray.noise.fingerprint import definition
 
 SECONDS_A_MEMBER = 0.02
 SLOW_FACTOR = 5.0
@@ -26,8 +25,7 @@ class Sleeper:
 
     def join(self) -> WorkerInfo:
         node = ray.get_runtime_context().get_node_id()
-        sample = np.concatenate([noise("uniform", FINGERPRINT_SEED, *ends) for ends in FINGERPRINT_SLICES])
-        return WorkerInfo(socket.gethostname(), node, os.getpid(), "sleep", 1, sample, versions())
+        return WorkerInfo(socket.gethostname(), node, os.getpid(), "sleep", 1, definition("uniform")[0], versions())
 
     def evaluate(
         self,
