@@ -26,8 +26,8 @@ from spartan_ray import EvolutionStrategies, Population
 from spartan_ray.engine.flat import FlatModel, dot, mean, norm
 from spartan_ray.engine.guards import keeping_gradients
 from spartan_ray.engine.process import set_up
-from spartan_ray.engine.strategies.es import SEARCH_FACTORS, SEARCH_LENGTHS, best_length, less_pair_mean, peak
-from spartan_ray.engine.strategies.requests import Members, Score, Scores, SetDirection, SetScale, line, merge_seeds
+from spartan_ray.engine.strategies.es import best_length, less_pair_mean, search_lengths
+from spartan_ray.engine.strategies.requests import Members, Score, Scores, SetDirection, SetScale, merge_seeds
 from spartan_ray.engine.strategies.shaping import zscore
 from spartan_ray.noise.contract import member_seeds
 from spartan_ray.vision.averaging import Average
@@ -258,22 +258,15 @@ class Bench:
             population.take_basis()
         population.mutation_norm = population._mutation_norm(members[:1])
         population.answer(SetDirection(seed_U, weight_U, 1.0, ratio=1.0))
-        found: dict[float, float] = {}
-
-        def attempt(*lengths: float) -> None:
-            scores = population.answer(Score(line(*lengths), cases="search"))
-            assert isinstance(scores, Scores)
-            found.update(zip(lengths, scores.mean_KM[:, column].tolist(), strict=True))
-
-        attempt(*SEARCH_LENGTHS)
-        while best_length(found) == max(found) < 1e3:
-            attempt(4 * max(found))
-        for factor in SEARCH_FACTORS:
-            if best := best_length(found):
-                attempt(best / factor, best * factor)
-        if vertex := peak(found):
-            attempt(vertex)
-        return {"length": best_length(found)}
+        asked = search_lengths()
+        request = next(asked)
+        try:
+            while True:
+                scores = population.answer(request)
+                assert isinstance(scores, Scores)
+                request = asked.send(replace(scores, fitness_K=scores.mean_KM[:, column]))
+        except StopIteration as end:
+            return {"length": best_length(end.value)}
 
     def _after(
         self, population: Population, length: float, before: dict[str, Any], gradient_D: torch.Tensor

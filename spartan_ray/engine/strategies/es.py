@@ -177,7 +177,9 @@ class EvolutionStrategies:
         if self.diagnostics:
             outcome.cosine = yield Compare()
         if self.search:
-            outcome.length = yield from self._search(outcome, length)
+            fitness_of = yield from search_lengths(length)
+            outcome.search = (sorted(fitness_of), [fitness_of[tried] for tried in sorted(fitness_of)])
+            outcome.length = best_length(fitness_of)
             if outcome.length == 0:
                 return outcome.stay("no length along the update is better than the parent")
         step = line(outcome.length)
@@ -215,25 +217,6 @@ class EvolutionStrategies:
         gain_K = np.tile(np.array([sigma, -sigma], np.float32), self.population // 2)
         return Members(seed_K, np.zeros(self.population, np.float32), gain_K)
 
-    def _search(self, outcome: Outcome, last: float | None) -> Generate[Request, Scores, float]:
-        """The best of a few lengths on cases that did not choose the direction, the shortest of equals;
-        0, the parent, is one of them, and when it is best the search ends. After a generation that found one it is
-        that length, a step shorter or longer, or 0."""
-        fitness_of: dict[float, float] = {}
-        if last:
-            yield from _try((0.0, last / SEARCH_FACTORS[1], last * SEARCH_FACTORS[1]), fitness_of)
-        else:
-            yield from _try(SEARCH_LENGTHS, fitness_of)
-            while best_length(fitness_of) == max(fitness_of) < LONGEST:
-                yield from _try((4 * max(fitness_of),), fitness_of)
-            for factor in SEARCH_FACTORS:
-                if best := best_length(fitness_of):
-                    yield from _try((best / factor, best * factor), fitness_of)
-            if vertex := peak(fitness_of):
-                yield from _try((vertex,), fitness_of)
-        outcome.search = (sorted(fitness_of), [fitness_of[length] for length in sorted(fitness_of)])
-        return best_length(fitness_of)
-
 
 def less_pair_mean(fitness_K: NDArray[np.float64]) -> NDArray[np.float64]:
     """The fitness of members 2j and 2j+1 less the mean of both: what is left of scores on cases of their own. NaN for
@@ -265,6 +248,25 @@ def in_one(outcomes: list[Outcome], after: float) -> Outcome:
     whole.estimate_K = np.concatenate(made)
     whole.confirm, whole.search, whole.generations = last.confirm, last.search, outcomes
     return whole
+
+
+def search_lengths(last: float | None = None) -> Generate[Request, Scores, dict[float, float]]:
+    """Fitness of a few lengths of the update on cases that did not choose the direction. 0, the parent, is one of
+    them, and when it is best the search ends. After a generation that found one (`last`) it is that length, a step
+    shorter or longer, or 0."""
+    fitness_of: dict[float, float] = {}
+    if last:
+        yield from _try((0.0, last / SEARCH_FACTORS[1], last * SEARCH_FACTORS[1]), fitness_of)
+        return fitness_of
+    yield from _try(SEARCH_LENGTHS, fitness_of)
+    while best_length(fitness_of) == max(fitness_of) < LONGEST:
+        yield from _try((4 * max(fitness_of),), fitness_of)
+    for factor in SEARCH_FACTORS:
+        if best := best_length(fitness_of):
+            yield from _try((best / factor, best * factor), fitness_of)
+    if vertex := peak(fitness_of):
+        yield from _try((vertex,), fitness_of)
+    return fitness_of
 
 
 def _try(lengths: tuple[float, ...], fitness_of: dict[float, float]) -> Generate[Request, Scores, None]:
