@@ -66,6 +66,12 @@ class Scripted:
         self.processes.append(process)
         return process, self.submit(process, "join")
 
+    def answers_per_second(self, method: str) -> float:
+        return 500.0
+
+    def joined(self, worker: Process, node: str) -> None:
+        pass
+
     def put(self, value: Any) -> Any:
         return value
 

@@ -39,7 +39,7 @@ from local import CPU, Phase, make_spec, trained
 from whole_runs import ROOT
 
 from spartan_ray.distributed.pool import Pool
-from spartan_ray.distributed.spans import ANSWERS_PER_SECOND, CHUNK_SECONDS, chunk_size, workers_worth
+from spartan_ray.distributed.spans import CHUNK_SECONDS, ONE_ROUND, chunk_size, workers_worth
 from spartan_ray.engine.evaluator import Evaluator, ParentState
 from spartan_ray.engine.executor import LocalExecutor
 from spartan_ray.engine.strategies.requests import Scores, noisy
@@ -250,27 +250,33 @@ def test_a_gpu_scores_as_a_cpu_does(precision: str, tolerance: float) -> None:
     assert scores[1].fitness_K.tobytes() == scores[2].fitness_K.tobytes()
 
 
-@given(st.integers(1, 10**6), st.integers(1, 2000), st.floats(1e-6, 100))
+@given(st.integers(1, 10**6), st.integers(1, 2000), st.floats(1e-6, 100), st.floats(100, 5000))
 def test_chunks_shrink_and_are_neither_too_long_nor_more_than_the_driver_can_hear_of(
-    members: int, workers: int, seconds: float
+    members: int, workers: int, seconds: float, answers: float
 ) -> None:
     sizes: list[int] = []
     left = members
     while left and len(sizes) < 3000:
-        sizes.append(min(left, chunk_size(left, members, workers, seconds)))
+        sizes.append(min(left, chunk_size(left, members, workers, seconds, answers)))
         left -= sizes[-1]
     assert sizes == sorted(sizes, reverse=True)
-    between_answers = workers / ANSWERS_PER_SECOND
-    assert sizes[0] * seconds <= max(seconds, CHUNK_SECONDS, between_answers)
-    # All but the last, which is what is left, keep a worker busy for so long, or are its share.
-    share = members / workers_worth(members * seconds, workers)
-    assert all(size + 1 > min(share, between_answers / seconds) for size in sizes[:-1])
-    assert chunk_size(members, members, workers, None) == 1
+    round_, share = workers / answers, members * seconds / workers
+    assert (sizes[0] - 1) * seconds <= max(CHUNK_SECONDS, round_) * 1.001
+    if share >= ONE_ROUND * round_:
+        # All but the last, which is what is left, keep a worker busy until all others were told.
+        assert all(size * seconds * 1.001 >= min(CHUNK_SECONDS, round_) for size in sizes[:-1])
+    elif not left and sizes[0] * seconds < max(CHUNK_SECONDS, round_):
+        # No worker is told twice, and who is told later ends no later.
+        assert len(sizes) <= workers
+        ends = [number / answers + size * seconds for number, size in enumerate(sizes)]
+        assert max(ends) <= ends[0] + seconds * 1.001
+        assert ends[0] <= share + round_ / 2 + seconds or share < round_ / 2
+    assert chunk_size(members, members, workers, None, answers) == 1
 
 
 def test_workers_pay_where_their_share_is_longer_than_to_tell_and_to_hear_them() -> None:
-    assert [workers_worth(seconds, 1000) for seconds in (0, 0.01, 0.2, 40, math.inf)] == [1, 2, 10, 141, 1000]
-    assert workers_worth(math.inf, 3) == 3
+    assert [workers_worth(seconds, 1000, 500) for seconds in (0, 0.01, 0.2, 40, math.inf)] == [1, 2, 10, 141, 1000]
+    assert workers_worth(math.inf, 3, 500) == 3
 
 
 def test_the_model_s_one_gpu_is_busy_and_a_thousand_need_more_members() -> None:

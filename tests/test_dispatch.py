@@ -124,6 +124,21 @@ def test_a_worker_that_hangs_is_replaced() -> None:
     ]
 
 
+@pytest.mark.parametrize("broken_pid", [1, 2])
+def test_of_two_that_answer_nan_each_member_counts_that_is_finite_in_one(broken_pid: int) -> None:
+    """Else a broken worker that is asked second would take the neighbours of a member that is NaN everywhere."""
+
+    def broken(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method != "evaluate":
+            return None
+        nowhere_K = (arguments[CHUNK].seed_K == 7) | (process.pid == broken_pid)
+        return lambda answer: (without(answer[0], nowhere_K), *answer[1:])
+
+    team = Team(Scripted(2, broken), chunk=5)
+    team.pool.wait_until_joined()
+    assert same(team.pool.evaluate(MEMBERS), without(scores(MEMBERS), MEMBERS.seed_K == 7))
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_a_worker_that_alone_answers_nan_joins_again_and_what_two_answer_counts(right: bool) -> None:
     """It is replaced if its noise is another one by now; else it is the fitness that differs."""

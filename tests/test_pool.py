@@ -20,6 +20,7 @@ from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.pool import Pool
 from spartan_ray.distributed.protocol import Failed, Lost
+from spartan_ray.distributed.relay import RelayTransport
 from spartan_ray.distributed.transport import RayTransport
 from spartan_ray.engine.evaluator import ParentState
 from spartan_ray.engine.flat import FlatModel
@@ -43,16 +44,18 @@ def same(scores: Scores, expected: Scores) -> bool:
 
 
 class Running:
-    """A pool with what it said, and its expected answers computed without Ray."""
+    """A pool with what it said, and its expected answers computed without Ray. With relays or without."""
 
-    def __init__(self, **cluster: Any) -> None:
+    def __init__(self, relayed: bool = False, **cluster: Any) -> None:
         splits = load_splits(Data(name="digits"), 0)
         spec = make_spec(replace(splits, evolution=splits.evolution[slice(0, 64)]))
         self.notes: list[str] = []
         self.done = 0
         resolved = resolve_cluster(Cluster(**cluster), [{"CPU": 2}])
-        self.pool = Pool(RayTransport(spec, resolved), resolved, "uniform", self.notes.append, self.advance)
+        self.transport = RelayTransport(spec, resolved, least_nodes=1 if relayed else 2)
+        self.pool = Pool(self.transport, resolved, "uniform", self.notes.append, self.advance)
         self.pool.wait_until_joined()
+        self.wait_for_relays(relayed)
         model = FlatModel(initial_model(PARENT, 10, 3)[0], CPU)
         image_N = np.arange(0, 64, 2)
         scale_D = np.linspace(-1, 2, model.theta_D.numel()).astype(np.float32)
@@ -67,6 +70,16 @@ class Running:
 
     def advance(self, members: int, images: int) -> None:
         self.done += members
+
+    def wait_for_relays(self, relayed: bool) -> None:
+        while relayed and not all(node.up for node in self.transport.nodes.values()):
+            self.transport.wait([], 60)
+
+    def relay(self) -> int:
+        """The process of the one relay."""
+        (node,) = self.transport.nodes.values()
+        pid: int = ray.get(node.relay.__ray_call__.remote(lambda relay: os.getpid()))
+        return pid
 
 
 @pytest.mark.parametrize(("killed", "error", "said"), [
@@ -90,9 +103,9 @@ def test_a_start_that_raises_failed_and_one_that_is_killed_is_lost(
         transport.result(reference)
 
 
-@pytest.fixture(scope="module")
-def shared(local_ray: None) -> Iterator[Running]:
-    running = Running(workers=2)
+@pytest.fixture(scope="module", params=["direct", "relayed"])
+def shared(local_ray: None, request: pytest.FixtureRequest) -> Iterator[Running]:
+    running = Running(relayed=request.param == "relayed", workers=2)
     yield running
     running.pool.close()
 

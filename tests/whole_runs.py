@@ -22,7 +22,7 @@ from spartan_ray.cli import main as cli
 from spartan_ray.cli.flags import take_config
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.placement import resolve_cluster
-from spartan_ray.distributed.transport import RayTransport
+from spartan_ray.distributed.relay import RelayTransport
 from spartan_ray.distributed.worker import Worker
 from spartan_ray.engine.evaluator import EvaluatorSpec
 from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part, Scores
@@ -59,7 +59,7 @@ def run(config: Config, watch: Callable[[Progress], None] = lambda progress: Non
     return attend(Supervisor(config, str(folder) if folder else None), watch)
 
 
-class WarmTransport(RayTransport):
+class WarmTransport(RelayTransport):
     """Workers of one session of tests: those that a run is done with are for the next one, which saves their start."""
 
     idle: ClassVar[list[Any]] = []
@@ -92,7 +92,7 @@ def run_here(config: Config, folder: Path | str | None = None) -> tuple[Path, li
     worker may be killed meanwhile."""
     config = config.model_copy(update={"cluster": resolve_cluster(config.cluster, [{"CPU": 2}])})
     driver = Driver(config, str(folder) if folder else None)
-    with patch("spartan_ray.run.driver.RayTransport", WarmTransport):
+    with patch("spartan_ray.run.driver.RelayTransport", WarmTransport):
         assert driver.run()
     return Path(str(driver.progress.folder)), driver.progress.notes
 

@@ -113,8 +113,8 @@ class Dispatcher:
 
         A span that failed is done again in parts of the smallest size, elsewhere if it can be; one that fails
         in that size TRIES times has the result that `give_up(start, reason)` returns. A result that is
-        not finite counts when a second worker, if there is one, agrees; else that one's counts, and the first worker
-        has to show again that it computes the same noise."""
+        not finite counts where a second worker, if there is one, agrees; if that one's is finite the first worker has
+        to show again that it computes the same noise."""
         # Nobody has looked after the workers since the last range, and some may have answered, or died, meanwhile.
         self.began = self.progress = self.manned = self.transport.now()
         self.covering = True
@@ -143,10 +143,12 @@ class Dispatcher:
                     if span.unconfirmed:
                         self._doubt(span.unconfirmed, slot)
                 elif span.unconfirmed is None and (len(self.infos) > 1 or slot.doubted):
-                    span.unconfirmed = slot
+                    span.unconfirmed, span.doubtful = slot, result
                     if not span.copies:
                         range_.waiting.append(span)
                     continue
+                elif span.unconfirmed:
+                    result = range_.either(span.doubtful, result)
                 self.failures_in_a_row = 0
                 self.progress = self.transport.now()
                 span.done = True
@@ -323,6 +325,9 @@ class Dispatcher:
             others = ", ".join(sorted(devices))
             self.note(f"{info} is not like the others ({others}): bits depend on who scores what")
         slot.info = info
+        self.transport.joined(slot.worker, info.node)
+        # Node by node: what carries the tasks may send those of a node together.
+        self.slots.sort(key=lambda slot: (slot.info is None, slot.info.node if slot.info else ""))
         return []
 
     def _doubt(self, slot: Slot, other: Slot) -> None:

@@ -126,13 +126,14 @@ class Pool:
 
         def is_finite(answer: Answer) -> bool:
             scores, failed, *_ = answer
-            return bool(np.isfinite(np.delete(scores.mean_KM, list(failed), 0)).all())
+            mean_KM = np.delete(scores.mean_KM, list(failed), 0) if failed else scores.mean_KM
+            return bool(np.isfinite(mean_KM).all())
 
         next_size = functools.partial(self._chunk_size, len(members))
         spans = [Span(0, len(members))]
         for tries in range(1, TRIES + 1):
             size = sum(map(len, spans))
-            range_ = Range(submit, next_size, deque(spans), size, smallest=1)
+            range_ = Range(submit, next_size, deque(spans), size, smallest=1, either=_either)
             if self.seconds_per_member:
                 range_.seconds, range_.elements = self.seconds_per_member, 1
             spans = []
@@ -175,7 +176,8 @@ class Pool:
         size_D, first = stop - start, start
         seeds, weights = self.transport.put(seed_K), self.transport.put(weight_K)
         usual = self.seconds_per_noise * len(seed_K) * size_D or math.inf
-        slice_size = -(-size_D // workers_worth(usual, max(1, len(self.dispatcher.slots))))
+        answers = self.transport.answers_per_second("accumulate")
+        slice_size = -(-size_D // workers_worth(usual, max(1, len(self.dispatcher.slots)), answers))
         sum_D = np.empty(size_D, np.float32)
 
         def submit(worker: Any, start: int, stop: int) -> Any:
@@ -226,7 +228,7 @@ class Pool:
                 return at_once
             if self.cluster.chunk != "auto":
                 return self.cluster.chunk
-            return chunk_size(left, len(items), self.dispatcher.size, known)
+            return chunk_size(left, len(items), self.dispatcher.size, known, self.transport.answers_per_second("ask"))
 
         def fail(start: int, reason: str) -> list[Any]:
             if give_up:
@@ -249,5 +251,18 @@ class Pool:
     def _chunk_size(self, members: int, slot: Slot, left: int) -> int:
         if self.cluster.chunk != "auto":
             return self.cluster.chunk
-        size = chunk_size(left, members, self.dispatcher.size, slot.seconds_per_member or self.seconds_per_member)
+        answers = self.transport.answers_per_second("evaluate")
+        seconds = slot.seconds_per_member or self.seconds_per_member
+        size = chunk_size(left, members, self.dispatcher.size, seconds, answers)
         return -(-size // self.batch_members) * self.batch_members  # a pass costs the same for fewer
+
+
+def _either(first: Answer, second: Answer) -> Answer:
+    """The second answer, with the first one's scores of the members that are finite there alone."""
+    (one, *_), (two, *rest) = first, second
+    better_K = ~np.isfinite(two.mean_KM).all(1) & np.isfinite(one.mean_KM).all(1)
+    mean_KM = np.where(better_K[:, None], one.mean_KM, two.mean_KM)
+    fitness_K, cases_K = (
+        np.where(better_K, getattr(one, name), getattr(two, name)) for name in ("fitness_K", "cases_K")
+    )
+    return Scores(mean_KM, fitness_K, cases_K), *rest

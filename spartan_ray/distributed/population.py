@@ -110,12 +110,12 @@ class Population(population.Population):
         if not ray.is_initialized():
             self.leave_ray = join_ray(cluster.address)
         from spartan_ray.distributed.nodes import grows, nodes_here_first
-        from spartan_ray.distributed.transport import RayTransport
+        from spartan_ray.distributed.relay import RelayTransport
 
         nodes = [node["Resources"] for node in nodes_here_first()]
         resolved = resolve_cluster(cluster, nodes, grows())
         try:
-            transport = RayTransport(spec, resolved)
+            transport = RelayTransport(spec, resolved)
         except (TypeError, AttributeError, pickle.PicklingError) as error:
             # Ray's own text begins with all that was to be sent.
             reason = one_line(str(error.__cause__ or error))[:300]

@@ -30,6 +30,12 @@ class Transport(Protocol):
     def start(self) -> tuple[Any, Any]:
         """A new worker, and the reference of the WorkerInfo that it sends when it is there."""
 
+    def joined(self, worker: Any, node: str) -> None:
+        """A worker is there, on a node of this name."""
+
+    def answers_per_second(self, method: str) -> float:
+        """How many answers of a method can be heard, with some to spare."""
+
     def wait(self, references: list[Any], seconds: float) -> list[Any]:
         """The references that are ready, as soon as one is, or none after so many seconds."""
 

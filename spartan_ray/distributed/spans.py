@@ -10,28 +10,37 @@ from typing import Any
 
 # An automatic chunk is long against Ray's overhead of a task, and short against a generation ...
 CHUNK_SECONDS = 2.0
-# ... but no shorter than what keeps the driver from more answers than this: it can take more than that.
-ANSWERS_PER_SECOND = 500.0
+# ... but no shorter than what keeps the driver from more answers a second than it can take. A generation that lasts
+# less than so many rounds, in each of which every worker is told once, is told in one.
+ONE_ROUND = 3.0
 
 
-def workers_worth(seconds: float, workers: int) -> int:
+def workers_worth(seconds: float, workers: int, answers_per_second: float) -> int:
     """How many of the workers are worth an answer each, for work that one would do in so many seconds: n workers
-    take seconds / n, and n / ANSWERS_PER_SECOND to be told and heard."""
-    return max(1, int(min(workers, math.sqrt(seconds * ANSWERS_PER_SECOND))))
+    take seconds / n, and n / answers_per_second to be told and heard."""
+    return max(1, int(min(workers, math.sqrt(seconds * answers_per_second))))
 
 
-def chunk_size(left: int, members: int, workers: int, seconds_per_member: float | None) -> int:
+def chunk_size(
+    left: int, members: int, workers: int, seconds_per_member: float | None, answers_per_second: float
+) -> int:
     """Members of a worker's next chunk, when so many of all are left. Chunks shrink towards the end, so that the
-    workers finish together. 1 where nothing is known of the speed."""
+    workers finish together. 1 where nothing is known of the speed.
+
+    A short generation is told in one round: each worker is told 1 / answers_per_second later than the one before, and
+    has so much less to do. With sizes that shrink by d from n to m, what is left is (n^2 - m^2) / 2d: so n follows from
+    what is left."""
     if seconds_per_member is None:
         return 1
     seconds_per_member = max(seconds_per_member, 1e-9)
-    between_answers = workers / ANSWERS_PER_SECOND
-    longest = int(max(CHUNK_SECONDS, between_answers) / seconds_per_member)
-    share = -(-members // workers_worth(members * seconds_per_member, workers))
-    shortest = min(share, int(between_answers / seconds_per_member))
-    shrinking = -(-left // (4 * workers))
-    return max(1, min(max(shrinking, shortest), longest))
+    round_ = workers / answers_per_second
+    share, rest = members * seconds_per_member / workers, left * seconds_per_member
+    if share < ONE_ROUND * round_:
+        last = max(0.0, share - round_ / 2)  # 0: not all workers are worth an answer
+        seconds = math.sqrt(last**2 + 2 * rest / answers_per_second)
+    else:
+        seconds = max(rest / (4 * workers), round_)
+    return max(1, math.ceil(min(seconds, max(CHUNK_SECONDS, round_)) / seconds_per_member))
 
 
 @dataclass(eq=False)
@@ -46,7 +55,8 @@ class Span:
     failures: int = 0  # that are held against it, in the smallest size
     died: float = -math.inf  # when a worker was last killed at it ...
     others: int | None = None  # ... and how many there had been that were killed elsewhere
-    unconfirmed: Any = None  # a worker whose result was not finite
+    unconfirmed: Any = None  # a worker whose result was not finite ...
+    doubtful: Any = None  # ... and that result
     done: bool = False
 
     def __len__(self) -> int:
@@ -69,6 +79,7 @@ class Range:
     waiting: deque[Span]
     left: int  # elements that are not done
     smallest: int  # elements of a task that can fail no smaller
+    either: Callable[[Any, Any], Any] = lambda first, second: second  # of two results what is finite in one
     seconds: float = 0.0  # that so many elements took
     elements: int = 0
 

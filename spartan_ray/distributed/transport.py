@@ -15,6 +15,8 @@ from spartan_ray.distributed.placement import described, pool_size, worker_resou
 from spartan_ray.distributed.protocol import Failed, Lost, Room
 from spartan_ray.distributed.worker import Worker
 
+# A driver with a core of its own hears more than that.
+ANSWERS_PER_SECOND = 800.0
 # Seconds that actors may take to end before they are killed.
 LEAVE_SECONDS = 5.0
 
@@ -51,6 +53,12 @@ class RayTransport:
         worker = self.actor.remote(self.spec)
         return worker, worker.join.remote()
 
+    def joined(self, worker: ActorHandle[Any], node: str) -> None:
+        pass
+
+    def answers_per_second(self, method: str) -> float:
+        return ANSWERS_PER_SECOND
+
     def put(self, value: Any) -> Any:
         return ray.put(value)
 
@@ -66,14 +74,8 @@ class RayTransport:
     def result(self, reference: Any) -> Any:
         try:
             return ray.get(reference)
-        except RayTaskError as error:
-            raise Failed(_lines(error)[-1]) from error
-        except RayActorError as error:
-            if error.actor_init_failed:
-                raise Failed(_lines(error)[-1]) from error
-            raise Lost(_lines(error)[0]) from error
-        except RayError as error:  # out of memory, unreachable, its result lost
-            raise Lost(_lines(error)[0]) from error
+        except RayError as error:
+            raise lost_or_failed(error) from error
 
     def kill(self, worker: ActorHandle[Any]) -> None:
         ray.kill(worker)
@@ -94,6 +96,8 @@ class RayTransport:
         return f"no node of this Ray has {described(wanted)}, and its autoscaler cannot start one that has"
 
 
-def _lines(error: Exception) -> list[str]:
-    """What an error says. Of one in the work the last line is the message, of others the first."""
-    return [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+def lost_or_failed(error: RayError) -> Lost | Failed:
+    """What the error of a task says: of one in the work the last line is the message, of others the first."""
+    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+    in_work = isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
+    return Failed(lines[-1]) if in_work else Lost(lines[0])

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 
 from spartan_ray.distributed.pool import Pool
-from spartan_ray.distributed.transport import RayTransport, room_for
+from spartan_ray.distributed.relay import RelayTransport
+from spartan_ray.distributed.transport import room_for
 from spartan_ray.distributed.worker import claim_device
 from spartan_ray.engine.evaluator import EvaluatorSpec
 from spartan_ray.engine.flat import FlatModel
@@ -354,7 +355,7 @@ class Driver:
 
     def _start_workers(self, spec: EvaluatorSpec) -> Pool:
         cluster = self.config.cluster
-        self.pool = Pool(RayTransport(spec, cluster), cluster, spec.noise, self._note, self._advance)
+        self.pool = Pool(RelayTransport(spec, cluster), cluster, spec.noise, self._note, self._advance)
         return self.pool
 
     def _save(self, epoch: int) -> None:
