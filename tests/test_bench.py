@@ -13,6 +13,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -280,11 +281,14 @@ def test_workers_pay_where_their_share_is_longer_than_to_tell_and_to_hear_them()
 
 
 def test_the_model_s_one_gpu_is_busy_and_a_thousand_need_more_members() -> None:
+    task = model.TaskSeconds(1e-3, 3e-4)
     for population in model.POPULATIONS:
-        shares = [model.efficiency(population, workers, 1000.0) for workers in model.WORKERS]
-        assert shares[0] > 0.99
-        assert shares == sorted(shares, reverse=True)
-    assert model.efficiency(1_000_000, 1000, 1000.0) > model.efficiency(10_000, 1000, 1000.0)
+        shares = [model.efficiency(population, workers, task, False) for workers in model.WORKERS]
+        assert shares[0] > 0.98
+        assert all(more <= fewer * 1.02 for fewer, more in pairwise(shares))
+    assert model.efficiency(1_000_000, 1000, task, True) > model.efficiency(10_000, 1000, task, True)
+    for population in model.POPULATIONS:
+        assert model.efficiency(population, 1000, task, True) > model.efficiency(population, 1000, task, False)
 
 
 def test_figures_are_said_with_their_spread() -> None:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,10 +19,11 @@ import torch
 
 from bench.bare import BATCHES, KINDS, MEAN_C, PARENT, STD_C, Bare, forward, noise, random_images, sgd, sgemm
 from bench.figures import Results, spread
+from bench.model import GPUS_A_NODE
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.pool import Pool
-from spartan_ray.distributed.transport import RayTransport
+from spartan_ray.distributed.relay import RELAYED_NODES, RelayTransport
 from spartan_ray.distributed.worker import Worker
 from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale, packed
 from spartan_ray.engine.flat import FlatModel
@@ -79,9 +81,9 @@ class Generation:
         buffers = [packed(buffer) for buffer in self.model.buffers]
         return ParentState(self.model.theta_D.numpy(), buffers, {"fitness": np.arange(images)})
 
-    def pool(self, workers: int, kind: type[Worker] = Worker) -> Pool:
+    def pool(self, workers: int, kind: type[Worker] = Worker, least_nodes: int = RELAYED_NODES) -> Pool:
         cluster = resolve_cluster(Cluster(workers=workers), [node["Resources"] for node in ray.nodes()])
-        transport = RayTransport(self.spec, cluster, kind)
+        transport = RelayTransport(self.spec, cluster, kind, least_nodes)
         pool = Pool(transport, cluster, self.evolution.noise, print, lambda members, images: None)
         pool.wait_until_joined()
         return pool
@@ -361,7 +363,8 @@ def measure_update(workers: int, say: Said) -> Results:
 
 
 def measure_dispatch(workers: int, say: Said) -> Results:
-    """What Ray and the dispatcher take where members cost nothing, in chunks of two hundred and of one."""
+    """What Ray and the dispatcher take where members cost nothing, in chunks of two hundred and of one; and how much of
+    that the driver's main thread does, with a relay for the workers of a node and without."""
     small = Generation(SMALL, MEMORY_IMAGES)
     pool = small.pool(workers, FreeWorker)
     members, answers = [], []
@@ -373,7 +376,23 @@ def measure_dispatch(workers: int, say: Said) -> Results:
         answers.append(FREE_TASKS / small.score(pool, FREE_TASKS, MEMORY_IMAGES))
         say(f"dispatch: {members[-1]:.0f} free members a second; one a task, {answers[-1]:.0f} tasks a second")
     close(pool)
-    return {"dispatch": {"members_per_second": spread(members), "tasks_per_second": spread(answers)}}
+    pool = small.pool(GPUS_A_NODE, FreeWorker, least_nodes=1)
+    pool.cluster = pool.cluster.model_copy(update={"chunk": 1})
+    transport: Any = pool.transport
+    while not all(node.up for node in transport.nodes.values()):
+        transport.wait([], 1.0)
+    driver: dict[bool, list[float]] = {True: [], False: []}
+    for relayed in [True] * REPEATS + [False] * REPEATS:
+        for node in transport.nodes.values():
+            node.up = relayed
+        before = time.thread_time()
+        small.score(pool, FREE_TASKS, MEMORY_IMAGES)
+        driver[relayed].append((time.thread_time() - before) / FREE_TASKS)
+        say(f"dispatch: {1e3 * driver[relayed][-1]:.3f} ms of the driver a task, {'' if relayed else 'not '}relayed")
+    close(pool)
+    found = {"members_per_second": members, "tasks_per_second": answers}
+    found |= {"driver_seconds": driver[False], "relayed_driver_seconds": driver[True]}
+    return {"dispatch": {name: spread(values) for name, values in found.items()}}
 
 
 def measure_memory(workers: int, populations: tuple[int, ...], say: Said) -> list[Results]:

@@ -3,72 +3,126 @@
 from __future__ import annotations
 
 import heapq
-import math
+import random
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.figures import Results, number
+from spartan_ray.distributed.relay import RELAYED_ANSWERS_PER_SECOND, RELAYED_NODES
 from spartan_ray.distributed.spans import chunk_size, workers_worth
+from spartan_ray.distributed.transport import ANSWERS_PER_SECOND
 
 # See docs/scaling.md for where they come from: one H100, 10,000 fitness images, bf16.
 SECONDS_A_MEMBER = 4e-3
 UPDATE_SECONDS_A_MEMBER = 20e-6
 PARENT_BYTES = 4 * 11_181_642
-NETWORK_BYTES_A_SECOND = 100e9 / 8
+PARENT_SECONDS = PARENT_BYTES / (100e9 / 8)  # on the network
 GPUS_A_NODE = 8
 POPULATIONS = (1000, 10_000, 100_000, 1_000_000)
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 
 
-def seconds_of_generation(population: int, workers: int, answers_a_second: float) -> dict[str, float]:
-    """The parts of a generation's time, one after another.
+@dataclass(frozen=True)
+class TaskSeconds:
+    """What it takes a driver to tell a task and to hear its answer: by itself, or among those of a node."""
 
-    broadcast  the parent from the driver's node to each other one in turn; Ray may do better
+    direct: float
+    relayed: float
+
+    @classmethod
+    def of(cls, results: Results) -> TaskSeconds:
+        """As it was measured."""
+        return cls(*(results["dispatch"][name]["median"] for name in ("driver_seconds", "relayed_driver_seconds")))
+
+
+def seconds_of_generation(population: int, workers: int, task: TaskSeconds, relays: bool) -> dict[str, float]:
+    """The parts of a generation's time.
+
     scoring    an equal share of the members for every worker
-    waiting    until the last chunk is done, beyond that: chunks are cut by the pool's own rule, given out one by one
-               as fast as the driver can, each to the worker that is free first
+    waiting    until the last chunk is done, beyond that: chunks are cut by the pool's own rule, told one by one as fast
+               as the driver can, each to the worker that first began the last thing that it was told; with relays
+               those of a node together, which its relay tells one by one
+    broadcast  what that is longer for the parent: each node takes it, when it is told its first chunk, from any of
+               those that have it, which send it to one after another
     update     a slice for each worker that is worth an answer, the answers, and a parent's bytes back to the driver
     """
-    free_W = [0.0] * workers
-    left, driver, last = population, 0.0, 0.0
-    while left > 0:
-        size = min(left, chunk_size(left, population, workers, SECONDS_A_MEMBER))
-        left, driver = left - size, driver + 1 / answers_a_second
-        end = max(driver, heapq.heappop(free_W)) + size * SECONDS_A_MEMBER
-        heapq.heappush(free_W, end)
-        last = max(last, end)
     share = SECONDS_A_MEMBER * population / workers
+    without_parent, last = (_last(population, workers, task, relays, seconds) for seconds in (0.0, PARENT_SECONDS))
     update = population * UPDATE_SECONDS_A_MEMBER
-    slices = workers_worth(update, workers)
-    parent_seconds = PARENT_BYTES / NETWORK_BYTES_A_SECOND
+    slices = workers_worth(update, workers, ANSWERS_PER_SECOND)
     return {
-        "broadcast": (math.ceil(workers / GPUS_A_NODE) - 1) * parent_seconds,
         "scoring": share,
-        "waiting": last - share,
-        "update": update / slices + slices / answers_a_second + parent_seconds,
+        "waiting": without_parent - share,
+        "broadcast": last - without_parent,
+        "update": update / slices + slices * task.direct + PARENT_SECONDS,
     }
 
 
-def efficiency(population: int, workers: int, answers_a_second: float) -> float:
+def _last(population: int, workers: int, task: TaskSeconds, relays: bool, parent_seconds: float) -> float:
+    """When the last chunk has been heard of."""
+    chance = random.Random(0)
+    began = [(0.0, worker) for worker in range(workers)]  # the last thing that it was told
+    end_W = [0.0] * workers
+    parent_at: dict[int, float] = {}  # by node
+    sending = {-1: 0.0}  # until when a node, or the driver's, sends the parent to others
+    left, driver = population, 0.0
+    answers = RELAYED_ANSWERS_PER_SECOND if relays else ANSWERS_PER_SECOND
+    while left > 0:
+        at, worker = heapq.heappop(began)
+        driver, node, told = max(driver, at), worker // GPUS_A_NODE, [worker]
+        if relays:
+            mates = [entry for entry in began if entry[1] // GPUS_A_NODE == node and entry[0] <= driver]
+            began = [entry for entry in began if entry not in mates]
+            heapq.heapify(began)
+            told += [mate for _, mate in sorted(mates)]
+        sizes: list[int] = []
+        while told[len(sizes) :] and left:
+            sizes.append(min(left, chunk_size(left, population, workers, SECONDS_A_MEMBER, answers)))
+            left -= sizes[-1]
+        driver += len(sizes) * (task.relayed if relays else task.direct)
+        if node not in parent_at:
+            source = chance.choice([other for other in sending if parent_at.get(other, 0.0) <= driver])
+            sending[source] = sending[node] = parent_at[node] = max(driver, sending[source]) + parent_seconds
+        for place, (worker, size) in enumerate(zip(told, sizes, strict=False)):
+            arrived = driver + (place + 1) * task.direct * relays
+            start = max(arrived, parent_at[node], end_W[worker])
+            end_W[worker] = start + size * SECONDS_A_MEMBER
+            heapq.heappush(began, (start, worker))
+    return max(end_W) + (task.direct + task.relayed if relays else task.direct)
+
+
+def efficiency(population: int, workers: int, task: TaskSeconds, relays: bool) -> float:
     """Time of scoring and update shared equally, over the time it takes."""
     ideal = population * (SECONDS_A_MEMBER + UPDATE_SECONDS_A_MEMBER) / workers
-    return ideal / sum(seconds_of_generation(population, workers, answers_a_second).values())
+    return ideal / sum(seconds_of_generation(population, workers, task, relays).values())
 
 
 def table(results: Results) -> str:
-    """What the model says of a thousand GPUs, and what the simulation showed, as Markdown."""
-    answers = results["dispatch"]["tasks_per_second"]["median"]
+    """What the model says of many GPUs, and what the simulation showed, as Markdown."""
+    task = TaskSeconds.of(results)
     lines = [
-        f"The driver takes {number(answers)} answers a second here, on cores that it shares with the workers.",
+        f"A task takes {1e3 * task.direct:.2f} ms of a driver's main thread, through a relay {1e3 * task.relayed:.2f}.",
         "",
-        "| 1,000 GPUs, seconds | " + " | ".join(f"{population:,} members" for population in POPULATIONS) + " |",
+        "| modelled efficiency, without relays and with them | "
+        + " | ".join(f"{population:,} members" for population in POPULATIONS)
+        + " |",
         "| --- " * (1 + len(POPULATIONS)) + "|",
     ]
-    parts = [seconds_of_generation(population, 1000, answers) for population in POPULATIONS]
-    lines += [f"| {name} | " + " | ".join(number(part[name]) for part in parts) + " |" for name in parts[0]]
-    shares = (efficiency(population, 1000, answers) for population in POPULATIONS)
-    lines += ["| efficiency | " + " | ".join(f"{share:.0%}" for share in shares) + " |", ""]
+    for workers in (64, 256, 1000):
+        shares = [[efficiency(population, workers, task, how) for how in (False, True)] for population in POPULATIONS]
+        lines.append(f"| {workers:,} GPUs | " + " | ".join(f"{a:.0%}, {b:.0%}" for a, b in shares) + " |")
     lines += [
+        "",
+        "| 1,000 GPUs with relays, seconds | "
+        + " | ".join(f"{population:,} members" for population in POPULATIONS)
+        + " |",
+        "| --- " * (1 + len(POPULATIONS)) + "|",
+    ]
+    parts = [seconds_of_generation(population, 1000, task, True) for population in POPULATIONS]
+    lines += [f"| {name} | " + " | ".join(number(part[name]) for part in parts) + " |" for name in parts[0]]
+    lines += [
+        "",
         "| simulated | workers | members | seconds | of what those workers could do | driver, CPU seconds "
         "| driver, MB more at the end | tasks lost and done again |",
         "| --- " * 8 + "|",
@@ -88,16 +142,19 @@ def draw(results: Results, path: Path) -> None:
 
     from spartan_ray.report.plots import COLOURS
 
-    answers = results["dispatch"]["tasks_per_second"]["median"]
+    task = TaskSeconds.of(results)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for population, colour in zip(POPULATIONS, COLOURS, strict=False):
-        shares = [efficiency(population, workers, answers) for workers in WORKERS]
-        left.plot(WORKERS, shares, color=colour, marker=".", label=f"{population:,}")
+        for relays, style in ((False, ":"), (True, "-")):
+            shown = [workers for workers in WORKERS if not relays or workers >= GPUS_A_NODE * RELAYED_NODES]
+            shares = [efficiency(population, workers, task, relays) for workers in shown]
+            label = f"{population:,}" if relays else None
+            left.plot(shown, shares, style, color=colour, marker=".", label=label)
     left.set(xscale="log", ylim=(0, 1.02), xlabel="GPUs", ylabel="efficiency (modelled)")
     left.legend(title="members", frameon=False)
     bottoms = [0.0] * len(POPULATIONS)
     names: Iterable[str] = ("scoring", "waiting", "broadcast", "update")
-    parts = [seconds_of_generation(population, 1000, answers) for population in POPULATIONS]
+    parts = [seconds_of_generation(population, 1000, task, True) for population in POPULATIONS]
     for name, colour in zip(names, COLOURS, strict=False):
         shares = [part[name] / sum(part.values()) for part in parts]
         right.bar([f"{population:,}" for population in POPULATIONS], shares, bottom=bottoms, color=colour, label=name)

@@ -24,11 +24,11 @@ from bench.sleeper import SECONDS_A_MEMBER, SLOW_FACTOR, Sleeper, recover, slow_
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.pool import Pool
-from spartan_ray.distributed.transport import RayTransport
+from spartan_ray.distributed.relay import RelayTransport
 from spartan_ray.engine.strategies.requests import noisy
 
-WORKERS, NODES = 64, 4
-POPULATION = 100_000
+WORKERS, NODES = 64, 8
+POPULATION, SHORT = 100_000, (1000, 10_000)
 SLOW = 3
 
 
@@ -67,14 +67,20 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
     team = Team(pool=None)  # type: ignore[arg-type]
     notes: list[str] = []
     started = time.perf_counter()
-    team.pool = Pool(RayTransport(None, resolved, Sleeper), resolved, "uniform", notes.append, team.advance)
-    while len(team.pool.infos) < workers:
+    transport = RelayTransport(None, resolved, Sleeper, NODES)
+    team.pool = Pool(transport, resolved, "uniform", notes.append, team.advance)
+    while len(team.pool.infos) < workers or not all(node.up for node in transport.nodes.values()):
         team.pool.wait_until_joined()
+        transport.wait([], 1.0)
     say(f"simulation: {workers} workers on {NODES} nodes have joined after {time.perf_counter() - started:.0f} s")
-    members = noisy(np.arange(population, dtype=np.uint64), 0.0, 0.01)
     stopped: list[int] = []
     slowed: list[Any] = []
     changed: list[str] = []
+
+    def relays(used: bool) -> None:
+        transport.least_nodes = NODES if used else NODES + 1
+        for node in transport.nodes.values():
+            node.up = used
 
     def stragglers(done: int) -> None:
         if done > population // 10 and not stopped:
@@ -94,7 +100,13 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
             changed.append("joined")
 
     found = []
-    for name, disturb in (("undisturbed", None), ("stragglers", stragglers), ("elastic", elastic)):
+    for name, size, disturb in (
+        *((f"undisturbed{how}", size, None) for size in (*SHORT, population) for how in ("", ", with relays")),
+        ("stragglers, with relays", population, stragglers),
+        ("elastic, with relays", population, elastic),
+    ):
+        relays("relays" in name)
+        members = noisy(np.arange(size, dtype=np.uint64), 0.0, 0.01)
         team.disturb, team.done, team.capacity = disturb, 0, 0.0
         counts, processor, before_mb = dict(team.pool.counts), time.process_time(), pss(psutil.Process())
         started = team.counted = time.perf_counter()
@@ -107,15 +119,16 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
             {
                 "scenario": name,
                 "workers": workers,
-                "population": population,
+                "population": size,
                 "seconds": seconds,
-                "efficiency": population / team.capacity,
+                "efficiency": size / team.capacity,
                 "driver_cpu_seconds": time.process_time() - processor,
                 "driver_grew_mb": pss(psutil.Process()) - before_mb,
                 **{key: team.pool.counts[key] - counts[key] for key in ("retries", "late_results")},
             }
         )
-        say(f"simulation: {name}, {seconds:.0f} s, {found[-1]['efficiency']:.3f} of what the workers could do")
+        share = found[-1]["efficiency"]
+        say(f"simulation: {name}, {size:,} members, {seconds:.2f} s, {share:.3f} of what the workers could do")
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
         stopped.clear()

@@ -259,10 +259,8 @@ class Pool:
 
 def _either(first: Answer, second: Answer) -> Answer:
     """The second answer, with the first one's scores of the members that are finite there alone."""
-    (one, *_), (two, *rest) = first, second
-    better_K = ~np.isfinite(two.mean_KM).all(1) & np.isfinite(one.mean_KM).all(1)
+    one, (two, failed, *seconds) = first[0], second
+    better_K = np.logical_and(np.isfinite(one.mean_KM).all(axis=1), ~np.isfinite(two.mean_KM).all(axis=1))
     mean_KM = np.where(better_K[:, None], one.mean_KM, two.mean_KM)
-    fitness_K, cases_K = (
-        np.where(better_K, getattr(one, name), getattr(two, name)) for name in ("fitness_K", "cases_K")
-    )
-    return Scores(mean_KM, fitness_K, cases_K), *rest
+    fitness_K = np.where(better_K, one.fitness_K, two.fitness_K)
+    return Scores(mean_KM, fitness_K, np.where(better_K, one.cases_K, two.cases_K)), failed, seconds[0], seconds[1]
