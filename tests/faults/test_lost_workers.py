@@ -182,3 +182,19 @@ def test_a_node_removed_in_mid_generation(undisturbed: Path, config: Config, tmp
     assert seen["removed"] == "evolve"
     assert seen["workers"] == [1, 2, 1]
     assert re.fullmatch(r"waiting for nodes: cluster.workers \(auto\) .* do not fit the 1 nodes .*", seen["waited"])
+
+
+def test_where_driver_and_workers_go_among_gpus_and_what_a_lost_node_of_relays_costs() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    ended = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "pretended_gpus.py")],
+        capture_output=True, text=True, timeout=900, check=False, env=environment,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    seen = json.loads(ended.stdout.splitlines()[-1])
+    assert seen.pop("lost") >= 2
+    assert seen.pop("driver") in (1, 2)
+    assert seen == {
+        "driver_gpus": 0.1, "workers": [[2, 2], [2, 2, 2], [2, 2]], "head": False, "removed": True, "right": True,
+        "relayed": True,
+    }  # fmt: skip
