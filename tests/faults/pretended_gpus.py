@@ -49,7 +49,7 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     names = {node["NodeID"]: place for place, node in enumerate(nodes_here_first())}
     resolved = resolve_cluster(Cluster(), [node["Resources"] for node in nodes_here_first()])
-    supervisor.Driver = Placed  # type: ignore[attr-defined]
+    supervisor.Driver = Placed  # type: ignore[attr-defined, assignment]
     started = supervisor.Supervisor(Config(cluster=resolved))
     node, resources = ray.get(started.running)
     seen: dict[str, Any] = {"driver": names[node], "driver_gpus": resources["GPU"]}
@@ -87,8 +87,8 @@ def main() -> None:
         sent.append(submit(*arguments))
         return sent[-1]
 
-    transport.submit = note  # type: ignore[method-assign]
-    pool.broadcast_scale(None)  # type: ignore[arg-type]
+    transport.submit = note  # type: ignore[method-assign, assignment]
+    pool.broadcast_scale(None)
     pool.broadcast(None)  # type: ignore[arg-type]
     scores = pool.evaluate(MEMBERS)
     seen["right"] = bool(np.array_equal(scores.fitness_K, MEMBERS.seed_K))
