@@ -17,7 +17,7 @@ them, or own to each mirrored pair. Of one update all members are scored once, a
 the larger one, so that populations differ by nothing else. Of 8 generations each has members and images of its own, and
 the parent moves eight times.
 
-The members of the first parent were scored in fp32, those of the second in bf16. Of a parent that is not in the tables
+The members of the first parent were scored in fp32, those of the others in bf16. Of a parent that is not in the tables
 the rows have the first way in both: they end within 0.2 points of accuracy of each other.
 
 The length of an update is searched on 2,048 other images, which *images* does not count: by 10 to 15 members for one

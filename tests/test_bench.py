@@ -262,16 +262,20 @@ def test_chunks_shrink_and_are_neither_too_long_nor_more_than_the_driver_can_hea
         left -= sizes[-1]
     assert sizes == sorted(sizes, reverse=True)
     round_, share = workers / answers, members * seconds / workers
-    assert (sizes[0] - 1) * seconds <= max(CHUNK_SECONDS, round_) * 1.001
     if share >= ONE_ROUND * round_:
+        assert (sizes[0] - 1) * seconds <= max(CHUNK_SECONDS, round_) * 1.001
         # All but the last, which is what is left, keep a worker busy until all others were told.
         assert all(size * seconds * 1.001 >= min(CHUNK_SECONDS, round_) for size in sizes[:-1])
-    elif not left and sizes[0] * seconds < max(CHUNK_SECONDS, round_):
-        # No worker is told twice, and who is told later ends no later.
+    elif not left:
+        # No worker is told twice, and who is told later ends no later, but for a member.
         assert len(sizes) <= workers
         ends = [number / answers + size * seconds for number, size in enumerate(sizes)]
         assert max(ends) <= ends[0] + seconds * 1.001
-        assert ends[0] <= share + round_ / 2 + seconds or share < round_ / 2
+        longest = share + round_ / 2 if share > round_ / 2 else math.sqrt(2 * members * seconds / answers)
+        assert ends[0] <= (longest + seconds) * 1.001
+    # A worker of half the speed has half of it.
+    once, slow = (chunk_size(members, members, workers, seconds, answers, pace) for pace in (None, 2 * seconds))
+    assert slow <= once / 2 + 1
     assert chunk_size(members, members, workers, None, answers) == 1
 
 

@@ -14,10 +14,11 @@ from scripted import CHUNK, FINGERPRINT, Answer, Process, Scripted, Team, scores
 
 from spartan_ray.distributed.dispatch import FAILURES_PER_WORKER, TRIES, PoolError, backoff
 from spartan_ray.distributed.joining import versions
+from spartan_ray.distributed.pool import Kind, _either
 from spartan_ray.distributed.protocol import Failed, Lost
 from spartan_ray.distributed.slots import Slot, may_do
 from spartan_ray.distributed.spans import Span
-from spartan_ray.engine.strategies.requests import Members, Scores, noisy
+from spartan_ray.engine.strategies.requests import WHOLE, Members, Scores, noisy
 from spartan_ray.errors import RunError
 
 MEMBERS = Members(
@@ -551,12 +552,17 @@ def test_so_many_workers_as_a_range_begins_with_are_waited_for() -> None:
 
 def test_a_slow_worker_has_smaller_chunks_and_a_small_update_fewer_slices() -> None:
     team = Team(Scripted(2))
-    pool, slots = team.pool, team.pool.dispatcher.slots
+    pool = team.pool
     pool.wait_until_joined()
-    pool.seconds_per_member, slots[0].seconds_per_member, slots[1].seconds_per_member = None, 0.5, 0.1
-    assert [pool._chunk_size(1000, slot, 1000) for slot in slots] == [4, 20]
+    slots = pool.dispatcher.slots
+    kind: Kind = "fitness", WHOLE, None, False
+    slots[0].paces[kind], slots[1].paces[kind] = 0.5, 0.1
+    pace = pool._pace(kind)
+    assert pace == pytest.approx(1 / 6)
+    assert [pool._chunk_size(1000, kind, pace, slot, 1000) for slot in slots] == [4, 20]
+    assert [pool._chunk_size(1000, ("search", *kind[1:]), None, slot, 1000) for slot in slots] == [1, 1]
     assert same(pool.evaluate(MEMBERS), scores(MEMBERS))
-    assert [slot.seconds_per_member for slot in slots] == [0.125, 0.125]
+    assert [slot.paces for slot in slots] == [{kind: 0.125}, {kind: 0.125}]
     team.transport.sent.clear()
     for seconds_per_noise in (0.0, 1.0, 1e-12):
         pool.seconds_per_noise = seconds_per_noise
@@ -623,3 +629,28 @@ def test_an_offspring_that_cannot_be_scored_is_the_worst_or_ends_the_run() -> No
     assert team.pool.counts["members_failed"] == 1
     with pytest.raises(RunError, match="the member of seed 7 failed: no memory"):
         Team(Scripted(1), on_member_error="stop").pool.could_not_score(one, "no memory")
+
+
+def test_chunks_are_for_the_workers_that_are_there() -> None:
+    """One that was refused has no share that others would find at the end."""
+
+    def other_noise(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method == "join" and process.pid == 3:
+            return lambda info: replace(info, fingerprint=info.fingerprint + 1)
+        return None
+
+    transport = Scripted(3, other_noise)
+    team = Team(transport)
+    team.pool.wait_until_joined()
+    assert (team.pool.dispatcher.size, team.pool.workers) == (3, 2)
+    assert same(team.pool.evaluate(MEMBERS), scores(MEMBERS))
+    assert team.pool.dispatcher.able == 2
+
+
+def test_of_two_answers_a_member_that_was_finite_in_one_has_not_failed() -> None:
+    nan_K = np.isin(MEMBERS.seed_K, [3, 7])
+    first, second = without(scores(MEMBERS), MEMBERS.seed_K == 7), without(scores(MEMBERS), nan_K)
+    raised = {int(k): "it broke" for k in np.flatnonzero(nan_K)}
+    found, failed, *_ = _either((first, {}, 0.0, 1.0), (second, raised, 0.0, 1.0))
+    assert same(found, first)
+    assert set(failed) == set(np.flatnonzero(MEMBERS.seed_K == 7))

@@ -16,7 +16,7 @@ ROOMS = [
     "cli", "__main__",
 ]  # fmt: skip
 APART = {("distributed", "vision")}  # guests of the engine that know nothing of each other
-KNOW_RAY = {"address", "examine", "nodes", "population", "relay", "start", "transport", "worker"}
+KNOW_RAY = {"address", "examine", "nodes", "population", "relay", "relayed", "start", "transport", "worker"}
 KNOW_RAY = {f"distributed.{name}" for name in KNOW_RAY} | {"run.supervisor", "run.telemetry"}
 KNOW_RAY |= {f"cli.{name}" for name in ("doctor", "from_python", "submit", "train")}
 # What a room does without, whatever it imports.

@@ -20,7 +20,7 @@ from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.pool import Pool
 from spartan_ray.distributed.protocol import Failed, Lost
-from spartan_ray.distributed.relay import RelayTransport
+from spartan_ray.distributed.relayed import RelayTransport
 from spartan_ray.distributed.transport import RayTransport
 from spartan_ray.engine.evaluator import ParentState
 from spartan_ray.engine.flat import FlatModel
@@ -52,7 +52,7 @@ class Running:
         self.notes: list[str] = []
         self.done = 0
         resolved = resolve_cluster(Cluster(**cluster), [{"CPU": 2}])
-        self.transport = RelayTransport(spec, resolved, least_nodes=1 if relayed else 2)
+        self.transport = RelayTransport(spec, resolved, least_nodes=1 if relayed else 2, workers_per_node=1)
         self.pool = Pool(self.transport, resolved, "uniform", self.notes.append, self.advance)
         self.pool.wait_until_joined()
         self.wait_for_relays(relayed)
@@ -72,8 +72,11 @@ class Running:
         self.done += members
 
     def wait_for_relays(self, relayed: bool) -> None:
-        while relayed and not all(node.up for node in self.transport.nodes.values()):
+        for _ in range(10):
+            if not relayed or all(node.up for node in self.transport.nodes.values()):
+                return
             self.transport.wait([], 60)
+        raise AssertionError(self.notes)
 
     def relay(self) -> int:
         """The process of the one relay."""

@@ -2,86 +2,159 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pytest
-from test_pool import MEMBERS, Running, same
+import ray
 
-from spartan_ray.distributed.relay import Ticket
+from spartan_ray.distributed.config import Cluster
+from spartan_ray.distributed.placement import resolve_cluster
+from spartan_ray.distributed.protocol import Failed, Lost
+from spartan_ray.distributed.relay import Relay
+from spartan_ray.distributed.relayed import RelayTransport, Ticket
 
 
-class Relayed(Running):
-    """`disturb` is called once, when the first members of a generation are there."""
+class Stub:
+    """A worker that answers with twice what it is asked, after so many seconds, or fails at 0."""
 
-    disturb: Callable[[], None] | None = None
-    sent: list[Any]
+    def __init__(self, spec: object) -> None:
+        pass
 
-    def __init__(self, **cluster: Any) -> None:
-        super().__init__(relayed=True, chunk=2, **cluster)
-        submit = self.transport.submit
+    def join(self) -> int:
+        return os.getpid()
 
-        def note(*arguments: Any) -> Any:
-            self.sent.append(submit(*arguments))
-            return self.sent[-1]
+    def evaluate(self, number: int, seconds: float = 0.0) -> int:
+        time.sleep(seconds)
+        if not number:
+            raise ValueError("nothing to double")
+        return 2 * number
 
-        self.sent, self.transport.submit = [], note  # type: ignore[method-assign, assignment]
 
-    def advance(self, members: int, images: int) -> None:
-        super().advance(members, images)
-        if members and self.disturb:
-            disturb, self.disturb = self.disturb, None
-            disturb()
+class Pair:
+    """Two workers of one node, which has a relay that is up."""
+
+    def __init__(self) -> None:
+        resolved = resolve_cluster(Cluster(workers=2), [{"CPU": 2}])
+        self.transport = RelayTransport(None, resolved, Stub, least_nodes=1, workers_per_node=1)
+        node = ray.get_runtime_context().get_node_id()
+        started = [self.transport.start() for _ in range(2)]
+        self.workers = [worker for worker, _ in started]
+        self.pids = [self.transport.result(reference) for _, reference in started]
+        for worker in self.workers:
+            self.transport.joined(worker, node)
+        (self.node,) = self.transport.nodes.values()
+        self.wait_for_relay()
+
+    def wait_for_relay(self) -> None:
+        for _ in range(20):
+            if self.node.up:
+                return
+            self.transport.wait([], 30)
+        raise AssertionError("no relay")
+
+    def relay(self) -> int:
+        pid: int = ray.get(self.node.relay.__ray_call__.remote(lambda relay: os.getpid()))
+        return pid
+
+    def ask(self, *arguments: Any, worker: int = 0) -> Any:
+        return self.transport.submit(self.workers[worker], "evaluate", *arguments)
+
+    def answers(self, references: list[Any]) -> list[Any]:
+        """In their order; each is ready once."""
+        waiting, found = set(references), dict[Any, Any]()
+        for _ in range(100):
+            if not waiting:
+                return [found[reference] for reference in references]
+            for reference in self.transport.wait(list(waiting), 30):
+                waiting.remove(reference)
+                try:
+                    found[reference] = self.transport.result(reference)
+                except (Lost, Failed) as error:
+                    found[reference] = error
+        raise AssertionError("no answers")
 
 
 @pytest.fixture
-def running(local_ray: None) -> Iterator[Relayed]:
-    running = Relayed(workers=2, task_timeout=3.0)
-    yield running
-    running.pool.close()
+def pair(local_ray: None) -> Iterator[Pair]:
+    pair = Pair()
+    yield pair
+    pair.transport.end(pair.workers)
 
 
-def test_tasks_go_through_the_relay_and_a_lost_one_is_replaced(running: Relayed) -> None:
-    assert same(running.pool.evaluate(MEMBERS), running.expected)
-    assert running.sent
-    assert all(isinstance(sent, Ticket) for sent in running.sent)
-    assert not running.notes
-    lost = running.relay()
-    running.disturb = lambda: os.kill(lost, signal.SIGKILL)
-    assert same(running.pool.evaluate(MEMBERS), running.expected)
-    assert any("was lost and is replaced: the relay of its node was lost" in note for note in running.notes)
-    running.pool.wait_until_joined()
-    running.wait_for_relays(True)
-    assert running.relay() != lost
-    running.sent.clear()
-    assert same(running.pool.evaluate(MEMBERS), running.expected)
-    assert all(isinstance(sent, Ticket) for sent in running.sent)
+def test_what_goes_through_a_relay_is_answered_and_what_fails_says_so(pair: Pair) -> None:
+    references = [pair.ask(number, worker=number % 2) for number in (1, 2, 0, 3, 4)]
+    assert all(isinstance(reference, Ticket) for reference in references)
+    one, two, failed, *rest = pair.answers(references)
+    assert (one, two, rest) == (2, 4, [6, 8])
+    assert isinstance(failed, Failed)
+    assert str(failed) == "ValueError: nothing to double"
+    assert not pair.node.unanswered
+    os.kill(pair.pids[0], signal.SIGKILL)
+    (lost, alive) = pair.answers([pair.ask(5), pair.ask(6, worker=1)])
+    assert isinstance(lost, Lost)
+    assert "The actor died" in str(lost)
+    assert alive == 12
 
 
-def test_a_relay_that_hangs_is_gone_round(running: Relayed) -> None:
-    hung = psutil.Process(running.relay())
-    running.disturb = hung.suspend
-    assert same(running.pool.evaluate(MEMBERS), running.expected)
-    assert any("no answer for 3 s" in note for note in running.notes)
-    running.sent.clear()
-    assert same(running.pool.evaluate(MEMBERS), running.expected)
-    assert hung.pid not in psutil.pids() or not any(isinstance(sent, Ticket) for sent in running.sent)
-    with contextlib.suppress(psutil.NoSuchProcess):  # with both workers of its node
-        hung.resume()
-    running.pool.wait_until_joined()
-    running.wait_for_relays(True)
-    running.sent.clear()
-    assert same(running.pool.evaluate(MEMBERS), running.expected)
-    assert all(isinstance(sent, Ticket) for sent in running.sent)
+def test_what_a_lost_relay_had_is_asked_directly_and_another_one_starts(pair: Pair) -> None:
+    lost = pair.relay()
+    references = [pair.ask(number, 0.1, worker=number % 2) for number in range(1, 9)]
+    pair.transport.wait([], 0)  # they are sent
+    os.kill(lost, signal.SIGKILL)
+    assert pair.answers(references) == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert any(reference.direct for reference in references)
+    pair.wait_for_relay()
+    assert pair.relay() != lost
+    assert all(psutil.pid_exists(pid) for pid in pair.pids)
+    (reference,) = [pair.ask(7)]
+    assert isinstance(reference, Ticket)
+    assert pair.answers([reference]) == [14]
 
 
-def test_the_relays_end_with_the_workers(running: Relayed) -> None:
-    pids = [running.relay(), *(info.pid for info in running.pool.infos)]
-    running.pool.close()
-    for pid in pids:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            psutil.Process(pid).wait(60)
+def test_a_relay_that_hangs_is_gone_round_once_a_worker_was_killed_for_it(pair: Pair) -> None:
+    hung = psutil.Process(pair.relay())
+    hung.suspend()
+    pair.ask(1)
+    pair.transport.wait([], 0)
+    pair.transport.kill(pair.workers[0])  # it did not answer
+    reference = pair.ask(2, worker=1)
+    assert not isinstance(reference, Ticket)
+    assert pair.answers([reference]) == [4]
+    hung.resume()
+    pair.wait_for_relay()
+    reference = pair.ask(3, worker=1)
+    assert isinstance(reference, Ticket)
+    assert pair.answers([reference]) == [6]
+
+
+def test_a_call_that_overtakes_the_one_with_its_worker_waits_for_it(local_ray: None) -> None:
+    worker: Any = ray.remote(Stub).options(num_cpus=0).remote(None)
+    relay: Any = ray.remote(Relay).options(num_cpus=0).remote()
+    early = relay.exchange.remote({}, [(5, 9, (21,))])
+    assert not ray.wait([early], timeout=0.5)[0]
+    late = relay.exchange.remote({9: worker}, [])
+    assert ray.get(early, timeout=60) == []
+    assert ray.get(late, timeout=60) == [(5, 42)]
+
+
+def test_relays_are_for_many_workers_on_many_nodes(local_ray: None) -> None:
+    resolved = resolve_cluster(Cluster(workers=2), [{"CPU": 2}])
+    transport = RelayTransport(None, resolved, Stub, least_nodes=2, workers_per_node=2)
+    transport._start_relay = lambda node: setattr(node, "relay", "started")  # type: ignore[method-assign]
+    direct = transport.answers_per_second("evaluate")
+    for number, (node, relayed) in enumerate([("a", False), ("a", False), ("b", False), ("b", True), ("c", False)]):
+        transport.joined(f"worker {number}", node)  # type: ignore[arg-type]
+        assert (transport.answers_per_second("evaluate") > direct) == relayed
+        assert transport.answers_per_second("accumulate") == direct
+    assert [node.relay for node in transport.nodes.values()] == ["started", "started", None]
+
+
+def test_the_relays_end_with_the_workers(pair: Pair) -> None:
+    processes = [psutil.Process(pid) for pid in (pair.relay(), *pair.pids)]
+    pair.transport.end(pair.workers)
+    assert not psutil.wait_procs(processes, timeout=60)[1]

@@ -22,7 +22,7 @@ from spartan_ray.cli import main as cli
 from spartan_ray.cli.flags import take_config
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.placement import resolve_cluster
-from spartan_ray.distributed.relay import RelayTransport
+from spartan_ray.distributed.relayed import RelayTransport
 from spartan_ray.distributed.worker import Worker
 from spartan_ray.engine.evaluator import EvaluatorSpec
 from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part, Scores

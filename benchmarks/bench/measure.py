@@ -23,7 +23,7 @@ from bench.model import GPUS_A_NODE
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.pool import Pool
-from spartan_ray.distributed.relay import RELAYED_NODES, RelayTransport
+from spartan_ray.distributed.relayed import RELAYED_NODES, RelayTransport
 from spartan_ray.distributed.worker import Worker
 from spartan_ray.engine.evaluator import EvaluatorSpec, ParentState, Scale, packed
 from spartan_ray.engine.flat import FlatModel
@@ -382,7 +382,7 @@ def measure_dispatch(workers: int, say: Said) -> Results:
     while not all(node.up for node in transport.nodes.values()):
         transport.wait([], 1.0)
     driver: dict[bool, list[float]] = {True: [], False: []}
-    for relayed in [True] * REPEATS + [False] * REPEATS:
+    for relayed in [True, False] * REPEATS:
         for node in transport.nodes.values():
             node.up = relayed
         before = time.thread_time()

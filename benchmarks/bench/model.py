@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.figures import Results, number
-from spartan_ray.distributed.relay import RELAYED_ANSWERS_PER_SECOND, RELAYED_NODES
+from spartan_ray.distributed.relayed import RELAYED_ANSWERS_PER_SECOND, RELAYED_NODES
 from spartan_ray.distributed.spans import chunk_size, workers_worth
 from spartan_ray.distributed.transport import ANSWERS_PER_SECOND
 

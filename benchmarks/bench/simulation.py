@@ -24,7 +24,7 @@ from bench.sleeper import SECONDS_A_MEMBER, SLOW_FACTOR, Sleeper, recover, slow_
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.pool import Pool
-from spartan_ray.distributed.relay import RelayTransport
+from spartan_ray.distributed.relayed import RelayTransport
 from spartan_ray.engine.strategies.requests import noisy
 
 WORKERS, NODES = 64, 8
@@ -80,7 +80,7 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
     def relays(used: bool) -> None:
         transport.least_nodes = NODES if used else NODES + 1
         for node in transport.nodes.values():
-            node.up = used
+            node.up = used and node.relay is not None
 
     def stragglers(done: int) -> None:
         if done > population // 10 and not stopped:
@@ -100,6 +100,9 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
             changed.append("joined")
 
     found = []
+    team.pool.broadcast(parent)
+    team.pool.broadcast_scale(None)
+    team.pool.evaluate(noisy(np.arange(2 * workers, dtype=np.uint64), 0.0, 0.01))
     for name, size, disturb in (
         *((f"undisturbed{how}", size, None) for size in (*SHORT, population) for how in ("", ", with relays")),
         ("stragglers, with relays", population, stragglers),

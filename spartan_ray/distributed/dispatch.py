@@ -62,7 +62,7 @@ class Dispatcher:
         self.cluster = cluster
         self.note, self.advance, self.refuse = note, advance, refuse
         self.room = transport.room(0, 0)
-        self.size = self.room.workers
+        self.size = self.able = self.room.workers  # workers that are to be there, and that can have work
         self.slots: list[Slot] = []
         self.tasks: dict[Any, Task] = {}  # in flight, by their references
         self.refused: list[str] = []  # nodes, one for each worker that was refused there
@@ -162,6 +162,7 @@ class Dispatcher:
         there = [slot for slot in self.slots if slot.info and not slot.late]
         # One whose node is about to go ends what it has, unless nobody else is there.
         fit = [slot for slot in there if slot.info and slot.info.node not in self.room.leaving] or there
+        self.able = len(fit)
         for queued in range(QUEUED_PER_WORKER):
             for slot in fit:
                 if not range_.waiting:
@@ -327,7 +328,7 @@ class Dispatcher:
         slot.info = info
         self.transport.joined(slot.worker, info.node)
         # Node by node: what carries the tasks may send those of a node together.
-        self.slots.sort(key=lambda slot: (slot.info is None, slot.info.node if slot.info else ""))
+        self.slots = sorted(self.slots, key=lambda slot: (slot.info is None, slot.info.node if slot.info else ""))
         return []
 
     def _doubt(self, slot: Slot, other: Slot) -> None:

@@ -30,6 +30,8 @@ from spartan_ray.noise.contract import NoiseKind
 
 # A case of work of which nothing is known takes no longer than this, and ten times that, or its worker hangs.
 SLOW_CASE_SECONDS = 0.1
+# Of members that take equally long: their cases, the part of them or how many of their own, whether some are left.
+Kind = tuple[CaseSet, Part, int | None, bool]
 # What a worker answers: scores, what the fitness raised by member, the seconds to load what was new and to score.
 Answer = tuple[Scores, dict[int, str], float, float]
 
@@ -59,7 +61,7 @@ class Pool:
         self.parent: tuple[int, Any]  # the last broadcast of each and its key
         self.scale: tuple[int, Any]
         self.basis: tuple[int, Any] = 0, None
-        self.seconds_per_member: float | None = None
+        self.paces: dict[Kind, float] = {}  # seconds a member, in the last answer of each kind
         self.seconds_per_noise = 0.0  # an element of one noise vector, in the last update
         self.seconds_each: dict[str, float] = {}  # of an item, in the last `each` of a method
 
@@ -129,13 +131,14 @@ class Pool:
             mean_KM = np.delete(scores.mean_KM, list(failed), 0) if failed else scores.mean_KM
             return bool(np.isfinite(mean_KM).all())
 
-        next_size = functools.partial(self._chunk_size, len(members))
+        kind = cases, part, own, threshold > -math.inf
+        next_size = functools.partial(self._chunk_size, len(members), kind, self._pace(kind))
         spans = [Span(0, len(members))]
         for tries in range(1, TRIES + 1):
             size = sum(map(len, spans))
             range_ = Range(submit, next_size, deque(spans), size, smallest=1, either=_either)
-            if self.seconds_per_member:
-                range_.seconds, range_.elements = self.seconds_per_member, 1
+            if kind in self.paces:
+                range_.seconds, range_.elements = self.paces[kind], 1
             spans = []
             for slot, span, (scores, failed, seconds_to_load, seconds) in self.dispatcher.cover(
                 range_, is_finite, give_up
@@ -143,7 +146,7 @@ class Pool:
                 found.append((span.start, scores))
                 slowest_load, again = max(slowest_load, seconds_to_load), 0
                 if seconds:
-                    self.seconds_per_member = slot.seconds_per_member = seconds / len(span)
+                    self.paces[kind] = slot.paces[kind] = seconds / len(span)
                 for k, reason in failed.items():
                     if tries == TRIES or not seconds:  # raised on so many workers, or killed them
                         self._give_up(members, span.start + k, reason)
@@ -228,7 +231,7 @@ class Pool:
                 return at_once
             if self.cluster.chunk != "auto":
                 return self.cluster.chunk
-            return chunk_size(left, len(items), self.dispatcher.size, known, self.transport.answers_per_second("ask"))
+            return chunk_size(left, len(items), self.dispatcher.able, known, self.transport.answers_per_second("ask"))
 
         def fail(start: int, reason: str) -> list[Any]:
             if give_up:
@@ -248,19 +251,27 @@ class Pool:
         """Say that an offspring is the worst, or end the run."""
         self._give_up(member, 0, reason, tries=1)
 
-    def _chunk_size(self, members: int, slot: Slot, left: int) -> int:
+    def _pace(self, kind: Kind) -> float | None:
+        """Seconds a member of the workers that are there, on average."""
+        paces = [slot.paces[kind] for slot in self.dispatcher.slots if kind in slot.paces]
+        return len(paces) / sum(1 / pace for pace in paces) if paces else None
+
+    def _chunk_size(self, members: int, kind: Kind, pace: float | None, slot: Slot, left: int) -> int:
         if self.cluster.chunk != "auto":
             return self.cluster.chunk
-        answers = self.transport.answers_per_second("evaluate")
-        seconds = slot.seconds_per_member or self.seconds_per_member
-        size = chunk_size(left, members, self.dispatcher.size, seconds, answers)
+        pace, answers = pace or self.paces.get(kind), self.transport.answers_per_second("evaluate")
+        size = chunk_size(left, members, self.dispatcher.able, pace, answers, slot.paces.get(kind))
         return -(-size // self.batch_members) * self.batch_members  # a pass costs the same for fewer
 
 
 def _either(first: Answer, second: Answer) -> Answer:
     """The second answer, with the first one's scores of the members that are finite there alone."""
-    one, (two, failed, *seconds) = first[0], second
-    better_K = np.logical_and(np.isfinite(one.mean_KM).all(axis=1), ~np.isfinite(two.mean_KM).all(axis=1))
+    one, (two, failed, to_load, to_score) = first[0], second
+    better_K: NDArray[np.bool_] = np.logical_and(
+        np.isfinite(one.mean_KM).all(axis=1), ~np.isfinite(two.mean_KM).all(axis=1)
+    )
     mean_KM = np.where(better_K[:, None], one.mean_KM, two.mean_KM)
+    still = {k: reason for k, reason in failed.items() if not better_K[k]}
     fitness_K = np.where(better_K, one.fitness_K, two.fitness_K)
-    return Scores(mean_KM, fitness_K, np.where(better_K, one.cases_K, two.cases_K)), failed, seconds[0], seconds[1]
+    cases_K = np.where(better_K, one.cases_K, two.cases_K)
+    return Scores(mean_KM, fitness_K, cases_K), still, to_load, to_score

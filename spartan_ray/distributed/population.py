@@ -110,7 +110,7 @@ class Population(population.Population):
         if not ray.is_initialized():
             self.leave_ray = join_ray(cluster.address)
         from spartan_ray.distributed.nodes import grows, nodes_here_first
-        from spartan_ray.distributed.relay import RelayTransport
+        from spartan_ray.distributed.relayed import RelayTransport
 
         nodes = [node["Resources"] for node in nodes_here_first()]
         resolved = resolve_cluster(cluster, nodes, grows())

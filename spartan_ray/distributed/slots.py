@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ class Slot:
     heard: float = -math.inf  # when it last answered
     since: float = 0.0  # the same, or when it began to have something to answer
     late: bool = False  # as it was when somebody last looked
-    seconds_per_member: float | None = None  # in the last chunk that it scored
+    paces: dict[Hashable, float] = field(default_factory=dict)  # seconds a member, by kind of score
 
 
 @dataclass(eq=False)

@@ -22,10 +22,16 @@ def workers_worth(seconds: float, workers: int, answers_per_second: float) -> in
 
 
 def chunk_size(
-    left: int, members: int, workers: int, seconds_per_member: float | None, answers_per_second: float
+    left: int,
+    members: int,
+    workers: int,
+    seconds_per_member: float | None,
+    answers_per_second: float,
+    own_seconds: float | None = None,
 ) -> int:
-    """Members of a worker's next chunk, when so many of all are left. Chunks shrink towards the end, so that the
-    workers finish together. 1 where nothing is known of the speed.
+    """Members of a worker's next chunk, when so many of all are left; it may take other seconds a member than the
+    workers do on average. Chunks shrink towards the end, so that the workers finish together. 1 where nothing is known
+    of the speed.
 
     A short generation is told in one round: each worker is told 1 / answers_per_second later than the one before, and
     has so much less to do. With sizes that shrink by d from n to m, what is left is (n^2 - m^2) / 2d: so n follows from
@@ -39,8 +45,8 @@ def chunk_size(
         last = max(0.0, share - round_ / 2)  # 0: not all workers are worth an answer
         seconds = math.sqrt(last**2 + 2 * rest / answers_per_second)
     else:
-        seconds = max(rest / (4 * workers), round_)
-    return max(1, math.ceil(min(seconds, max(CHUNK_SECONDS, round_)) / seconds_per_member))
+        seconds = min(max(rest / (4 * workers), round_), max(CHUNK_SECONDS, round_))
+    return max(1, math.ceil(seconds / (own_seconds or seconds_per_member)))
 
 
 @dataclass(eq=False)

@@ -7,12 +7,13 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.nodes import free_resources, grows, is_impossible, leaving_nodes, nodes_here_first
 from spartan_ray.distributed.placement import described, pool_size, worker_resources
-from spartan_ray.distributed.protocol import Failed, Lost, Room
+from spartan_ray.distributed.protocol import Room
+from spartan_ray.distributed.relay import lost_or_failed
 from spartan_ray.distributed.worker import Worker
 
 # A driver with a core of its own hears more than that.
@@ -94,10 +95,3 @@ class RayTransport:
         if not is_impossible(wanted):
             return ""
         return f"no node of this Ray has {described(wanted)}, and its autoscaler cannot start one that has"
-
-
-def lost_or_failed(error: RayError) -> Lost | Failed:
-    """What the error of a task says: of one in the work the last line is the message, of others the first."""
-    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
-    in_work = isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
-    return Failed(lines[-1]) if in_work else Lost(lines[0])

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from spartan_ray.distributed.pool import Pool
-from spartan_ray.distributed.relay import RelayTransport
+from spartan_ray.distributed.relayed import RelayTransport
 from spartan_ray.distributed.transport import room_for
 from spartan_ray.distributed.worker import claim_device
 from spartan_ray.engine.evaluator import EvaluatorSpec

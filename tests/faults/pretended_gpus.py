@@ -22,7 +22,7 @@ from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.nodes import nodes_here_first
 from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.pool import Pool
-from spartan_ray.distributed.relay import RelayTransport, Ticket
+from spartan_ray.distributed.relayed import RelayTransport, Ticket
 from spartan_ray.engine.strategies.requests import noisy
 from spartan_ray.run import supervisor
 from spartan_ray.run.config import Config
@@ -63,7 +63,7 @@ def main() -> None:
             seen["removed"] = True
             cluster.remove_node(added[0], allow_graceful=False)
 
-    transport = RelayTransport(None, resolved, Sleeper, least_nodes=2)
+    transport = RelayTransport(None, resolved, Sleeper, least_nodes=2, workers_per_node=1)
     pool = Pool(transport, resolved, "uniform", notes.append, advance)
 
     def workers() -> list[int]:
