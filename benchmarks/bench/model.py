@@ -42,24 +42,21 @@ def seconds_of_generation(population: int, workers: int, task: TaskSeconds, rela
     scoring    an equal share of the members for every worker
     waiting    until the last chunk is done, beyond that: chunks are cut by the pool's own rule, told one by one as fast
                as the driver can, each to the worker that first began the last thing that it was told; with relays
-               those of a node together, which its relay tells one by one
-    broadcast  what that is longer for the parent: each node takes it, when it is told its first chunk, from any of
-               those that have it, which send it to one after another
+               those of a node together, which its relay tells one by one. Each node takes the parent, when it is told
+               its first chunk, from any of those that have it, which send it to one after another
     update     a slice for each worker that is worth an answer, the answers, and a parent's bytes back to the driver
     """
     share = SECONDS_A_MEMBER * population / workers
-    without_parent, last = (_last(population, workers, task, relays, seconds) for seconds in (0.0, PARENT_SECONDS))
     update = population * UPDATE_SECONDS_A_MEMBER
     slices = workers_worth(update, workers, ANSWERS_PER_SECOND)
     return {
         "scoring": share,
-        "waiting": without_parent - share,
-        "broadcast": last - without_parent,
+        "waiting": _last(population, workers, task, relays) - share,
         "update": update / slices + slices * task.direct + PARENT_SECONDS,
     }
 
 
-def _last(population: int, workers: int, task: TaskSeconds, relays: bool, parent_seconds: float) -> float:
+def _last(population: int, workers: int, task: TaskSeconds, relays: bool) -> float:
     """When the last chunk has been heard of."""
     chance = random.Random(0)
     began = [(0.0, worker) for worker in range(workers)]  # the last thing that it was told
@@ -83,7 +80,7 @@ def _last(population: int, workers: int, task: TaskSeconds, relays: bool, parent
         driver += len(sizes) * (task.relayed if relays else task.direct)
         if node not in parent_at:
             source = chance.choice([other for other in sending if parent_at.get(other, 0.0) <= driver])
-            sending[source] = sending[node] = parent_at[node] = max(driver, sending[source]) + parent_seconds
+            sending[source] = sending[node] = parent_at[node] = max(driver, sending[source]) + PARENT_SECONDS
         for place, (worker, size) in enumerate(zip(told, sizes, strict=False)):
             arrived = driver + (place + 1) * task.direct * relays
             start = max(arrived, parent_at[node], end_W[worker])
@@ -153,7 +150,7 @@ def draw(results: Results, path: Path) -> None:
     left.set(xscale="log", ylim=(0, 1.02), xlabel="GPUs", ylabel="efficiency (modelled)")
     left.legend(title="members", frameon=False)
     bottoms = [0.0] * len(POPULATIONS)
-    names: Iterable[str] = ("scoring", "waiting", "broadcast", "update")
+    names: Iterable[str] = ("scoring", "waiting", "update")
     parts = [seconds_of_generation(population, 1000, task, True) for population in POPULATIONS]
     for name, colour in zip(names, COLOURS, strict=False):
         shares = [part[name] / sum(part.values()) for part in parts]
