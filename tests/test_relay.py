@@ -35,12 +35,19 @@ class Stub:
         return 2 * number
 
 
+class Named(Stub):
+    """A worker that answers with what Ray calls the task."""
+
+    def evaluate(self, number: int, seconds: float = 0.0) -> Any:
+        return ray.get_runtime_context().get_task_name()
+
+
 class Pair:
     """Two workers of one node, which has a relay that is up."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[Stub] = Stub) -> None:
         resolved = resolve_cluster(Cluster(workers=2), [{"CPU": 2}])
-        self.transport = RelayTransport(None, resolved, Stub, least_nodes=1, workers_per_node=1)
+        self.transport = RelayTransport(None, resolved, kind, least_nodes=1, workers_per_node=1, name="mine")
         node = ray.get_runtime_context().get_node_id()
         started = [self.transport.start() for _ in range(2)]
         self.workers = [worker for worker, _ in started]
@@ -134,13 +141,28 @@ def test_a_relay_that_hangs_is_gone_round_once_a_worker_was_killed_for_it(pair: 
 
 def test_a_call_that_overtakes_the_one_with_its_worker_waits_for_it(local_ray: None) -> None:
     worker: Any = ray.remote(Stub).options(num_cpus=0).remote(None)
-    relay: Any = ray.remote(Relay).options(num_cpus=0).remote()
+    relay: Any = ray.remote(Relay).options(num_cpus=0).remote("mine")
     ray.get(relay.answer.remote(), timeout=60)  # it is there, so that the calls come as they are sent
     early = relay.exchange.remote({}, [(5, 9, (21,))])
     assert not ray.wait([early], timeout=0.5)[0]
     late = relay.exchange.remote({9: worker}, [])
     first, second = ray.get([early, late], timeout=60)
     assert first + second == [(5, 42)]
+
+
+def test_actors_and_tasks_have_names_that_say_whose_they_are(local_ray: None) -> None:
+    pair = Pair(Named)
+    try:
+        relayed = pair.ask(1)
+        pair.node.up = False
+        direct = pair.ask(1)
+        assert isinstance(relayed, Ticket)
+        assert not isinstance(direct, Ticket)
+        assert pair.answers([relayed, direct]) == ["spartan:mine:evaluate"] * 2
+        mine = [name.split(":")[2] for name in ray.util.list_named_actors() if name.startswith("spartan:mine:")]
+        assert sorted(mine) == ["relay", "worker", "worker"]
+    finally:
+        pair.transport.end(pair.workers)
 
 
 def test_relays_are_for_many_workers_on_many_nodes(local_ray: None) -> None:

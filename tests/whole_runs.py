@@ -64,13 +64,13 @@ class WarmTransport(RelayTransport):
 
     idle: ClassVar[list[Any]] = []
 
-    def __init__(self, spec: object, cluster: Cluster) -> None:
+    def __init__(self, spec: object, cluster: Cluster, name: str) -> None:
         class Warm(Worker):
             def take(self, spec: EvaluatorSpec) -> None:
                 Worker.__init__(self, spec)
 
-        super().__init__(spec, cluster)
-        self.actor = ray.remote(Warm).options(num_cpus=0)  # they leave the cores to others while they are idle
+        super().__init__(spec, cluster, name=name)
+        self.actor, self.resources = ray.remote(Warm), {"num_cpus": 0}  # idle, they leave the cores to others
 
     def start(self) -> tuple[Any, Any]:
         while self.idle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -17,9 +18,10 @@ Sent = tuple[int, int, tuple[Any, ...]]
 
 
 class Relay:
-    """Hands tasks to workers, both by numbers of the driver."""
+    """Hands tasks to workers, both by numbers of the driver. `name` is what Ray's dashboard shows the tasks by."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.workers: dict[int, ActorHandle[Any]] = {}
         self.answers: list[tuple[int, Any]] = []
         self.following: set[asyncio.Task[None]] = set()
@@ -40,7 +42,7 @@ class Relay:
             # A call may overtake the one before, which brings the worker.
             await self.news.wait_for(lambda: all(worker in self.workers for _, worker, _ in tasks))
             for number, worker, arguments in tasks:
-                reference = getattr(self.workers[worker], RELAYED_METHOD).remote(*arguments)
+                reference = named_task(self.workers[worker], RELAYED_METHOD, self.name)(*arguments)
                 following = asyncio.ensure_future(self._follow(number, reference))
                 self.following.add(following)
                 following.add_done_callback(self.following.discard)
@@ -56,6 +58,12 @@ class Relay:
         async with self.news:
             self.answers.append((number, answer))
             self.news.notify_all()
+
+
+def named_task(worker: ActorHandle[Any], method: str, name: str) -> Callable[..., Any]:
+    """The call of a worker's method, as a task that Ray's dashboard shows by the name of who asks."""
+    task: Callable[..., Any] = getattr(worker, method).options(name=f"spartan:{name}:{method}").remote
+    return task
 
 
 def lost_or_failed(error: Exception) -> Lost | Failed:

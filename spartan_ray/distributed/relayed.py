@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.protocol import Failed, Lost
 from spartan_ray.distributed.relay import RELAYED_METHOD, Relay, Sent
-from spartan_ray.distributed.transport import ANSWERS_PER_SECOND, RayTransport
+from spartan_ray.distributed.transport import ANSWERS_PER_SECOND, RayTransport, actor_name
 from spartan_ray.distributed.worker import Worker
 
 # With fewer nodes the driver is fast enough; with fewer workers on each there is little to send together.
@@ -62,8 +62,9 @@ class RelayTransport(RayTransport):
         worker: type[Any] = Worker,
         least_nodes: int = RELAYED_NODES,
         workers_per_node: int = WORKERS_PER_NODE,
+        name: str = "population",
     ) -> None:
-        super().__init__(spec, cluster, worker)
+        super().__init__(spec, cluster, worker, name)
         self.least_nodes, self.workers_per_node = least_nodes, workers_per_node
         self.numbers = itertools.count()
         self.nodes: dict[str, Node] = {}
@@ -92,8 +93,10 @@ class RelayTransport(RayTransport):
 
     def _start_relay(self, node: Node) -> None:
         there = NodeAffinitySchedulingStrategy(node.name, soft=False)
-        relay: Any = ray.remote(Relay).options(num_cpus=0, scheduling_strategy=there, enable_task_events=False)
-        node.relay = relay.remote()
+        relay: Any = ray.remote(Relay).options(
+            name=actor_name(self.name, "relay"), num_cpus=0, scheduling_strategy=there, enable_task_events=False
+        )
+        node.relay = relay.remote(self.name)
         self._doubt(node)
 
     def _doubt(self, node: Node) -> None:

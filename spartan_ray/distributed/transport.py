@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.nodes import free_resources, grows, is_impossible, leaving_nodes, nodes_here_first
 from spartan_ray.distributed.placement import described, pool_size, worker_resources
 from spartan_ray.distributed.protocol import Room
-from spartan_ray.distributed.relay import lost_or_failed
+from spartan_ray.distributed.relay import lost_or_failed, named_task
 from spartan_ray.distributed.worker import Worker
 
 # A driver with a core of its own hears more than that.
@@ -31,6 +32,11 @@ def leave(actors: list[ActorHandle[Any]]) -> None:
         ray.kill(actor)
 
 
+def actor_name(name: str, kind: str) -> str:
+    """What Ray's dashboard shows an actor by; one that replaces another needs another name."""
+    return f"spartan:{name}:{kind}:{secrets.token_hex(4)}"
+
+
 def room_for(cluster: Cluster, workers: int = 0, starting: int = 0) -> Room:
     """What there is room for beside the driver, which runs, with so many workers that have joined and so many that
     have not."""
@@ -41,18 +47,20 @@ def room_for(cluster: Cluster, workers: int = 0, starting: int = 0) -> Room:
 
 
 class RayTransport:
-    """Workers as Ray actors. `worker` is their class, which is made from a specification."""
+    """Workers as Ray actors. `worker` is their class, which is made from a specification; `name` is what Ray's
+    dashboard shows them and their tasks by."""
 
-    def __init__(self, spec: object, cluster: Cluster, worker: type[Any] = Worker) -> None:
+    def __init__(self, spec: object, cluster: Cluster, worker: type[Any] = Worker, name: str = "population") -> None:
         self.spec = ray.put(spec)
         self.cluster = cluster
-        self.actor: Any = ray.remote(worker).options(
-            num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, scheduling_strategy="SPREAD"
-        )
+        self.name = name
+        self.actor: Any = ray.remote(worker)
+        self.resources = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
 
     def start(self) -> tuple[ActorHandle[Any], Any]:
-        worker = self.actor.remote(self.spec)
-        return worker, worker.join.remote()
+        name = actor_name(self.name, "worker")
+        worker = self.actor.options(name=name, scheduling_strategy="SPREAD", **self.resources).remote(self.spec)
+        return worker, named_task(worker, "join", self.name)()
 
     def joined(self, worker: ActorHandle[Any], node: str) -> None:
         pass
@@ -64,7 +72,7 @@ class RayTransport:
         return ray.put(value)
 
     def submit(self, worker: ActorHandle[Any], method: str, *arguments: Any) -> Any:
-        return getattr(worker, method).remote(*arguments)
+        return named_task(worker, method, self.name)(*arguments)
 
     def wait(self, references: list[Any], seconds: float) -> list[Any]:
         if references:

@@ -53,7 +53,7 @@ from spartan_ray.run.setup import (
 from spartan_ray.run.telemetry import Telemetry
 from spartan_ray.vision.averaging import Average
 from spartan_ray.vision.classification import Normaliser, score
-from spartan_ray.vision.data import load_splits
+from spartan_ray.vision.data import Splits, load_splits
 from spartan_ray.vision.models import describe, initial_model, refuse_unfit
 from spartan_ray.vision.training import Trainer, lr_factor
 
@@ -238,56 +238,17 @@ class Driver:
         )
 
     def _set_up(self) -> None:
-        """Load the data, make the parent and the run folder or take them from a checkpoint, start the
-        workers."""
-        checkpoint, run = None, self.config.run
-        if not self.folder and run.resume == "auto" and exists(f"{run.out}/{run.name}"):
-            self.folder = f"{run.out}/{run.name}"  # perhaps begun by a driver that was lost
-        if self.folder:
-            self._be_at(Place.existing(self.folder, self.patience, self.stopping.wait, self._note))
-            if run.resume == "never" or not is_empty(self.place.path):
-                checkpoint, metrics = latest_checkpoint(
-                    self.place.path, self._note, lambda config: epochs_behind(config)[0]
-                )
-        config, workers = self.config, room_for(self.config.cluster).workers
-        if checkpoint:
-            before = checkpoint.loop.config
-            refuse_changes(str(self.folder), before, config)
-            data = before.data.model_copy(update={"root": config.data.root})
-            config = before.model_copy(update={"run": config.run, "data": data, "cluster": config.cluster})
-        threads = config.parent.threads or config.cluster.driver_cpus or len(os.sched_getaffinity(0))
-        self.config = config = config.model_copy(
-            update={
-                "parent": config.parent.model_copy(update={"threads": threads}),
-                "evolution": config.evolution.resolved(workers),
-            }
-        )
-        self.device = claim_device(threads)
+        """Make the parts and the run folder, or take what they were from a checkpoint, and start the workers."""
+        checkpoint, metrics = self._checkpoint()
+        workers = room_for(self.config.cluster).workers
+        self.config = config = self._resolved(checkpoint, workers)
+        assert config.parent.threads
+        self.device = claim_device(config.parent.threads)
         splits = load_splits(config.data, config.run.seed, self._note)
         self.splits = splits.to(self.device)
         self.data_digest = splits.digest()
-        # The weights of a run that goes on are those of the checkpoint; their file may be gone.
-        origin = config.parent.model_copy(update={"weights": "none"}) if checkpoint else config.parent
-        module, notes = initial_model(origin, len(splits.classes), config.run.seed)
-        for name, value in module.state_dict().items():
-            if not value.isfinite().all():
-                raise InputError(f"parent.weights {config.parent.weights}: {name} is not finite everywhere")
-        refuse_unfit(module, config.parent, splits.image_size, len(splits.classes))
-        self.normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
-        self.description = describe(config.parent, splits)
-        self.strategy = make_strategy(config.evolution, len(splits.classes))
-        self.model = FlatModel(module, self.device)
-        if self.strategy:
-            refuse_sets(config, self.strategy, len(splits.evolution))
-            self.population = make_population(config, splits, self.model, self._note, self._start_workers)
-            self.at_end.callback(self.population.close)
-        if config.evolution.strategy == "esgd":
-            esgd, spec = make_breeder(config, splits)
-            pool = self._start_workers(spec)
-            self.at_end.callback(pool.close)
-            factor = functools.partial(lr_factor, config.parent.schedule, epochs=config.run.epochs)
-            images = len(spec.case_N), len(splits.sgd)
-            self.parents = Parents(esgd, pool, config.run.seed, self.model, *images, factor)
+        notes = self._make_parent(splits, new=not checkpoint)
+        self._make_strategy(splits)
         # While the workers start: torch's first optimizer takes a second to import what it needs.
         self.trainer = Trainer(
             config.parent,
@@ -301,12 +262,83 @@ class Driver:
         self.average = make_average(config, self.model, self.splits, self.normalise, lambda: self._advance(0))
         if self.pool:
             self.pool.wait_until_joined()
+        if checkpoint:
+            self._restore(checkpoint)
+        self._open_folder(checkpoint, metrics)
+        # From here on there is something to go on from.
+        self.progress.folder = self.place.where
+        self.progress.rows = list(self.record.rows)
+        for note in (self._parts(workers), *notes):
+            self._note(note)
+        every, epochs = config.evolution.every, config.run.epochs
+        if self.evolves and every > epochs:
+            self._note(f"no evolve phase: evolution.every ({every}) > run.epochs ({epochs})")
+        if checkpoint:
+            self._note(f"going on after epoch {checkpoint.epoch}")
+
+    def _checkpoint(self) -> tuple[Checkpoint | None, bytes]:
+        """What the run goes on from, with its metrics; None where it begins."""
+        run = self.config.run
+        if not self.folder and run.resume == "auto" and exists(f"{run.out}/{run.name}"):
+            self.folder = f"{run.out}/{run.name}"  # perhaps begun by a driver that was lost
+        if not self.folder:
+            return None, b""
+        self._be_at(Place.existing(self.folder, self.patience, self.stopping.wait, self._note))
+        if run.resume != "never" and is_empty(self.place.path):
+            return None, b""
+        return latest_checkpoint(self.place.path, self._note, lambda config: epochs_behind(config)[0])
+
+    def _resolved(self, checkpoint: Checkpoint | None, workers: int) -> Config:
+        """The configuration with its defaults decided; one of a checkpoint stays as it was."""
+        config = self.config
+        if checkpoint:
+            before = checkpoint.loop.config
+            refuse_changes(str(self.folder), before, config)
+            data = before.data.model_copy(update={"root": config.data.root})
+            config = before.model_copy(update={"run": config.run, "data": data, "cluster": config.cluster})
+        threads = config.parent.threads or config.cluster.driver_cpus or len(os.sched_getaffinity(0))
+        parent = config.parent.model_copy(update={"threads": threads})
+        return config.model_copy(update={"parent": parent, "evolution": config.evolution.resolved(workers)})
+
+    def _make_parent(self, splits: Splits, new: bool) -> list[str]:
+        """Make the network, with the weights that it begins from if it is new; what is to be said of them."""
+        config = self.config
+        # The weights of a run that goes on are those of the checkpoint; their file may be gone.
+        origin = config.parent if new else config.parent.model_copy(update={"weights": "none"})
+        module, notes = initial_model(origin, len(splits.classes), config.run.seed)
+        for name, value in module.state_dict().items():
+            if not value.isfinite().all():
+                raise InputError(f"parent.weights {config.parent.weights}: {name} is not finite everywhere")
+        refuse_unfit(module, config.parent, splits.image_size, len(splits.classes))
+        self.normalise = Normaliser(splits.mean_C, splits.std_C, self.device)
+        self.description = describe(config.parent, splits)
+        self.model = FlatModel(module, self.device)
+        return notes
+
+    def _make_strategy(self, splits: Splits) -> None:
+        """What evolves the parent, if anything does, and its workers, which start."""
+        config = self.config
+        self.strategy = make_strategy(config.evolution, len(splits.classes))
+        if self.strategy:
+            refuse_sets(config, self.strategy, len(splits.evolution))
+            self.population = make_population(config, splits, self.model, self._note, self._start_workers)
+            self.at_end.callback(self.population.close)
+        if config.evolution.strategy == "esgd":
+            esgd, spec = make_breeder(config, splits)
+            pool = self._start_workers(spec)
+            self.at_end.callback(pool.close)
+            factor = functools.partial(lr_factor, config.parent.schedule, epochs=config.run.epochs)
+            images = len(spec.case_N), len(splits.sgd)
+            self.parents = Parents(esgd, pool, config.run.seed, self.model, *images, factor)
+
+    def _open_folder(self, checkpoint: Checkpoint | None, metrics: bytes) -> None:
+        """Begin the run's folder, or go on in it."""
+        config = self.config
         devices = {
             "driver": {"host": platform.node(), "pid": os.getpid(), "device": str(self.device)},
             "workers": [info.record() for info in (self.pool.infos if self.pool else [])],
         }
         if checkpoint:
-            self._restore(checkpoint)
             loggers = self._loggers(run_id(self.place.path), checkpoint.epoch + 1)
             self.record = RunFolder.reopen(
                 self.place.path, config, devices, checkpoint.epoch, metrics, loggers, self._note
@@ -328,21 +360,12 @@ class Driver:
         if not checkpoint:
             self._remember(0)
             self._save(0)
-        # From here on there is something to go on from.
-        self.progress.folder = self.place.where
-        self.progress.rows = list(self.record.rows)
+
+    def _parts(self, workers: int) -> str:
         parts = ("sgd", "evolution", "validation", "test")
         sizes = ", ".join(f"{len(getattr(self.splits, part))} {part}" for part in parts)
         team = f"{workers} worker{'s' * (workers > 1)}" if self.pool else "no workers"
-        self._note(f"{sizes} images of {len(splits.classes)} classes; {team}; {self.place.where}")
-        for note in notes:
-            self._note(note)
-        if self.evolves and config.evolution.every > config.run.epochs:
-            self._note(
-                f"no evolve phase: evolution.every ({config.evolution.every}) > run.epochs ({config.run.epochs})"
-            )
-        if checkpoint:
-            self._note(f"going on after epoch {checkpoint.epoch}")
+        return f"{sizes} images of {len(self.splits.classes)} classes; {team}; {self.place.where}"
 
     def _be_at(self, place: Place) -> None:
         self.place, self.named = place, place.named
@@ -355,7 +378,8 @@ class Driver:
 
     def _start_workers(self, spec: EvaluatorSpec) -> Pool:
         cluster = self.config.cluster
-        self.pool = Pool(RelayTransport(spec, cluster), cluster, spec.noise, self._note, self._advance)
+        transport = RelayTransport(spec, cluster, name=self.config.run.name)
+        self.pool = Pool(transport, cluster, spec.noise, self._note, self._advance)
         return self.pool
 
     def _save(self, epoch: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import deque
 from typing import Any
@@ -14,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from spartan_ray.distributed.dispatch import SAY_SECONDS
 from spartan_ray.distributed.nodes import free_resources, grows, is_impossible, nodes_here_first
 from spartan_ray.distributed.placement import described, holds, resolve_cluster
-from spartan_ray.distributed.transport import leave
+from spartan_ray.distributed.transport import actor_name, leave
 from spartan_ray.errors import InputError, RunError
 from spartan_ray.run.config import Config
 from spartan_ray.run.driver import Driver
@@ -68,14 +67,14 @@ class Supervisor:
         # The driver stays where the command runs, if it fits there, since it writes the run folder.
         # Two threads: one runs the loop, the other answers look and stop.
         actor: Any = ray.remote(Driver).options(
-            name=f"spartan:{self.config.run.name}:driver:{secrets.token_hex(2)}",
+            name=actor_name(self.config.run.name, "driver"),
             num_cpus=cluster.driver_cpus,
             num_gpus=cluster.driver_gpus,
             max_concurrency=2,
             scheduling_strategy=NodeAffinitySchedulingStrategy(self.node, soft=True),
         )
         self.driver = actor.remote(self.config, self.folder, patience, reason)
-        self.running = self.driver.run.remote()
+        self.running = self.driver.run.options(name=f"spartan:{self.config.run.name}:run").remote()
         self.said = 0
         self.answered = time.monotonic()
 
