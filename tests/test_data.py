@@ -212,6 +212,25 @@ def test_images_and_labels_that_do_not_match_are_refused(fashion_mnist: Path, fi
         load_splits(Data(name="fashion-mnist", root=str(fashion_mnist.parents[1]), download=False), 0)
 
 
+def test_only_some_classes_in_their_order() -> None:
+    whole, part = (load_splits(Data(name="digits", classes=classes), 0) for classes in ("all", "7,1, 4"))
+    assert part.classes == ("7", "1", "4")
+    for label, digit in enumerate((7, 1, 4)):
+        mine, all_of_it = part.test.labels_N == label, whole.test.labels_N == digit
+        assert torch.equal(part.test.pixels_NHWC[mine], whole.test.pixels_NHWC[all_of_it])
+    names = ("sgd", "evolution", "validation", "test")
+    of_digits = sum(int(torch.isin(getattr(whole, name).labels_N, torch.tensor([7, 1, 4])).sum()) for name in names)
+    assert sum(len(getattr(part, name)) for name in names) >= 0.99 * of_digits
+
+
+@pytest.mark.parametrize(
+    ("classes", "wrong"), [("1,x", "no class 'x': there are 0, 1"), ("3", "two or"), ("3,3", "two")]
+)
+def test_classes_that_are_not_there_are_named(classes: str, wrong: str) -> None:
+    with pytest.raises(InputError, match=f"data.classes \\({classes}\\): {wrong}"):
+        load_splits(Data(name="digits", classes=classes), 0)
+
+
 def test_digits_keep_their_pixels() -> None:
     splits = load_splits(Data(name="digits"), 0)
     assert sum(len(part) for part in (splits.sgd, splits.evolution, splits.validation)) + len(splits.test) == 1797

@@ -215,7 +215,7 @@ def test_imagenet_weights_offline_name_the_file_and_its_place(tmp_path: Path, mo
         initial_model(Parent(model="convnet", weights="imagenet"), 10, 0)
 
 
-@pytest.mark.parametrize("config", [Parent(), Parent(stem="cifar"), Parent(model="convnet")])
+@pytest.mark.parametrize("config", [Parent(), Parent(stem="cifar"), Parent(model="convnet"), Parent(width=8)])
 def test_folding_leaves_the_function_and_afterwards_no_trace(config: Parent) -> None:
     """Every BatchNorm layer is folded, with statistics and affine parameters that are not those of the start."""
     network = initial_model(config, 10, 0)[0].eval()

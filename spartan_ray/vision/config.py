@@ -24,6 +24,8 @@ class Data(Section):
     """Data set; `folder` reads train/<class>/* and test/<class>/* under data.root."""
     root: Annotated[str, AfterValidator(partial(no_url, "data.root"))] | None = None
     """Where the data set lies or is downloaded to (default: data/NAME; `digits` needs none)."""
+    classes: Annotated[str, Field(min_length=1)] = "all"
+    """Only these classes, with commas, in this order: cat,dog (default: all)."""
     download: bool = True
     """Download a torchvision data set that is not under data.root."""
     sgd_images: PositiveInt | None = None
@@ -49,6 +51,8 @@ class Parent(Section):
     """resnet18, convnet (small, to try the machinery), or package.module:Name, called with num_classes=N."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """First layers of resnet18: imagenet (7x7 stride 2, pooling) or cifar (3x3, 16 times the work)."""
+    width: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Channels of the first stage of resnet18; the fourth has eight times as many."""
     weights: Annotated[str, AfterValidator(partial(no_url, "parent.weights"))] = "none"
     """none, imagenet (of torchvision's models), or a FILE: a state dict as .pt, .pth or .safetensors."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"

@@ -21,7 +21,7 @@ from PIL import Image
 
 from spartan_ray.engine.draws import permutation
 from spartan_ray.errors import InputError
-from spartan_ray.vision.images import Note, read_folder, resized
+from spartan_ray.vision.images import Note, read_folder, resized, shortened
 
 if TYPE_CHECKING:  # scoring does without what a configuration needs
     from spartan_ray.vision.config import Data
@@ -90,7 +90,7 @@ def load_splits(config: Data, seed: int, note: Note = print) -> Splits:
 
     `note` takes one-line messages for the user. Raises InputError for a missing, empty or corrupt data
     set and for splits that it cannot fill."""
-    dataset = LOADERS[config.name](config, note)
+    dataset = _only(LOADERS[config.name](config, note), config.classes)
     sizes = _split_sizes(config, len(dataset.train))
     order_N = _stratified_order(dataset.train.labels_N.numpy(), seed)
     # SGD comes last, so that its size leaves the other two splits as they are.
@@ -109,6 +109,27 @@ def load_splits(config: Data, seed: int, note: Note = print) -> Splits:
         sgd = Images(torch.cat([sgd.pixels_NHWC, evolution.pixels_NHWC]), torch.cat([sgd.labels_N, evolution.labels_N]))
     mean_C, std_C = _colours(sgd)
     return Splits(sgd, evolution, validation, dataset.test, dataset.classes, mean_C, std_C)
+
+
+def _only(dataset: Dataset, classes: str) -> Dataset:
+    """The part of a data set that is of some classes, in their order."""
+    if classes == "all":
+        return dataset
+    names = tuple(name.strip() for name in classes.split(","))
+    for name in names:
+        if name not in dataset.classes:
+            raise InputError(f"data.classes ({classes}): no class {name!r}: there are {shortened(dataset.classes)}")
+    if len(set(names)) < max(2, len(names)):
+        raise InputError(f"data.classes ({classes}): two or more different classes, or all")
+    label_C = torch.full((len(dataset.classes),), -1)
+    for label, name in enumerate(names):
+        label_C[dataset.classes.index(name)] = label
+
+    def part(images: Images) -> Images:
+        label_N = label_C[images.labels_N]
+        return Images(images.pixels_NHWC[label_N >= 0], label_N[label_N >= 0])
+
+    return Dataset(part(dataset.train), part(dataset.test), names)
 
 
 def _colours(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ def read_folder(root: Path, side: int, note: Note) -> tuple[Arrays, Arrays, tupl
     train, test, left_out = list_folder(root)
     classes = tuple(train)
     if left_out:
-        names = _named([str(path.relative_to(root)) for path in left_out])
+        names = shortened([str(path.relative_to(root)) for path in left_out])
         note(f"data.root {root}: left out, as no images by suffix or place: {len(left_out)} ({names})")
     counts = [len(paths) for part in (train, test) for paths in part.values()]
     labels_N = np.repeat(np.tile(np.arange(len(classes)), 2), counts)
@@ -93,7 +93,7 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _named(names: list[str]) -> str:
+def shortened(names: Sequence[str]) -> str:
     """The first few, and the number of the others."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
@@ -158,7 +158,9 @@ def _decode_all(paths: list[Path], side: int, note: Note) -> NDArray[np.uint8]:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             unreadable.append(f"{path} ({reason})")
     if unreadable:
-        raise InputError(f"data.root: {len(unreadable)} of {len(paths)} not readable as images: {_named(unreadable)}")
+        raise InputError(
+            f"data.root: {len(unreadable)} of {len(paths)} not readable as images: {shortened(unreadable)}"
+        )
     if changes:
         counts = ", ".join(f"{count} {change}" for change, count in changes.items())
         note(f"of {len(paths)} images: {counts}")

@@ -23,7 +23,7 @@ def build_model(config: Parent, classes: int) -> nn.Module:
 
     Raises InputError when it cannot be made."""
     if config.model == "resnet18":
-        return ResNet18(classes, config.stem)
+        return ResNet18(classes, config.stem, config.width)
     if config.model == "convnet":
         return _convnet(classes)
     make, said = imported("parent.model", config.model), f"parent.model ({config.model})"
@@ -83,5 +83,6 @@ def initial_model(config: Parent, classes: int, seed: int) -> tuple[nn.Module, l
 
 def describe(config: Parent, splits: Splits) -> str:
     """What a file of weights says of itself, as JSON: how to build its network and to normalise its images."""
-    about = {"model": config.model, "stem": config.stem, "classes": splits.classes, "image_size": splits.image_size}
-    return json.dumps(about | {"mean": splits.mean_C, "std": splits.std_C})
+    about = {name: getattr(config, name) for name in ("model", "stem", "width")}
+    images = {name: getattr(splits, name) for name in ("classes", "image_size")}
+    return json.dumps(about | images | {"mean": splits.mean_C, "std": splits.std_C})

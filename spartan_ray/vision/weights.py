@@ -73,7 +73,7 @@ def load_weights(network: nn.Module, path: Path, state: dict[str, torch.Tensor])
             if name not in classifier or state[name].shape[1:] != own[name].shape[1:]:
                 raise InputError(
                     f"parent.weights {path}: {name} is {tuple(state[name].shape)}, the network's is "
-                    f"{tuple(own[name].shape)} (parent.model, parent.stem)"
+                    f"{tuple(own[name].shape)} (parent.model, parent.stem, parent.width)"
                 )
             notes.append(f"{name}: {len(state[name])} classes in {path}, {len(own[name])} here: re-initialised")
             state[name] = own[name]
