@@ -13,12 +13,12 @@ PACKAGE = Path(spartan_ray.__file__).parent
 # A room may import what stands before it.
 ROOMS = [
     "errors", "origin", "naming", "section", "noise", "engine", "strategies", "vision", "distributed", "run", "report",
-    "cli", "__main__",
+    "study", "cli", "__main__",
 ]  # fmt: skip
 APART = {("distributed", "vision")}  # guests of the engine that know nothing of each other
 KNOW_RAY = {"address", "examine", "nodes", "population", "relay", "relayed", "start", "transport", "worker"}
-KNOW_RAY = {f"distributed.{name}" for name in KNOW_RAY} | {"run.supervisor", "run.telemetry"}
-KNOW_RAY |= {f"cli.{name}" for name in ("doctor", "from_python", "submit", "train")}
+KNOW_RAY = {f"distributed.{name}" for name in KNOW_RAY} | {"run.supervisor", "run.telemetry", "study.runner"}
+KNOW_RAY |= {f"cli.{name}" for name in ("doctor", "from_python", "study", "submit", "train")}
 # What a room does without, whatever it imports.
 WITHOUT = {
     "noise": {"ray", "pydantic", "torchvision"},

@@ -20,7 +20,7 @@ def job(path: Path) -> str:
 def table() -> str:
     """The rooms and their modules."""
     lines = ["# The modules", "", "Imports run downward: a room uses those above it.", ""]
-    rooms = ["", "noise", "engine", "engine/strategies", "vision", "distributed", "run", "report", "cli"]
+    rooms = ["", "noise", "engine", "engine/strategies", "vision", "distributed", "run", "report", "study", "cli"]
     for room in rooms:
         lines += [f"## spartan_ray/{room}".rstrip("/"), "", "| module | its job |", "| --- | --- |"]
         paths = sorted(path for path in (PACKAGE / room).glob("*.py") if path.name != "__init__.py" or not room)

@@ -90,18 +90,20 @@ def _metavar(info: FieldInfo) -> str:
 
 def take_fields(base: Config, arguments: argparse.Namespace) -> Config:
     """A configuration with the fields that flags name replaced. Raises InputError for a value that cannot be used."""
+    return override(base, given_fields(arguments))
+
+
+def given_fields(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The fields that flags name, by section."""
     given: dict[str, dict[str, Any]] = {}
     for dest, value in vars(arguments).items():
         if dest.startswith(DEST):
             section, name = dest.removeprefix(DEST).split(".")
-            given.setdefault(section, {})[name] = value
-    for section, values in given.items():
-        before: Section = getattr(base, section)
-        for name, value in values.items():
+            fields = type(getattr(Config(), section)).model_fields
             # Of a field that may have no value `none` says so, unless that is a value of its own.
-            if value in ("none", "None") and _may_be_none(type(before).model_fields[name]):
-                values[name] = None
-    return override(base, given)
+            none = value in ("none", "None") and _may_be_none(fields[name])
+            given.setdefault(section, {})[name] = None if none else value
+    return given
 
 
 def _may_be_none(info: FieldInfo) -> bool:

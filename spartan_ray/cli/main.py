@@ -101,6 +101,38 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="where to write (default: RUN/report; for several runs, and for a URL, ./report)",
     )
+    study = commands.add_parser(
+        "study",
+        help="run every cell of a grid with several seeds, and compare them",
+        description="Run what is missing of a study, several runs at a time, and write rows.csv, README.md and "
+        "pictures. Interrupted, the same command goes on.",
+        usage="spartan study FILE [-o DIR] [--tables] [--data.root PATH] [--cluster.FIELD VALUE ...]",
+    )
+    study.add_argument("file", type=_path("FILE"), metavar="FILE", help="a YAML file: base, grid, seeds, baselines")
+    study.add_argument(
+        "-o", dest="folder", type=_path("-o"), metavar="DIR", help="where to write (default: FILE without .yaml)"
+    )
+    study.add_argument("--tables", action="store_true", help="write tables and pictures of the rows that are there")
+    add_fields(study, shown=("data.root", "cluster"))
+    scale = commands.add_parser(
+        "scale",
+        help="see what larger populations make of saved parents",
+        description="Score descendants of the last network of each run once, and make the update of every population "
+        "that is a part of them: changes of accuracy and loss, tables and a picture. Interrupted, it goes on.",
+    )
+    scale.add_argument("runs", nargs="*", type=_path("RUN"), metavar="RUN", help="a run folder with a parent")
+    scale.add_argument(
+        "--populations", nargs="+", type=int, metavar="K", default=[50, 200, 1000, 5000, 20000], help="their sizes"
+    )
+    scale.add_argument("--draws", type=int, metavar="N", default=3, help="disjoint draws of each, where they fit")
+    scale.add_argument("--ways", nargs="+", metavar="WAY", help="how members are made and scored (default: all ways)")
+    scale.add_argument("--workers", type=_workers, metavar="N", default="auto", help="Ray workers (default: auto)")
+    scale.add_argument("--threads", type=int, metavar="N", default=1, help="CPU threads of this process (default: 1)")
+    scale.add_argument("--address", metavar="ADDRESS", help="of the Ray to join (default: a new one)")
+    scale.add_argument("--tables", action="store_true", help="write tables and pictures of the rows that are there")
+    scale.add_argument(
+        "-o", dest="folder", type=_path("-o"), metavar="DIR", default=Path("scale"), help="where to write (scale)"
+    )
     replay = commands.add_parser(
         "replay", help="rebuild any descendant that a run scored, or verify the run's updates from its journal"
     )
@@ -145,6 +177,14 @@ def _command() -> int:
             return 0 if diagnose(with_absolute_paths(take_config(arguments))) else 1
         case "resume":
             return resume_run(arguments)
+        case "study":
+            from spartan_ray.cli.study import run_study
+
+            return run_study(arguments)
+        case "scale":
+            from spartan_ray.cli.scale import scale
+
+            return scale(arguments)
         case "report":
             return write_report(arguments.runs, arguments.folder)
         case _:
@@ -157,6 +197,10 @@ def _command() -> int:
 def _path(name: str) -> Callable[[str], Path]:
     """What makes a path of an argument."""
     return lambda text: Path(no_url(name, text))
+
+
+def _workers(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _is_unread() -> bool:

@@ -35,7 +35,7 @@ def draw_measure(frames: Mapping[str, pd.DataFrame], measure: str, label: str, p
         axes.scatter([], [], color="grey", s=46, label="after an evolve phase (hollow: parent unmoved)")
     axes.set(xlabel="epoch", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _save(figure, axes, path)
+    save(figure, axes, path)
 
 
 def draw_search(frames: Mapping[str, pd.DataFrame], label: str, path: Path) -> None:
@@ -60,7 +60,7 @@ def draw_search(frames: Mapping[str, pd.DataFrame], label: str, path: Path) -> N
     if most > 0:  # what is much too long would hide the rest
         axes.set_ylim(bottom=max(axes.get_ylim()[0], -most))
     axes.set(xlabel="step ratio: length of the update in mutations", ylabel=label)
-    _save(figure, axes, path)
+    save(figure, axes, path)
 
 
 def draw_parents(frames: Mapping[str, pd.DataFrame], label: str, path: Path) -> None:
@@ -80,13 +80,14 @@ def draw_parents(frames: Mapping[str, pd.DataFrame], label: str, path: Path) -> 
     axes.plot([], [], color="grey", linewidth=1, linestyle="--", label="mean of the parents")
     axes.set(xlabel="epoch", ylabel=label.split(":", maxsplit=1)[0])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _save(figure, axes, path)
+    save(figure, axes, path)
 
 
-def _save(figure: Figure, axes: Axes, path: Path) -> None:
+def save(figure: Figure, axes: Axes, path: Path) -> None:
     """Write a picture as all of them look."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,0 +1,157 @@
+"""A study as its file says it: the runs of every cell of a grid, and what is to be said of them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, PositiveInt
+
+from spartan_ray.errors import InputError
+from spartan_ray.run.config import Config
+from spartan_ray.run.loading import load_config, override
+from spartan_ray.section import Section
+
+# What changes no number of a run.
+NO_RESULT: dict[str, Any] = {
+    "run": {"name", "out", "seed", "resume", "loggers", "keep", "keep_parents", "keep_best"},
+    "data": {"root", "download"},
+    "cluster": set(type(Config().cluster).model_fields) - {"cpus_per_worker"},
+}
+Measure = Literal[
+    "test_accuracy",
+    "test_loss",
+    "validation_accuracy",
+    "train_loss",
+    "overfitting",
+    "phase_train_loss",
+    "phase_validation_accuracy",
+    "late_validation_accuracy",
+]
+
+
+class Claim(Section):
+    """What somebody says of a way, to be confirmed or not."""
+
+    prefix = "claims"
+
+    says: str
+    group: str
+    way: str
+    over: str | None = None
+    """The way that it is compared with, seed by seed (default: none; the measure is compared with 0)."""
+    measure: Measure = "test_accuracy"
+    higher: bool = True
+    """Whether it says that the measure is higher, not lower."""
+
+
+class Picture(Section):
+    """A measure over epochs: means of the seeds, with their intervals."""
+
+    prefix = "pictures"
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    group: str
+    methods: list[str]
+    measure: Literal["test_accuracy", "validation_accuracy", "train_loss", "test_loss"]
+
+
+class Study(Section):
+    """A study."""
+
+    prefix = "study"
+
+    about: str = ""
+    base: dict[str, Any] = Field(default_factory=dict)
+    """Sections of every run; `config` names a preset or a file that they override."""
+    grid: Annotated[list[dict[str, dict[str, dict[str, Any]]]], Field(min_length=1)]
+    """Axes by name, each with its settings by name; every combination is a cell. The last axis is the method, and
+    methods are compared with each other where all other axes have the same settings."""
+    seeds: PositiveInt | list[Annotated[int, Field(ge=0)]] = 5
+    """The seeds of each cell, or how many, from 0."""
+    at_once: PositiveInt = 1
+    """Runs at a time."""
+    baselines: list[str] = Field(default_factory=list)
+    """Ways that the others are compared with, seed by seed."""
+    claims: list[Claim] = Field(default_factory=list)
+    pictures: list[Picture] = Field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of a study."""
+
+    group: str
+    method: str
+    seed: int
+    config: Config
+
+    @property
+    def key(self) -> str:
+        """Of all that its numbers depend on but the seed, the machine and the versions."""
+        values = self.config.model_dump(exclude=NO_RESULT, exclude_defaults=True)
+        if weights := values.get("parent", {}).get("weights"):
+            values["parent"]["weights"] = Path(weights).name
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}.{self.method}-{self.seed}-{self.key}"
+
+
+def load_study(path: Path) -> Study:
+    """A study from its YAML file. Raises InputError that begins with the name of the file."""
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected fields, got {type(values).__name__}")
+    try:
+        return Study(**{str(name): value for name, value in values.items()})
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def planned_runs(study: Study, given: dict[str, dict[str, Any]]) -> list[Planned]:
+    """The runs of a study, all cells of the first seed first. Fields that are `given` override those of every cell.
+
+    Raises InputError that begins with the name of the cell."""
+    cells: dict[tuple[str, str], Config] = {}
+    base = {name: sections for name, sections in study.base.items() if name != "config"}
+    for axes in study.grid:
+        for settings in itertools.product(*(axis.items() for axis in axes.values())):
+            names = [str(name) for name, _ in settings]
+            cell = ".".join(names[:-1]) or "all", names[-1]
+            if cell in cells:
+                raise InputError(f"{'.'.join(names)}: is twice in the grid")
+            try:
+                config = load_config(str(study.base["config"])) if "config" in study.base else Config()
+                cells[cell] = override(config, _merged(base, *(sections for _, sections in settings), given))
+            except InputError as error:
+                raise InputError(f"{'.'.join(names)}: {error}") from None
+    seeds = range(study.seeds) if isinstance(study.seeds, int) else study.seeds
+    return [
+        Planned(group, method, seed, override(config, {"run": {"seed": seed, "resume": "auto"}}))
+        for seed in seeds
+        for (group, method), config in cells.items()
+    ]
+
+
+def _merged(*all_sections: dict[str, Any]) -> dict[str, Any]:
+    """Sections of fields in which the later ones override the earlier ones."""
+    merged: dict[str, Any] = {}
+    for sections in all_sections:
+        for name, fields in sections.items():
+            if not isinstance(fields, dict):
+                raise InputError(f"{name}: expected fields and their values, got {reprlib.repr(fields)}")
+            merged[str(name)] = merged.get(str(name), {}) | fields
+    return merged

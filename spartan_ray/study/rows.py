@@ -1,0 +1,82 @@
+"""The rows of a study: an epoch of a run each, in one CSV file, which needs the run folders no more."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spartan_ray.errors import InputError
+from spartan_ray.report.reading import RunRecord
+from spartan_ray.run.checkpoint import write_whole
+from spartan_ray.study.plan import Planned
+
+# What says which run a row is of.
+RUN = ["group", "method", "seed", "key"]
+SPLITS = [f"{split}_{what}" for split in ("evolution", "validation", "test") for what in ("loss", "accuracy")]
+NUMBERS = ["train_loss", *SPLITS, *(f"average_{name}" for name in SPLITS), "step_ratio"]
+COLUMNS = [*RUN, "processor", "weights", "epoch", "kind", *NUMBERS, "trained", "scored", "seconds"]
+
+
+class Rows:
+    """The rows of the runs that are done."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InputError for a file that is no table of rows."""
+        self.path = path
+        self.frame = pd.DataFrame({name: [] for name in COLUMNS})
+        if path.exists():
+            try:
+                self.frame = _typed(pd.read_csv(path, dtype=str))
+            except KeyError as error:
+                raise InputError(f"{path}: no rows of a study: column {error.args[0]} is missing") from None
+            except (OSError, ValueError) as error:
+                raise InputError(f"{path}: cannot be read: {error}") from None
+
+    def has(self, run: Planned) -> bool:
+        """Whether a run is done."""
+        frame = self.frame
+        return bool(((frame["key"] == run.key) & (frame["seed"] == run.seed) & _of(frame, run)).any())
+
+    def add(self, run: Planned, record: RunRecord, folder: Path) -> None:
+        """Take the rows of a run that ended, and write the file."""
+        metrics, new = record.metrics, pd.DataFrame(index=record.metrics.index)
+        digest = hashlib.sha256((folder / "final.safetensors").read_bytes()).hexdigest()[:16]
+        about: dict[str, Any] = {name: getattr(run, name) for name in RUN}
+        for name, value in (about | {"processor": record.environment.processor, "weights": digest}).items():
+            new[name] = value
+        for name in ("epoch", "kind", *NUMBERS, "seconds"):
+            new[name] = metrics.get(name)
+        sgd = metrics["kind"] == "sgd"
+        new["trained"] = (metrics["images_per_second"] * metrics["seconds"]).round().where(sgd, 0).astype(int)
+        new["scored"] = metrics["images_scored"].fillna(0).astype(int) if "images_scored" in metrics else 0
+        new = _typed(new)
+        others = self.frame[~((self.frame["seed"] == run.seed) & _of(self.frame, run))]
+        self.frame = pd.concat([others, new], ignore_index=True) if len(others) else new
+        write_whole(self.path, self.frame.to_csv(index=False).encode())
+
+    def of(self, runs: list[Planned]) -> pd.DataFrame:
+        """The rows of these runs, in their order."""
+        parts = [
+            self.frame[(self.frame["key"] == run.key) & (self.frame["seed"] == run.seed) & _of(self.frame, run)]
+            for run in runs
+        ]
+        return pd.concat(parts, ignore_index=True) if parts else self.frame[:0]
+
+
+def _typed(text: pd.DataFrame) -> pd.DataFrame:
+    """Columns of text as what they are, each number to the bit, which pandas' parser does not promise."""
+    frame = pd.DataFrame({name: text[name] for name in COLUMNS})
+    for name in NUMBERS:
+        frame[name] = frame[name].astype(object).astype(float)
+    frame["seconds"] = frame["seconds"].astype(object).astype(float)
+    for name in ("seed", "epoch", "trained", "scored"):
+        frame[name] = frame[name].astype(int)
+    return frame
+
+
+def _of(frame: pd.DataFrame, run: Planned) -> pd.Series[bool]:
+    """Which rows are of the cell of a run."""
+    return (frame["group"] == run.group) & (frame["method"] == run.method)

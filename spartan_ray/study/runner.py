@@ -1,0 +1,114 @@
+"""The runs of a study on one Ray, several at a time."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+
+from spartan_ray.errors import InputError, RunError, one_line
+from spartan_ray.run.supervisor import Supervisor
+from spartan_ray.study.plan import Planned
+
+# Seconds for which a run is watched before the next one is.
+WATCH_SECONDS = 0.5
+# Seconds between lines on how far the runs are.
+SAY_SECONDS = 60.0
+# Seconds that runs may take to stop.
+STOP_SECONDS = 30.0
+
+
+class Runner:
+    """Runs what is missing of a study; interrupted, each run ends with a checkpoint."""
+
+    def __init__(self, folder: Path, at_once: int, ended: Callable[[Planned, Path], None], say: Callable[[str], None]):
+        """Run folders are made in `folder`; `ended` is called with each run that ended and its folder."""
+        self.folder, self.at_once, self.ended, self.say = folder, at_once, ended, say
+        self.active: dict[Supervisor, Planned] = {}
+        self.epochs: dict[Supervisor, int] = {}
+        self.failed: list[str] = []
+        self.epochs_done = 0
+
+    def run(self, runs: list[Planned]) -> list[str]:
+        """Run them in their order; what went wrong, a line a run."""
+        waiting, started, said = deque(runs), time.monotonic(), time.monotonic()
+        total = sum(run.config.run.epochs for run in runs)
+        try:
+            while waiting or self.active:
+                while waiting and len(self.active) < self.at_once:
+                    self._start(waiting.popleft())
+                for supervisor in list(self.active):
+                    self._watch(supervisor)
+                if time.monotonic() - said > SAY_SECONDS and self.epochs_done:
+                    said = time.monotonic()
+                    done = self.epochs_done + sum(self.epochs.values())
+                    left = (said - started) / done * (total - done)
+                    where = ", ".join(
+                        f"{run.name} epoch {self.epochs[one]}/{run.config.run.epochs}"
+                        for one, run in self.active.items()
+                    )
+                    count = len(runs) - len(waiting) - len(self.active)
+                    self.say(f"{count}/{len(runs)} runs; {where}; {_time(left)} left")
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+        finally:
+            for supervisor in self.active:
+                supervisor.close()
+        return self.failed
+
+    def _start(self, run: Planned) -> None:
+        sections = {"run": {"name": run.name, "out": str(self.folder)}}
+        config = run.config.model_copy(update={"run": run.config.run.model_copy(update=sections["run"])})
+        place = self.folder / run.name
+        try:
+            supervisor = Supervisor(config, str(place) if place.exists() else None)
+        except (InputError, RunError) as error:
+            self._fail(run, error)
+            return
+        self.active[supervisor], self.epochs[supervisor] = run, 0
+
+    def _watch(self, supervisor: Supervisor) -> None:
+        run = self.active[supervisor]
+        try:
+            ended, progress = supervisor.watch(WATCH_SECONDS / len(self.active))
+            supervisor.unsaid.clear()
+            self.epochs[supervisor] = max(0, progress.epoch - 1)
+            if not ended:
+                return
+            supervisor.result()
+            self.ended(run, Path(str(supervisor.folder)))
+            self.say(f"{run.name}: done")
+        except RayTaskError as error:
+            self._fail(run, error.cause)
+        except (RayError, RunError) as error:
+            self._fail(run, error)
+        supervisor.close()
+        del self.active[supervisor]
+        self.epochs_done += run.config.run.epochs
+        del self.epochs[supervisor]
+
+    def _fail(self, run: Planned, error: Any) -> None:
+        self.failed.append(f"{run.name}: {one_line(str(error))}")
+        self.say(self.failed[-1])
+
+    def _stop(self) -> None:
+        self.say("stopping")
+        for supervisor in self.active:
+            supervisor.stop()
+        until = time.monotonic() + STOP_SECONDS
+        for supervisor in list(self.active):
+            try:
+                while time.monotonic() < until and not supervisor.watch(WATCH_SECONDS)[0]:
+                    pass
+            except (RayError, RunError):  # an interrupt of the whole group ended it too
+                continue
+
+
+def _time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"

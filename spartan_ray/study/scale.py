@@ -1,0 +1,308 @@
+"""What a larger population makes of one parent: its members are scored once, and every smaller population is a part of
+them. Shapes: D parameters, K members, M statistics."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spartan_ray.distributed.population import Population
+from spartan_ray.engine.flat import FlatModel
+from spartan_ray.engine.strategies.es import best_length, less_pair_mean, search_lengths
+from spartan_ray.engine.strategies.requests import (
+    Compare,
+    Members,
+    Score,
+    Scores,
+    SetDirection,
+    SetScale,
+    merge_seeds,
+)
+from spartan_ray.engine.strategies.shaping import zscore
+from spartan_ray.errors import InputError
+from spartan_ray.noise.contract import member_seeds
+from spartan_ray.run.checkpoint import be_after_epoch, epochs_kept, latest_checkpoint
+from spartan_ray.run.loading import load_run_config, refuse_code
+from spartan_ray.run.setup import REFERENCE_IMAGES
+from spartan_ray.vision.averaging import Average
+from spartan_ray.vision.classification import Classification, Normaliser, recalibrate, score
+from spartan_ray.vision.data import Images, load_splits
+from spartan_ray.vision.models import build_model
+
+# Members that are scored between two writes.
+BLOCK = 2_000
+# Images at most that judge an update, of those that scored members and of those that did not.
+JUDGED = 4_096
+# Evolution images that the length of an update is searched on, at most a half of them.
+SEARCH_IMAGES = 2_048
+STATISTICS = ("loss", "accuracy")
+# Epochs that the average is of from which a way may start, at most.
+AVERAGED = 8
+# Channels of the first stage of the network that the ways' sigmas are for.
+WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Way:
+    """How members are made, and on how many images each is scored: on the same as all others, or on its own, which a
+    mirrored pair shares. sigma suits a ResNet18 of the usual width."""
+
+    images: int
+    own: bool = False
+    mutate: str = "all"
+    subspace: str = "none"
+    sigma: float = 0.01
+    of_average: bool = False
+
+    def at(self, width: int) -> Way:
+        """This way for a network of a width: initial weights go with one over its root, and sigma with them."""
+        of_weights = self.mutate == "all" and not self.subspace.startswith("trajectory")
+        return replace(self, sigma=self.sigma * math.sqrt(WIDTH / width)) if of_weights else self
+
+
+WAYS = {
+    "all, common 1,024": Way(1024),
+    "all, own 128": Way(128, own=True),
+    "BatchNorm, common 1,024": Way(1024, mutate="batchnorm", sigma=0.08),
+    "BatchNorm, own 128": Way(128, own=True, mutate="batchnorm", sigma=0.08),
+    "trajectory, common 1,024": Way(1024, subspace="trajectory:8", sigma=0.5),
+    "of the average: all, own 128": Way(128, own=True, of_average=True),
+}
+
+
+class Scaling:
+    """One parent, a run's last network, and what is found about it."""
+
+    def __init__(self, run: Path, folder: Path, populations: list[int], draws: int, say: Callable[[str], None]) -> None:
+        """Rows and scores are kept in `folder`, and what is there is not done again. Raises InputError for a run that
+        cannot be used."""
+        self.folder, self.populations, self.draws, self.say = folder, sorted(populations), draws, say
+        self.config = config = load_run_config(run)
+        refuse_code(run, config, "its networks cannot be scaled")
+        checkpoint, _ = latest_checkpoint(run, say)
+        self.splits = load_splits(config.data, config.run.seed, say)
+        if checkpoint.loop.data != self.splits.digest():
+            raise InputError(f"{run}: data.root: the images are not those that the run had")
+        self.normalise = Normaliser(self.splits.mean_C, self.splits.std_C, torch.device("cpu"))
+        self.network = build_model(config.parent, len(self.splits.classes))
+        self.model = FlatModel(self.network, torch.device("cpu"))
+        self.reference_NCHW = self.normalise(self.splits.sgd[slice(0, REFERENCE_IMAGES)].pixels_NHWC)
+        self.thetas: list[torch.Tensor] = []
+        kept = [epoch for epoch in epochs_kept(run / "checkpoints") if epoch <= checkpoint.epoch]
+        in_a_row = next((count for count, epoch in enumerate(reversed(kept)) if epoch != kept[-1] - count), len(kept))
+        be_after_epoch(self.network, checkpoint, run / "checkpoints", in_a_row, self._remember)
+        self.buffers = [buffer.clone() for buffer in self.model.buffers]
+        self.weights = self.model.digest()[:12]
+        self.rows_path = folder / "rows.jsonl"
+        lines = self.rows_path.read_text().splitlines() if self.rows_path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(text) for text in lines]
+
+    def _remember(self, epoch: int) -> None:
+        self.thetas.append(self.model.theta_D.clone())
+
+    def _begin(self, of_average: bool = False) -> None:
+        """Be at the parent, or at the average of its last epochs."""
+        self.model.theta_D.copy_(self.thetas[-1])
+        self.model.load_buffers(self.buffers)
+        if of_average:
+            self._average("epochs", min(AVERAGED, len(self.thetas))).become()
+
+    def _average(self, kind: str, epochs: int) -> Average:
+        """Of the last epochs; the network is as it was afterwards."""
+        average = Average(
+            kind,
+            epochs,
+            self.model,
+            lambda: recalibrate(self.network, self.reference_NCHW),
+            lambda: score(self.network, self.splits.evolution, self.normalise).accuracy,
+        )
+        for theta_D in self.thetas[-epochs:]:
+            self.model.theta_D.copy_(theta_D)
+            if kind == "soup":
+                recalibrate(self.network, self.reference_NCHW)
+            average.after_epoch()
+        self.model.theta_D.copy_(self.thetas[-1])
+        self.model.load_buffers(self.buffers)
+        return average
+
+    def _judge(self, images: Images) -> dict[str, float]:
+        result = score(self.network, images, self.normalise)
+        return {"loss": result.loss, "accuracy": result.accuracy}
+
+    def _add(self, **row: Any) -> None:
+        row = {"weights": self.weights, "width": self.config.parent.width} | row
+        self.rows.append(row)
+        with self.rows_path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _is_done(self, **row: Any) -> bool:
+        wanted = {"weights": self.weights} | row
+        return any(all(found.get(name) == value for name, value in wanted.items()) for found in self.rows)
+
+    def baselines(self) -> None:
+        """The parent, the average of its last epochs, and a greedy soup of them chosen on the evolution split."""
+        counts = [count for count in (2, 4, 8) if count <= len(self.thetas)]
+        ways = {"parent": ("epochs", 1)} | {f"average of {count} epochs": ("epochs", count) for count in counts}
+        if counts:
+            ways[f"greedy soup of {counts[-1]} epochs"] = ("soup", counts[-1])
+        for name, (kind, count) in ways.items():
+            if self._is_done(way=name):
+                continue
+            self._begin()
+            if name != "parent":
+                self._average(kind, count).become()
+            found = self._judge(self.splits.test)
+            self._add(way=name, **{f"test_{what}": value for what, value in found.items()})
+            self.say(f"{self.weights} {name}: test accuracy {found['accuracy']:.4f}")
+        self._begin()
+
+    def way(self, name: str, way: Way, workers: int | Literal["local", "auto"]) -> None:
+        """One update by every population and draw, by loss and by accuracy."""
+        way, most = way.at(self.config.parent.width), max(self.populations)
+        wanted = [
+            (count, draw, fitness)
+            for count in self.populations
+            for draw in range(min(self.draws, most // count))
+            for fitness in STATISTICS
+            if not self._is_done(way=name, population=count, draw=draw, fitness=fitness)
+        ]
+        if not wanted:
+            return
+        if (way.of_average or way.subspace != "none") and len(self.thetas) == 1:
+            self.say(f"{name}: left out, since the run has kept one epoch (run.keep)")
+            return
+        with self._population(way, workers) as population:
+            population.begin(("fitness", "search"), 1)
+            members = pairs_of(self.config.run.seed, most, way.sigma)
+            mean_KM = self._scores(name, way, population, members)
+            scored_N = torch.from_numpy(population.case_sets["fitness"][:JUDGED])
+            sets = {
+                "scored": self.splits.evolution[scored_N],
+                "unscored": self.splits.validation[slice(0, JUDGED)],
+                "test": self.splits.test,
+            }
+            before = {on: self._judge(images) for on, images in sets.items()}
+            for count, draw, fitness in wanted:
+                part = slice(draw * count, (draw + 1) * count)
+                column = STATISTICS.index(fitness)
+                row = self._update(population, members[part], mean_KM[part, column], way, column)
+                after = before
+                if row["length"]:
+                    with _moved(population, row["length"]):
+                        after = {on: self._judge(images) for on, images in sets.items()}
+                for on, what in ((on, what) for on in sets for what in STATISTICS):
+                    row |= {f"{on}_{what}_before": before[on][what], f"{on}_{what}": after[on][what]}
+                size = population.model.theta_D.numel()
+                row |= {"parameters": size, "cosine_expected": math.sqrt(min(1.0, count / 2 / size))}
+                images = count * way.images
+                self._add(way=name, population=count, draw=draw, fitness=fitness, images=images, **row)
+                gain = after["test"]["accuracy"] - before["test"]["accuracy"]
+                self.say(f"{self.weights} {name}: {count:,} members, draw {draw}, by {fitness}: test {gain:+.4f}")
+
+    def _population(self, way: Way, workers: int | Literal["local", "auto"]) -> Population:
+        """What scores the members of a way."""
+        self._begin(way.of_average)
+        splits, evolution = self.splits, self.config.evolution
+        reference = splits.sgd[slice(0, REFERENCE_IMAGES)]
+        fitness = Classification(
+            splits.evolution, reference, splits.mean_C, splits.std_C, "loss", "running", evolution.precision
+        )
+        search = min(SEARCH_IMAGES, len(splits.evolution) // 2)
+        if not way.own and way.images + search > len(splits.evolution):
+            raise InputError(
+                f"{way.images} common images and {search} to search a length do not fit data.evolution_images "
+                f"({len(splits.evolution)})"
+            )
+        population = Population(
+            self.network,
+            fitness,
+            workers=workers,
+            seed=self.config.run.seed,
+            mutate=way.mutate,
+            subspace=way.subspace,
+            fitness_cases=None if way.own else way.images,
+            confirm_cases=search,
+            note=self.say,
+        )
+        if way.subspace.startswith("trajectory"):
+            for theta_D in self.thetas:
+                self.model.theta_D.copy_(theta_D)
+                population.remember()
+            self._begin(way.of_average)
+        return population
+
+    def _scores(self, name: str, way: Way, population: Population, members: Members) -> NDArray[np.float64]:
+        """The members' mean statistics, K x M, from the file as far as it goes."""
+        path = self.folder / f"scores-{self.weights}-{re.sub(r'[^a-zA-Z0-9]+', '-', name)}.npy"
+        found = np.load(path) if path.exists() else np.empty((0, len(STATISTICS)))
+        own = way.images if way.own else None
+        if len(found) >= len(members):  # the length of an update is in mutations, of which it has seen none yet
+            population.answer(Score(members[:2], own=own))
+        while len(found) < len(members):
+            block = members[len(found) : len(found) + BLOCK]
+            scores = population.answer(Score(block, own=own))
+            assert isinstance(scores, Scores)
+            found = np.concatenate([found, scores.mean_KM])
+            np.save(path, found)
+            self.say(f"{self.weights} {name}: {len(found):,} of {len(members):,} members are scored")
+        return found[: len(members)]
+
+    def _update(
+        self, population: Population, members: Members, statistic_K: NDArray[np.float64], way: Way, column: int
+    ) -> dict[str, Any]:
+        """Make the update of these members the scale, and find its length by a statistic on the search images."""
+        shaped_K = zscore(less_pair_mean(statistic_K) if way.own else statistic_K)
+        population.answer(SetScale("none"))
+        if not shaped_K.any():
+            return {"length": 0.0, "cosine": None}
+        population.answer(SetDirection(*merge_seeds(members, shaped_K), 1.0, ratio=1.0))
+        cosine = population.answer(Compare())
+        length = best_length(_answered(population, search_lengths(), column))
+        return {"length": length, "cosine": cosine}
+
+
+@contextlib.contextmanager
+def _moved(population: Population, length: float) -> Iterator[None]:
+    """The network is the parent plus so much of the update for a while."""
+    model = population.model
+    assert population.scale is not None
+    theta_D = model.theta_D.clone()
+    try:
+        model.theta_D.add_(population.scale, alpha=length)
+        model.write()
+        yield
+    finally:
+        model.theta_D.copy_(theta_D)
+        model.write()
+
+
+def _answered(
+    population: Population, asked: Generator[Any, Scores, dict[float, float]], column: int
+) -> dict[float, float]:
+    """What a search returns whose fitness is a statistic."""
+    request = next(asked)
+    try:
+        while True:
+            scores = population.answer(request)
+            assert isinstance(scores, Scores)
+            request = asked.send(replace(scores, fitness_K=scores.mean_KM[:, column]))
+    except StopIteration as end:
+        found: dict[float, float] = end.value
+        return found
+
+
+def pairs_of(seed: int, count: int, sigma: float) -> Members:
+    """Mirrored members, the first of which are those of every smaller population."""
+    seed_K = np.repeat(member_seeds(seed, 1, count // 2), 2)
+    gain_K = np.tile(np.array([sigma, -sigma], np.float32), count // 2)
+    return Members(seed_K, np.zeros(count, np.float32), gain_K)

@@ -1,0 +1,122 @@
+"""What `spartan scale` found, as tables and a picture, from its rows alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+
+from spartan_ray.report.plots import COLOURS, save
+from spartan_ray.report.tables import markdown
+from spartan_ray.study.statistics import Interval, interval
+
+ABOUT = """Changes that one update makes of a parent, at the length that a search on other images takes: mean ± 95 % \
+interval by Student's t over {parents} parents, each the mean of its draws; bold where the interval excludes 0. \
+*Scored* images scored members, *unscored* are of the validation split, which scored nothing. Populations are nested: \
+draw d of K members are members d K to (d + 1) K of the largest one. *Spread* is the standard deviation of the test \
+change between the draws of a parent. *Cosine* is the update's to the direction in which the loss of the scored images \
+falls, *over chance* that over sqrt(pairs / parameters). *Gain* is the unscored change for a million images forwarded.
+"""
+
+
+def changes(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a parent, way, population and fitness: means of its draws."""
+    found = rows[rows["fitness"].notna()].copy()
+    for on in ("scored", "unscored", "test"):
+        for what in ("loss", "accuracy"):
+            found[f"{on} {what}"] = found[f"{on}_{what}"] - found[f"{on}_{what}_before"]
+    found["chance"] = found["cosine"] / found["cosine_expected"]
+    key = ["fitness", "way", "population", "weights"]
+    groups = found.groupby(key, sort=False)
+    means = groups.mean(numeric_only=True)
+    for what in ("loss", "accuracy"):
+        means[f"spread {what}"] = groups[f"test {what}"].std()
+    return means.reset_index()
+
+
+def table(means: pd.DataFrame, fitness: str) -> pd.DataFrame:
+    """A row a way and population."""
+    factor, digits, unit = (100.0, 2, "points") if fitness == "accuracy" else (1.0, 3, "loss")
+    lines = []
+    for (way, population), group in means[means["fitness"] == fitness].groupby(["way", "population"], sort=False):
+        shown = {"way": str(way), "K": f"{population:,.0f}", "images, M": f"{group['images'].mean() / 1e6:.2f}"}
+        for on in ("test", "unscored", "scored"):
+            shown[f"{on}, {unit}"] = _bold(interval(group[f"{on} {fitness}"]), digits, factor)
+        other = "loss" if fitness == "accuracy" else "accuracy"
+        other_factor, other_digits = (1.0, 3) if other == "loss" else (100.0, 2)
+        shown[f"test {other}"] = _bold(interval(group[f"test {other}"]), other_digits, other_factor)
+        spread = math.sqrt(float((group[f"spread {fitness}"] ** 2).mean()))
+        shown["spread"] = "" if math.isnan(spread) else f"{spread * factor:.{digits}f}"
+        shown["cosine"] = f"{group['cosine'].mean():+.4f}"
+        shown["over chance"] = "" if "trajectory" in str(way) else f"{group['chance'].mean():+.2f}"
+        better = group[f"unscored {fitness}"] * (1 if fitness == "accuracy" else -1)
+        shown["gain"] = f"{float((better / group['images']).mean()) * 1e6 * factor:+.{digits}f}"
+        lines.append(shown)
+    return pd.DataFrame(lines)
+
+
+def _bold(found: Interval, digits: int, factor: float) -> str:
+    text = found.text(digits, factor, sign=True)
+    return f"**{text}**" if found.count > 1 and found.excludes_zero else text
+
+
+def levels(rows: pd.DataFrame) -> pd.DataFrame:
+    """What the parents' averages have over them, by baseline: a column each of `loss`, `accuracy` and `weights`."""
+    still = rows[rows["fitness"].isna()].drop_duplicates(["weights", "way"], keep="last")
+    parent = still[still["way"] == "parent"].set_index("weights")
+    found = still[still["way"] != "parent"].copy()
+    for what in ("loss", "accuracy"):
+        found[what] = found[f"test_{what}"] - found["weights"].map(parent[f"test_{what}"])
+    return found[["way", "weights", "loss", "accuracy"]]
+
+
+def write_up(rows: pd.DataFrame, name: str) -> str:
+    """All tables."""
+    means, parents = changes(rows), rows["weights"].nunique()
+    still = rows[rows["fitness"].isna()].drop_duplicates(["weights", "way"], keep="last")
+    lines = []
+    for way, group in still.groupby("way", sort=False):
+        over = levels(rows)
+        mine = over[over["way"] == way]
+        lines.append(
+            {
+                "without evolution": str(way),
+                "test accuracy, %": interval(group["test_accuracy"]).text(2, 100.0),
+                "over the parent, points": _bold(interval(mine["accuracy"]), 2, 100.0) if len(mine) else "",
+                "test loss": interval(group["test_loss"]).text(3),
+                "over the parent": _bold(interval(mine["loss"]), 3, 1.0) if len(mine) else "",
+            }
+        )
+    parts = [f"# {name}\n", ABOUT.format(parents=parents), markdown(pd.DataFrame(lines))]
+    for fitness in ("accuracy", "loss"):
+        parts += [f"## By {fitness}\n", markdown(table(means, fitness)), f"![test {fitness}]({fitness}.png)\n"]
+    return "\n".join(parts)
+
+
+def draw(rows: pd.DataFrame, fitness: str, path: Path) -> None:
+    """Draw what a population gains on the test images over its size, a line a way, with the baselines as levels."""
+    figure, axes = plt.subplots(figsize=(8.6, 5.0), layout="constrained")
+    means, sign = changes(rows), 1 if fitness == "accuracy" else -1
+    factor = 100 if fitness == "accuracy" else 1
+    mine = means[means["fitness"] == fitness]
+    for number, (way, group) in enumerate(mine.groupby("way", sort=False)):
+        by_size = group.groupby("population")[f"test {fitness}"]
+        mean_P, colour = by_size.mean() * sign * factor, COLOURS[number % len(COLOURS)]
+        low_P, high_P = by_size.min() * sign * factor, by_size.max() * sign * factor
+        axes.plot(mean_P.index, mean_P, color=colour, marker="o", markersize=4, linewidth=1.8, label=str(way))
+        axes.fill_between(mean_P.index, low_P, high_P, color=colour, alpha=0.12, linewidth=0)
+    over = levels(rows)
+    for number, (way, group) in enumerate(over.groupby("way", sort=False)):
+        level, style = float(group[fitness].mean()) * sign * factor, ("--", ":", "-.", (0, (1, 4)))[number % 4]
+        axes.axhline(level, color="grey", linewidth=1.1, linestyle=style, label=f"{way}, no evolution")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    sizes = sorted(int(size) for size in np.unique(mine["population"])) if len(mine) else []
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    unit = "accuracy gained on the test images, points" if fitness == "accuracy" else "loss taken off the test images"
+    axes.set(xlabel=f"descendants, scored by {fitness} (band: least to most of the parents)", ylabel=unit)
+    save(figure, axes, path)

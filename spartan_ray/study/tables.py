@@ -1,0 +1,97 @@
+"""A study as Markdown, from its rows alone."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from spartan_ray.report.tables import markdown
+from spartan_ray.study.plan import Claim, Planned, Study
+from spartan_ray.study.statistics import difference, ends, interval, values_of, verdict
+
+# Measures as tables name them: the words, the factor and the digits.
+WORDS = {
+    "test_accuracy": ("test accuracy, %", 100.0, 2),
+    "test_loss": ("test loss", 1.0, 3),
+    "validation_accuracy": ("validation accuracy, %", 100.0, 2),
+    "train_loss": ("train loss", 1.0, 3),
+    "overfitting": ("test loss less train loss", 1.0, 3),
+    "phase_train_loss": ("change of the train loss in an evolve phase", 1.0, 3),
+    "phase_validation_accuracy": ("change of validation accuracy in an evolve phase, points", 100.0, 2),
+    "late_validation_accuracy": ("change of validation accuracy in the last third, points", 100.0, 2),
+}
+
+
+def write_up(study: Study, runs: list[Planned], rows: pd.DataFrame, name: str) -> str:
+    """All tables of a study."""
+    ended = ends(rows, study.baselines[0] if study.baselines else None)
+    parts = [f"# {name}\n", f"{study.about}\n" if study.about else "", _about(runs, rows)]
+    for group in dict.fromkeys(run.group for run in runs):
+        if len(ended) and (ended["group"] == group).any():
+            parts += [f"## {group}\n", markdown(group_table(ended, group, study.baselines))]
+    if study.claims:
+        parts += ["## Claims\n", markdown(claims_table(ended, study.claims))]
+    if study.pictures and len(ended):
+        parts += ["## Over the epochs\n"]
+        parts += [f"![{_caption(picture.name)}]({picture.name}.png)\n" for picture in study.pictures]
+    return "\n".join(part for part in parts if part)
+
+
+def _about(runs: list[Planned], rows: pd.DataFrame) -> str:
+    done = rows.groupby(["group", "method", "seed"], sort=False).ngroups
+    seeds = len({run.seed for run in runs})
+    processors = " and ".join(sorted(set(rows["processor"].dropna())))
+    return (
+        f"{done} of {len(runs)} runs: {len(runs) // seeds} cells of {seeds} seeds, on {processors or 'no processor'}. "
+        "Mean ± 95 % interval by Student's t over the seeds. A difference is taken seed by seed, from the same split "
+        "of the images and the same initial weights; it is bold where its interval excludes 0. *Wins* are the seeds "
+        "with the higher test accuracy. *Trained* and *scored* are millions of images forwarded for gradients and "
+        "for evolution; *seconds* are those of the phases.\n"
+    )
+
+
+def group_table(ended: pd.DataFrame, group: str, baselines: list[str]) -> pd.DataFrame:
+    """A row a way: where it ended, and how far it is from each baseline."""
+    lines = []
+    mine = ended[ended["group"] == group]
+    for way in dict.fromkeys(mine["way"]):
+        shown = {"way": way}
+        for measure in ("test_accuracy", "test_loss", "overfitting"):
+            words, factor, digits = WORDS[measure]
+            shown[words] = interval(values_of(ended, group, way, measure)).text(digits, factor)
+        for baseline in baselines:
+            between, wins = difference(ended, group, way, baseline, "test_accuracy")
+            text = between.text(2, 100.0, sign=True)
+            bold = between.count > 1 and between.excludes_zero
+            shown[f"over {baseline}, points"] = "" if way == baseline else f"**{text}**" if bold else text
+            shown[f"wins over {baseline}"] = (
+                "" if way == baseline or not between.count else f"{wins} of {between.count}"
+            )
+        own = mine[mine["way"] == way]
+        for name in ("trained", "scored"):
+            shown[name] = f"{own[name].mean() / 1e6:.2f}"
+        shown["seconds"] = f"{own['seconds'].mean():.0f}"
+        lines.append(shown)
+    return pd.DataFrame(lines)
+
+
+def claims_table(ended: pd.DataFrame, claims: list[Claim]) -> pd.DataFrame:
+    """A row a claim, with the numbers that decide it."""
+    lines = []
+    for claim in claims:
+        found, between = verdict(ended, claim) if len(ended) else ("undecided", interval([]))
+        words, factor, digits = WORDS[claim.measure]
+        of = f"{claim.group}: {words}, {claim.way}"
+        lines.append(
+            {
+                "claim": claim.says,
+                "measured": f"{of} over {claim.over}" if claim.over else of,
+                "mean and 95 % interval": between.text(digits, factor, sign=True),
+                "seeds": str(between.count),
+                "": found,
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _caption(name: str) -> str:
+    return name.replace("-", " ")

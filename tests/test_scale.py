@@ -1,0 +1,135 @@
+"""`spartan scale`: nested populations of one parent, scored once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from local import scored
+from whole_runs import command, run_here
+
+from spartan_ray.engine.strategies.shaping import zscore
+from spartan_ray.noise.contract import member_seeds, noise
+from spartan_ray.run.config import Config, Evolution, Run
+from spartan_ray.study import scale_tables
+from spartan_ray.study.scale import Scaling, Way
+from spartan_ray.vision.config import Data, Parent
+
+WAYS = {
+    "common": Way(64, sigma=0.02),
+    "own": Way(32, own=True, sigma=0.02),
+    "BatchNorm": Way(64, mutate="batchnorm", sigma=0.1),
+    "trajectory": Way(64, subspace="trajectory:2", sigma=0.5),
+    "of the average": Way(32, own=True, of_average=True, sigma=0.02),
+}
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of gradient descent that has kept three epochs."""
+    out = tmp_path_factory.mktemp("scale")
+    config = Config(
+        run=Run(out=str(out), epochs=3),
+        data=Data(name="digits", sgd_images=400, evolution_images=300),
+        parent=Parent(model="convnet", threads=1, lr=0.05, batch_size=32),
+        evolution=Evolution(strategy="none"),
+    )
+    return run_here(config)[0]
+
+
+def scaled(parent: Path, folder: Path, ways: dict[str, Way] = WAYS, populations: tuple[int, ...] = (4, 8)) -> Scaling:
+    folder.mkdir(exist_ok=True)
+    scaling = Scaling(parent, folder, list(populations), draws=2, say=lambda text: None)
+    scaling.baselines()
+    for name, way in ways.items():
+        scaling.way(name, way, "local")
+    return scaling
+
+
+def test_a_smaller_population_is_a_part_of_the_larger_one_and_its_update_the_formula_s(
+    local_ray: None, parent: Path, tmp_path: Path
+) -> None:
+    scaling = scaled(parent, tmp_path, {"common": WAYS["common"]})
+    rows = pd.DataFrame(scaling.rows)
+    found = rows[rows["fitness"].notna()]
+    assert [tuple(row) for row in found[["population", "draw", "fitness"]].values] == [
+        (count, draw, fitness)
+        for count, draws in ((4, 2), (8, 1))
+        for draw in range(draws)
+        for fitness in ("loss", "accuracy")
+    ]
+    (path,) = tmp_path.glob("scores-*.npy")
+    mean_KM, size = np.load(path), int(found["parameters"].iloc[0])
+    seed_K = np.repeat(member_seeds(0, 1, 4), 2)
+    noise_KD = np.stack([noise("uniform", int(seed), 0, size) for seed in seed_K]) * np.array([1, -1] * 4)[:, None]
+    theta_D = scaling.thetas[-1].numpy()
+    for row in found[found["length"] > 0].to_dict("records"):
+        count, draw = int(row["population"]), int(row["draw"])
+        part = slice(draw * count, (draw + 1) * count)
+        weight_K = zscore(mean_KM[part, ["loss", "accuracy"].index(row["fitness"])])
+        update_D = (weight_K[:, None] * noise_KD[part]).sum(0)
+        update_D *= 0.02 * np.sqrt(size / 3) / np.linalg.norm(update_D)
+        scaling.model.theta_D.copy_(torch.from_numpy((theta_D + row["length"] * update_D).astype(np.float32)))
+        result = scored(scaling.network, scaling.splits.test, scaling.normalise)
+        assert result.loss == pytest.approx(row["test_loss"], abs=2e-3)
+        assert row["cosine_expected"] == pytest.approx(np.sqrt(row["population"] / 2 / size))
+    assert (found["length"] > 0).any()
+
+
+def test_what_is_there_is_not_done_again_and_what_was_interrupted_goes_on(
+    local_ray: None, parent: Path, tmp_path: Path
+) -> None:
+    whole = scaled(parent, tmp_path / "whole").rows
+    assert {row["way"] for row in whole if "fitness" in row} == WAYS.keys()
+    scaled(parent, tmp_path / "broken", {"own": WAYS["own"]}, populations=(4,))
+    lines = (tmp_path / "broken" / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "broken" / "rows.jsonl").write_text("".join(lines[:-1]))
+    key = ["way", "population", "draw", "fitness"]
+    broken = pd.DataFrame(scaled(parent, tmp_path / "broken").rows).sort_values(key)
+    expected = pd.DataFrame(whole).sort_values(key)
+    pd.testing.assert_frame_equal(broken.reset_index(drop=True), expected.reset_index(drop=True), check_like=True)
+    assert scaled(parent, tmp_path / "whole").rows == whole
+
+
+def test_the_command_says_what_it_cannot_use_and_writes_tables_of_rows(parent: Path, tmp_path: Path) -> None:
+    for arguments, wrong in (
+        (("--populations", "5"), "--populations 5: mirrored pairs: even, and at least 2"),
+        (("--draws", "0"), "--draws 0: at least 1"),
+        (("--tables",), "-o scale: has no rows.jsonl yet"),
+        (("--ways", "none"), "--ways 'none': one of all, common 1,024; "),
+    ):
+        code, _, err = command("scale", "nowhere", *arguments, cwd=tmp_path)
+        assert (code, err[: len(wrong) + 9]) == (2, f"spartan: {wrong}")
+    (tmp_path / "scale" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert command("scale", "--tables", cwd=tmp_path)[0] == 0
+    text = (tmp_path / "scale" / "README.md").read_text()
+    assert text == scale_tables.write_up(pd.DataFrame(ROWS), "scale")
+    assert (tmp_path / "scale" / "accuracy.png").stat().st_size > 10_000
+
+
+def row(weights: str, draw: int, gain: float) -> dict[str, Any]:
+    measures = {f"{on}_{what}_before": 0.5 for on in ("scored", "unscored", "test") for what in ("loss", "accuracy")}
+    measures |= {f"{on}_{what}": 0.5 + gain for on in ("scored", "unscored", "test") for what in ("loss", "accuracy")}
+    about = {"weights": weights, "way": "all", "population": 50, "draw": draw, "fitness": "accuracy", "images": 100_000}
+    return about | measures | {"cosine": 0.02, "cosine_expected": 0.04, "length": 1.0}
+
+
+ROWS = [
+    *({"weights": name, "way": "parent", "test_loss": 2.0, "test_accuracy": 0.5} for name in "ab"),
+    *({"weights": name, "way": "average of 2 epochs", "test_loss": 1.5, "test_accuracy": 0.6} for name in "ab"),
+    row("a", 0, 0.01), row("a", 1, 0.03), row("b", 0, 0.02), row("b", 1, 0.06),
+]  # fmt: skip
+
+
+def test_tables_are_of_the_means_of_draws() -> None:
+    text = scale_tables.write_up(pd.DataFrame(ROWS), "x")
+    # 2 and 4 points: 3, with a half width of 12.706 * sqrt(2) / sqrt(2); draws deviate by 1.41 and 2.83 points.
+    line = "| all | 50 | 0.10 | +3.00 ± 12.71 | +3.00 ± 12.71 | +3.00 ± 12.71 | +0.030 ± 0.127 | 2.24 | +0.0200 |"
+    assert f"{line} +0.50 | +30.00 |" in text
+    assert "| average of 2 epochs | 60.00 ± 0.00 | **+10.00 ± 0.00** | 1.500 ± 0.000 | **-0.500 ± 0.000** |" in text
+    assert "over 2 parents" in text
