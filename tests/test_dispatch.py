@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -113,6 +114,21 @@ def test_a_worker_that_is_stuck_in_an_update_does_not_hold_up_what_follows() -> 
     assert not team.notes
 
 
+def test_an_answer_that_is_brought_late_is_no_hang_of_its_worker() -> None:
+    """As through a relay, which hands over what it has when it is asked: the second look finds it."""
+    team = Team(Scripted(2), task_timeout=60.0)
+    assert ends_well(team)
+    go_on = team.transport.freeze(team.transport.processes[0])
+    assert ends_well(team)
+    go_on()
+    team.transport.clock += 3600
+    wait = team.transport.wait
+    team.transport.wait = lambda references, seconds: wait(references, seconds) if seconds else []  # type: ignore[method-assign]
+    assert ends_well(team)
+    assert team.pool.counts["late_results"] >= 1
+    assert not team.notes
+
+
 def test_a_worker_that_hangs_is_replaced() -> None:
     team = Team(Scripted(2), chunk=5, task_timeout=4.0)
     team.pool.wait_until_joined()
@@ -123,6 +139,22 @@ def test_a_worker_that_hangs_is_replaced() -> None:
     assert team.notes == [
         "worker 2 on host (cpu) was lost and is replaced: no answer for 4 s or more (cluster.task_timeout)"
     ]
+
+
+@pytest.mark.parametrize("where", ["join", "evaluate"])
+def test_a_doubted_worker_that_hangs_is_replaced_too(where: str) -> None:
+    def broken(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        if process.pid == 1 and method == where and (method != "join" or team.notes):
+            process.factor = math.inf if where == "join" else 1.0
+        if process.pid == 1 and method == "evaluate":
+            return lambda answer: (without(answer[0], np.ones(len(answer[0]), bool)), *answer[1:])
+        return None
+
+    team = Team(Scripted(2, broken), chunk=5, task_timeout=4.0)
+    assert ends_well(team)
+    while where == "join" and len(team.transport.processes) < 3:
+        assert ends_well(team)
+    assert (len(team.transport.processes) == 3) == (where == "join")
 
 
 @pytest.mark.parametrize("broken_pid", [1, 2])
@@ -166,6 +198,23 @@ def test_a_worker_that_alone_answers_nan_joins_again_and_what_two_answer_counts(
     for process in team.transport.alive()[1:]:
         team.transport.die(process)  # alone the first one is not believed
     assert same(team.pool.evaluate(MEMBERS[:1]), expected[:1])
+
+
+def test_one_who_was_wrong_before_and_is_left_alone_makes_room_for_another() -> None:
+    def broken(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        nan = method == "evaluate" and process.pid == 1
+        return (lambda answer: (without(answer[0], np.ones(len(answer[0]), bool)), *answer[1:])) if nan else None
+
+    team = Team(Scripted(2, broken), chunk=5, worker_timeout=600.0)
+    assert ends_well(team)
+    team.pool.wait_until_joined()
+    dispatcher, transport = team.pool.dispatcher, team.transport
+    dispatcher.cluster = dispatcher.cluster.model_copy(update={"workers": "auto"})
+    transport.workers = 1
+    (other,) = (slot for slot in dispatcher.slots if not slot.doubted)
+    dispatcher._remove(other)  # as when its node went and there is room for one
+    assert ends_well(team)
+    assert [process.pid for process in transport.alive()] == [3]
 
 
 def test_a_doubted_worker_of_wrong_noise_takes_no_span_with_it() -> None:
@@ -504,13 +553,39 @@ def test_a_worker_whose_node_is_about_to_go_gets_no_more_work_unless_nobody_else
         return asked
 
     assert at_work() == {1, 2}
-    transport.leaving = {"spot"}
+    transport.leaving, transport.workers = {"spot"}, 1
     assert at_work() == {1}
     assert team.notes == ["workers whose nodes are about to go, and that get no more work: 1"]
+    transport.workers = 2  # there is room for another one elsewhere
+    assert at_work() == {1, 3}
     transport.leaving = {"spot", "node"}
-    assert at_work() == {1, 2}
+    assert at_work() >= {1, 2, 3}
     transport.leaving = set()
-    assert at_work() == {1, 2}
+    assert at_work() >= {1, 2, 3}
+
+
+def test_workers_that_start_where_a_node_stays_are_not_given_up_for_those_of_one_that_goes() -> None:
+    def move(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method != "join" or process.pid > 2:
+            return None
+        return lambda info: replace(info, node="spot")
+
+    team = Team(Scripted(2, move), chunk=4)
+    transport, dispatcher = team.transport, team.pool.dispatcher
+    transport.up = {"node", "spot"}
+    dispatcher.cluster = dispatcher.cluster.model_copy(update={"workers": "auto"})
+    team.pool.wait_until_joined()
+    transport.workers = 4
+    transport.clock += 10
+    dispatcher._tend()  # two more are due
+    transport.clock += 10
+    dispatcher._tend()
+    assert [slot.info is None for slot in dispatcher.slots].count(True) == 2
+    transport.workers, transport.leaving = 2, {"spot"}
+    transport.clock += 10
+    dispatcher._tend()
+    team.pool.wait_until_joined()
+    assert [(info.pid, info.node) for info in team.pool.infos] == [(3, "node"), (4, "node"), (1, "spot"), (2, "spot")]
 
 
 def test_the_first_worker_is_waited_for_without_end_and_a_line_a_minute_says_so() -> None:

@@ -49,13 +49,14 @@ class Running:
     def __init__(self, relayed: bool = False, **cluster: Any) -> None:
         splits = load_splits(Data(name="digits"), 0)
         spec = make_spec(replace(splits, evolution=splits.evolution[slice(0, 64)]))
+        self.relayed = relayed
         self.notes: list[str] = []
         self.done = 0
         resolved = resolve_cluster(Cluster(**cluster), [{"CPU": 2}])
         self.transport = RelayTransport(spec, resolved, least_nodes=1 if relayed else 2, workers_per_node=1)
         self.pool = Pool(self.transport, resolved, "uniform", self.notes.append, self.advance)
         self.pool.wait_until_joined()
-        self.wait_for_relays(relayed)
+        self.wait_for_relays()
         model = FlatModel(initial_model(PARENT, 10, 3)[0], CPU)
         image_N = np.arange(0, 64, 2)
         scale_D = np.linspace(-1, 2, model.theta_D.numel()).astype(np.float32)
@@ -71,18 +72,12 @@ class Running:
     def advance(self, members: int, images: int) -> None:
         self.done += members
 
-    def wait_for_relays(self, relayed: bool) -> None:
+    def wait_for_relays(self) -> None:
         for _ in range(10):
-            if not relayed or all(node.up for node in self.transport.nodes.values()):
+            if not self.relayed or all(node.up for node in self.transport.nodes.values()):
                 return
             self.transport.wait([], 60)
         raise AssertionError(self.notes)
-
-    def relay(self) -> int:
-        """The process of the one relay."""
-        (node,) = self.transport.nodes.values()
-        pid: int = ray.get(node.relay.__ray_call__.remote(lambda relay: os.getpid()))
-        return pid
 
 
 @pytest.mark.parametrize(("killed", "error", "said"), [
@@ -117,6 +112,7 @@ def shared(local_ray: None, request: pytest.FixtureRequest) -> Iterator[Running]
 def running(shared: Running) -> Running:
     """The pool of all these tests: it is whole again after each of them."""
     shared.pool.wait_until_joined()
+    shared.wait_for_relays()
     shared.notes.clear()
     shared.done = 0
     return shared

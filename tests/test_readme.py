@@ -9,7 +9,10 @@ import textwrap
 
 import methods_table
 import pandas as pd
+import yaml
 from whole_runs import ROOT, environment
+
+from spartan_ray.study.plan import Study, planned_runs
 
 
 def test_the_readme_s_python_runs_as_it_stands() -> None:
@@ -34,3 +37,10 @@ def test_a_parent_that_was_not_finished_and_rows_that_were_written_again_change_
     rows = pd.read_json(ROOT / "benchmarks" / "methods.jsonl", lines=True)
     unfinished = rows[rows["weights"] == rows["weights"][0]].iloc[:40].assign(weights="another", test_loss=9.0)
     assert methods_table.text(pd.concat([rows[:30], rows, unfinished])) == methods_table.text(rows)
+
+
+def test_the_study_in_readme_is_one() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    runs = planned_runs(Study(**yaml.safe_load(text)), {})
+    assert len(runs) == 20
+    assert {run.config.evolution.strategy for run in runs} == {"none", "es"}

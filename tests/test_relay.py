@@ -12,6 +12,7 @@ import psutil
 import pytest
 import ray
 
+from spartan_ray.distributed import relayed
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.placement import resolve_cluster
 from spartan_ray.distributed.protocol import Failed, Lost
@@ -71,13 +72,13 @@ class Pair:
     def ask(self, *arguments: Any, worker: int = 0) -> Any:
         return self.transport.submit(self.workers[worker], "evaluate", *arguments)
 
-    def answers(self, references: list[Any]) -> list[Any]:
-        """In their order; each is ready once."""
+    def answers(self, references: list[Any], seconds: float = 30) -> list[Any]:
+        """In their order; each is ready once. They are looked for again and again, after so many seconds at most."""
         waiting, found = set(references), dict[Any, Any]()
         for _ in range(100):
             if not waiting:
                 return [found[reference] for reference in references]
-            for reference in self.transport.wait(list(waiting), 30):
+            for reference in self.transport.wait(list(waiting), seconds):
                 waiting.remove(reference)
                 try:
                     found[reference] = self.transport.result(reference)
@@ -123,20 +124,41 @@ def test_what_a_lost_relay_had_is_asked_directly_and_another_one_starts(pair: Pa
     assert pair.answers([reference]) == [14]
 
 
-def test_a_relay_that_hangs_is_gone_round_once_a_worker_was_killed_for_it(pair: Pair) -> None:
+def test_of_a_relay_that_says_nothing_the_workers_are_asked_directly(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relayed, "SILENT_SECONDS", 2.0)
     hung = psutil.Process(pair.relay())
     hung.suspend()
-    pair.ask(1)
+    references = [pair.ask(number, worker=number % 2) for number in range(4)]
+    assert all(isinstance(reference, Ticket) for reference in references)
+    failed, *rest = pair.answers(references, seconds=0.5)
+    assert isinstance(failed, Failed)
+    assert rest == [2, 4, 6]
+    assert all(psutil.pid_exists(pid) for pid in pair.pids)
+    assert not psutil.wait_procs([hung], timeout=60)[1]
+    pair.wait_for_relay()  # another one
+
+
+def test_time_in_which_nobody_listens_does_not_count_as_silence(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = pair.ask(1)
     pair.transport.wait([], 0)
-    pair.transport.kill(pair.workers[0])  # it did not answer
-    reference = pair.ask(2, worker=1)
-    assert not isinstance(reference, Ticket)
-    assert pair.answers([reference]) == [4]
-    hung.resume()
-    pair.wait_for_relay()
-    reference = pair.ask(3, worker=1)
-    assert isinstance(reference, Ticket)
-    assert pair.answers([reference]) == [6]
+    now = pair.transport.now
+    monkeypatch.setattr(pair.transport, "now", lambda: now() + 10_000)
+    relay = pair.relay()
+    assert pair.answers([reference]) == [2]
+    assert pair.relay() == relay
+    assert not reference.direct
+
+
+def test_a_relay_without_answers_says_that_it_is_there(local_ray: None) -> None:
+    worker: Any = ray.remote(Stub).options(num_cpus=0).remote(None)
+    relay: Any = ray.remote(Relay).options(num_cpus=0).remote("mine")
+    assert ray.get(relay.exchange.remote({9: worker}, [(5, 9, (21, 1e6))]), timeout=60) == []
+    ray.kill(worker)
+    ((number, lost),) = ray.get(relay.exchange.remote({}, []), timeout=60)
+    assert number == 5
+    assert isinstance(lost, Lost)
 
 
 def test_a_call_that_overtakes_the_one_with_its_worker_waits_for_it(local_ray: None) -> None:
@@ -170,9 +192,9 @@ def test_relays_are_for_many_workers_on_many_nodes(local_ray: None) -> None:
     transport = RelayTransport(None, resolved, Stub, least_nodes=2, workers_per_node=2)
     transport._start_relay = lambda node: setattr(node, "relay", "started")  # type: ignore[method-assign]
     direct = transport.answers_per_second("evaluate")
-    for number, (node, relayed) in enumerate([("a", False), ("a", False), ("b", False), ("b", True), ("c", False)]):
+    for number, (node, pays) in enumerate([("a", False), ("a", False), ("b", False), ("b", True), ("c", False)]):
         transport.joined(f"worker {number}", node)  # type: ignore[arg-type]
-        assert (transport.answers_per_second("evaluate") > direct) == relayed
+        assert (transport.answers_per_second("evaluate") > direct) == pays
         assert transport.answers_per_second("accumulate") == direct
     assert [node.relay for node in transport.nodes.values()] == ["started", "started", None]
 

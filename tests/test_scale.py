@@ -14,6 +14,7 @@ from local import scored
 from whole_runs import command, run_here
 
 from spartan_ray.engine.strategies.shaping import zscore
+from spartan_ray.errors import InputError
 from spartan_ray.noise.contract import member_seeds, noise
 from spartan_ray.run.config import Config, Evolution, Run
 from spartan_ray.study import scale_tables
@@ -42,6 +43,12 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_here(config)[0]
 
 
+def test_parents_of_another_configuration_are_not_mixed(parent: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(InputError, match=r"rows of parents of another configuration \(k\)"):
+        Scaling(parent, tmp_path, [4], 1, print)
+
+
 def scaled(parent: Path, folder: Path, ways: dict[str, Way] = WAYS, populations: tuple[int, ...] = (4, 8)) -> Scaling:
     folder.mkdir(exist_ok=True)
     scaling = Scaling(parent, folder, list(populations), draws=2, say=lambda text: None)
@@ -63,7 +70,7 @@ def test_a_smaller_population_is_a_part_of_the_larger_one_and_its_update_the_for
         for draw in range(draws)
         for fitness in ("loss", "accuracy")
     ]
-    (path,) = tmp_path.glob("scores-*.npy")
+    (path,) = tmp_path.glob("scores/*.npy")
     mean_KM, size = np.load(path), int(found["parameters"].iloc[0])
     seed_K = np.repeat(member_seeds(0, 1, 4), 2)
     noise_KD = np.stack([noise("uniform", int(seed), 0, size) for seed in seed_K]) * np.array([1, -1] * 4)[:, None]
@@ -102,9 +109,16 @@ def test_the_command_says_what_it_cannot_use_and_writes_tables_of_rows(parent: P
         (("--draws", "0"), "--draws 0: at least 1"),
         (("--tables",), "-o scale: has no rows.jsonl yet"),
         (("--ways", "none"), "--ways 'none': one of all, common 1,024; "),
+        (("--draws", "1"), "nowhere: not a run folder"),
     ):
         code, _, err = command("scale", "nowhere", *arguments, cwd=tmp_path)
         assert (code, err[: len(wrong) + 9]) == (2, f"spartan: {wrong}")
+    wanted = "all, common 1,024: 1024 common images and 150 that search a length do not fit data.evolution_images (300)"
+    code, _, err = command("scale", str(parent), cwd=tmp_path)
+    assert (code, err) == (2, f"spartan: {parent.name}: {wanted}\n")
+    assert command("scale", cwd=tmp_path)[2] == "spartan: scale: name a run, or give --tables\n"
+    (tmp_path / "scale" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    assert command("scale", "--tables", cwd=tmp_path)[0] == 0  # of what was interrupted before there was an update
     (tmp_path / "scale" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert command("scale", "--tables", cwd=tmp_path)[0] == 0
     text = (tmp_path / "scale" / "README.md").read_text()
@@ -115,13 +129,22 @@ def test_the_command_says_what_it_cannot_use_and_writes_tables_of_rows(parent: P
 def row(weights: str, draw: int, gain: float) -> dict[str, Any]:
     measures = {f"{on}_{what}_before": 0.5 for on in ("scored", "unscored", "test") for what in ("loss", "accuracy")}
     measures |= {f"{on}_{what}": 0.5 + gain for on in ("scored", "unscored", "test") for what in ("loss", "accuracy")}
-    about = {"weights": weights, "way": "all", "population": 50, "draw": draw, "fitness": "accuracy", "images": 100_000}
+    about = {
+        "weights": weights,
+        "seed": "ab".index(weights),
+        "key": "k",
+        "way": "all",
+        "population": 50,
+        "draw": draw,
+        "fitness": "accuracy",
+        "images": 100_000,
+    }
     return about | measures | {"cosine": 0.02, "cosine_expected": 0.04, "length": 1.0}
 
 
 ROWS = [
-    *({"weights": name, "way": "parent", "test_loss": 2.0, "test_accuracy": 0.5} for name in "ab"),
-    *({"weights": name, "way": "average of 2 epochs", "test_loss": 1.5, "test_accuracy": 0.6} for name in "ab"),
+    *({"weights": name, "seed": "ab".index(name), "key": "k", "way": way, "test_loss": loss, "test_accuracy": accuracy}
+      for way, loss, accuracy in (("parent", 2.0, 0.5), ("average of 2 epochs", 1.5, 0.6)) for name in "ab"),
     row("a", 0, 0.01), row("a", 1, 0.03), row("b", 0, 0.02), row("b", 1, 0.06),
 ]  # fmt: skip
 
@@ -133,3 +156,6 @@ def test_tables_are_of_the_means_of_draws() -> None:
     assert f"{line} +0.50 | +30.00 |" in text
     assert "| average of 2 epochs | 60.00 ± 0.00 | **+10.00 ± 0.00** | 1.500 ± 0.000 | **-0.500 ± 0.000** |" in text
     assert "over 2 parents" in text
+    # A parent that was trained on is another one, and replaces what it was.
+    older = [entry | {"weights": "older"} for entry in ROWS if entry["weights"] == "a"]
+    assert scale_tables.write_up(pd.DataFrame([*older, *ROWS]), "x") == text

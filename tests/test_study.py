@@ -14,10 +14,12 @@ from scipy import stats
 from torch import nn
 from whole_runs import command, run_here
 
+from spartan_ray.distributed.config import Cluster
 from spartan_ray.engine.population import Population
 from spartan_ray.errors import InputError
 from spartan_ray.noise.contract import noise
 from spartan_ray.report.reading import read_run
+from spartan_ray.study import runner
 from spartan_ray.study.plan import Claim, Planned, Study, load_study, planned_runs
 from spartan_ray.study.pure_noise import PureNoise
 from spartan_ray.study.rows import Rows
@@ -46,9 +48,11 @@ SMALL: dict[str, Any] = {
     "seeds": 2,
     "at_once": 2,
     "baselines": ["sgd", "sgd, average"],
-    "claims": [{"says": "It helps.", "group": "scratch", "way": "es", "over": "sgd"}],
+    "claims": [{"says": "It helps.", "group": "scratch", "way": "es", "over": ["sgd", "sgd, average"]}],
     "pictures": [{"name": "accuracy", "group": "scratch", "methods": ["sgd", "es"], "measure": "test_accuracy"}],
 }
+
+NO_MORE: dict[str, Any] = {"claims": [], "pictures": []}
 
 
 def plan(**changes: Any) -> list[Planned]:
@@ -77,7 +81,9 @@ def test_the_key_of_a_run_is_of_what_changes_its_numbers() -> None:
     assert planned_runs(Study(**SMALL), {"data": {"root": "elsewhere"}})[0].key == key
     assert planned_runs(Study(**SMALL), {"parent": {"lr": 0.02}})[0].key != key
     assert planned_runs(Study(**SMALL), {"cluster": {"cpus_per_worker": 2}})[0].key != key
-    assert planned_runs(Study(**SMALL), {"parent": {"weights": "a/x.pt"}})[0].key != key
+    others = [planned_runs(Study(**SMALL), {"parent": {"weights": path}})[0].key for path in ("a/x", "b/x", "c/a/x")]
+    assert len({key, *others}) == 3
+    assert others[0] == others[2]  # the same file in another checkout
 
 
 @pytest.mark.parametrize(
@@ -91,6 +97,12 @@ def test_the_key_of_a_run_is_of_what_changes_its_numbers() -> None:
         ({"grid": [{"method": {"es": {"evolution": 3}}}]}, "es: evolution: expected fields"),
         ({"grid": [{"method": {"es": {}}}, {"method": {"es": {}}}]}, "es: is twice"),
         ({"base": {"config": "nothing"}}, "scratch.sgd: --config nothing: no such preset"),
+        ({"seeds": []}, "study.seeds: "),
+        ({"seeds": [1, 1]}, r"study.seeds: \[1, 1\] has one twice"),
+        ({"grid": [{}]}, "study.grid: an axis without settings"),
+        ({"grid": [{"method": {"a.b": {}}}]}, "study.grid: 'a.b': letters"),
+        ({"baselines": ["sdg"]}, r"baselines: sdg: no such way in scratch \(perhaps sgd"),
+        ({"claims": [{"says": "", "group": "x", "way": "es"}]}, "claims: x: no such group"),
     ],
 )
 def test_what_cannot_be_used_is_named(changes: dict[str, Any], wrong: str) -> None:
@@ -126,14 +138,29 @@ def test_intervals_are_those_of_the_t_test() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "higher", "found"),
-    [([1, 1.1, 0.9], True, "confirmed"), ([1, 1.1, 0.9], False, "the opposite"), ([1, -1, 2], True, "undecided"),
-     ([-1, -1.1, -0.9], False, "confirmed"), ([1], True, "undecided")],
+    ("values", "expects", "found"),
+    [([1, 1.1, 0.9], "higher", "confirmed"), ([1, 1.1, 0.9], "lower", "contradicted"),
+     ([1, -1, 2], "higher", "undecided"), ([-1, -1.1, -0.9], "lower", "confirmed"), ([1], "higher", "undecided"),
+     ([1, 1.1, 0.9], "not higher", "contradicted"), ([1, -1, 2], "not higher", "not contradicted")],
 )  # fmt: skip
-def test_a_claim_is_confirmed_where_its_interval_excludes_zero(values: list[float], higher: bool, found: str) -> None:
+def test_a_claim_is_confirmed_where_its_interval_excludes_zero(values: list[float], expects: Any, found: str) -> None:
     frame = pd.DataFrame({"group": "g", "way": "a", "seed": range(len(values)), "phase_train_loss": values})
-    claim = Claim(says="", group="g", way="a", measure="phase_train_loss", higher=higher)
+    claim = Claim(says="", group="g", way="a", measure="phase_train_loss", expects=expects)
     assert verdict(frame, claim)[0] == found
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "found"),
+    [([0, 0, 0.1], [0.1, 0, 0], "confirmed"), ([0, 0, 0.1], [3, 0, 0], "undecided"),
+     ([0, 0, 0.1], [2, 2.1, 2.2], "contradicted")],
+)  # fmt: skip
+def test_the_highest_is_above_every_other(b: list[float], c: list[float], found: str) -> None:
+    values = {"a": [1, 1.1, 1.2], "b": b, "c": c}
+    frame = pd.DataFrame(
+        [{"group": "g", "way": way, "seed": seed, "test_accuracy": value}
+         for way, of_way in values.items() for seed, value in enumerate(of_way)]
+    )  # fmt: skip
+    assert verdict(frame, Claim(says="", group="g", way="a", over=["b", "c"]))[0] == found
 
 
 def of_epochs(method: str, validation: list[float], evolution: list[float], average: float = np.nan) -> pd.DataFrame:
@@ -202,6 +229,31 @@ def test_an_interrupted_study_goes_on_to_the_same_rows(local_ray: None, tmp_path
     assert rows_of(study, tmp_path / "whole", interrupt_after=1).frame.equals(whole.frame)  # nothing to do
 
 
+def test_a_run_that_diverges_is_told_and_the_others_go_on(local_ray: None, tmp_path: Path) -> None:
+    methods = {"bad": {"parent": {"lr": 1e20}}, "sgd": {}}
+    base = SMALL["base"] | {"evolution": {"strategy": "none"}, "run": {"epochs": 2}}
+    study = Study(**SMALL | {"base": base, "grid": [{"method": methods}], "seeds": 1, "baselines": []} | NO_MORE)
+    ended: list[str] = []
+    one = Runner(tmp_path, 2, lambda run, place: ended.append(f"{run.method} {place.name}"), print)
+    (failed,) = one.run(planned_runs(study, {}))
+    assert failed.startswith("all.bad-0-")
+    assert "the network diverged in epoch 1" in failed
+    assert [line.split("-")[0] for line in ended] == ["sgd all.sgd"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count"),
+    [([{"CPU": 2}], 2), ([{"CPU": 1}], 1), ([{"CPU": 8, "GPU": 1}], 1), ([{"CPU": 8, "GPU": 2}], 1),
+     ([{"CPU": 8, "GPU": 3}], 2), ([{"CPU": 8, "GPU": 1}] * 3, 2)],
+)  # fmt: skip
+def test_so_many_runs_go_at_a_time_as_have_room(
+    nodes: list[dict[str, float]], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "grows", lambda: False)
+    monkeypatch.setattr(runner, "nodes_here_first", lambda: [{"Resources": node} for node in nodes])
+    assert runner.fit_together(Cluster(workers=1), most=2) == count
+
+
 def test_the_command_writes_tables_without_the_runs(tmp_path: Path) -> None:
     study, folder = Study(**SMALL | {"seeds": 1}), tmp_path / "small"
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL | {"seeds": 1}, sort_keys=False))
@@ -217,11 +269,21 @@ def test_the_command_writes_tables_without_the_runs(tmp_path: Path) -> None:
     assert "2 runs, 1 to do" in out
     text = (folder / "README.md").read_text()
     assert "1 of 2 runs: 2 cells of 1 seeds" in text
-    assert "| sgd, stopped early |" in text
-    assert "| It helps. | scratch: test accuracy, %, es over sgd | - | 0 | undecided |" in text
+    assert "| sgd, stopped early | 1 |" in text
+    assert "| It helps. | scratch, es: test accuracy, %: - over sgd; - over sgd, average | 0 | undecided |" in text
     assert (folder / "accuracy.png").stat().st_size > 10_000
     assert command("study", "small.yaml", "--tables", cwd=tmp_path)[0] == 0
     assert (folder / "README.md").read_text() == text
+    code, out, _ = command("study", "small.yaml", "--tables", "--parent.lr", "0.5", cwd=tmp_path)
+    assert "2 runs, 2 to do" in out  # rows of other settings are not these, and stay
+    assert command("study", "small.yaml", "--tables", cwd=tmp_path)[0] == 0
+    assert (folder / "README.md").read_text() == text
+    for flags, wrong in (
+        (("--run.seed", "3"), "--run.seed: a study gives each run its own"),
+        (("--parent.weights", "none.pt"), "scratch.es: parent.weights"),
+    ):
+        refused = command("study", "small.yaml", *flags, cwd=tmp_path)
+        assert (refused[0], refused[2][: len(wrong) + 9]) == (2, f"spartan: {wrong}")
     (folder / "rows.csv").write_text("a,b\n1,2\n")
     refused = command("study", "small.yaml", "--tables", cwd=tmp_path)
     assert refused == (2, "", "spartan: small/rows.csv: no rows of a study: column group is missing\n")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 
 import pandas as pd
 
 from spartan_ray.errors import InputError
 from spartan_ray.run.checkpoint import write_whole
+from spartan_ray.run.place import lock_folder
 
 
 def scale(arguments: argparse.Namespace) -> int:
@@ -19,19 +21,19 @@ def scale(arguments: argparse.Namespace) -> int:
             raise InputError(f"--populations {population}: mirrored pairs: even, and at least 2")
     if arguments.draws < 1:
         raise InputError(f"--draws {arguments.draws}: at least 1")
+    if not arguments.tables and not arguments.runs:
+        raise InputError("scale: name a run, or give --tables")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "scores").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"-o {folder}: cannot be made: {error.strerror}") from None
-    try:
-        if not arguments.tables:
+    if not arguments.tables:
+        with lock_folder(folder / "scores"):
             _score(arguments, folder)
-    finally:  # also of what was interrupted
-        rows = folder / "rows.jsonl"
-        if rows.exists():
-            write_tables(rows, folder)
-    if not rows.exists():
+    elif not (folder / "rows.jsonl").exists():
         raise InputError(f"-o {folder}: has no rows.jsonl yet")
+    else:
+        write_tables(folder)
     print(folder / "README.md", flush=True)
     return 0
 
@@ -45,22 +47,32 @@ def _score(arguments: argparse.Namespace, folder: Path) -> None:
     if unknown:
         raise InputError(f"--ways {unknown[0]!r}: one of {'; '.join(WAYS)}")
     set_up(threads=arguments.threads)
+    ways = {name: WAYS[name] for name in arguments.ways or WAYS}
+    parents = [
+        Scaling(run, folder, arguments.populations, arguments.draws, lambda text: print(text, flush=True))
+        for run in arguments.runs
+    ]
+    for parent in parents:
+        for name, way in ways.items():
+            parent.refuse_unfit(name, way)
     leave = join_ray(arguments.address)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
     try:
-        for run in arguments.runs:
-            scaling = Scaling(run, folder, arguments.populations, arguments.draws, lambda text: print(text, flush=True))
-            scaling.baselines()
-            for name in arguments.ways or WAYS:
-                scaling.way(name, WAYS[name], arguments.workers)
+        for parent in parents:
+            parent.baselines()
+            for name, way in ways.items():
+                parent.way(name, way, arguments.workers)
+                write_tables(folder)
     finally:
         leave()
 
 
-def write_tables(rows_path: Path, folder: Path) -> None:
+def write_tables(folder: Path) -> None:
     """README.md and pictures, from rows.jsonl."""
+    from spartan_ray.study.scale import read_rows
     from spartan_ray.study.scale_tables import draw, write_up
 
-    rows = pd.read_json(rows_path, lines=True)
+    rows = pd.DataFrame(read_rows(folder / "rows.jsonl"))
     write_whole(folder / "README.md", write_up(rows, folder.name).encode())
     for fitness in ("accuracy", "loss"):
         draw(rows, fitness, folder / f"{fitness}.png")

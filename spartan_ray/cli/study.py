@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 from spartan_ray.cli.flags import given_fields, with_absolute_paths
+from spartan_ray.cli.train import check_paths
+from spartan_ray.distributed.address import ray_address
 from spartan_ray.errors import InputError
 from spartan_ray.run.checkpoint import write_whole
-from spartan_ray.run.config import Config
+from spartan_ray.run.place import lock_folder
+from spartan_ray.run.setup import make_strategy
 from spartan_ray.study.plan import Planned, Study, load_study, planned_runs
 from spartan_ray.study.rows import Rows
+
+# What a study says of the `run` section itself.
+OF_STUDY = {"seed", "name", "out", "resume"}
 
 
 def run_study(arguments: argparse.Namespace) -> int:
     """Run what is missing, and write what there is; 1 if a run failed."""
-    study = load_study(arguments.file)
-    runs = [
-        replace(run, config=with_absolute_paths(run.config)) for run in planned_runs(study, given_fields(arguments))
-    ]
+    study, given = load_study(arguments.file), given_fields(arguments)
+    for name in OF_STUDY & given.get("run", {}).keys():
+        raise InputError(f"--run.{name}: a study gives each run its own")
+    runs = [replace(run, config=with_absolute_paths(run.config)) for run in planned_runs(study, given)]
     folder: Path = arguments.folder or arguments.file.with_suffix("")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"-o {folder}: cannot be made: {error.strerror}") from None
     rows = Rows(folder / "rows.csv")
     missing = [run for run in runs if not rows.has(run)]
     print(f"{len(runs)} runs, {len(missing)} to do: {folder / 'runs'}", flush=True)
     failed: list[str] = []
-    try:
-        if missing and not arguments.tables:
-            failed = _run(study, missing, rows, folder / "runs", runs[0].config)
-    finally:  # also of a study that was interrupted
+    if missing and not arguments.tables:
+        _check(missing)
+        with lock_folder(folder / "runs"):
+            try:
+                failed = _run(study, missing, rows, folder / "runs")
+            finally:  # also of a study that was interrupted
+                write_tables(study, runs, rows, folder)
+    else:
         write_tables(study, runs, rows, folder)
     print(f"{folder / 'README.md'}", flush=True)
     for line in failed:
@@ -40,7 +51,23 @@ def run_study(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _run(study: Study, missing: list[Planned], rows: Rows, folder: Path, config: Config) -> list[str]:
+def _check(missing: list[Planned]) -> None:
+    """Answer what is wrong with a cell before Ray starts. Raises InputError that begins with its name."""
+    local = ray_address(missing[0].config.cluster.address)[0] == "local"
+    seen = set()
+    for run in missing:
+        config = run.config
+        try:
+            make_strategy(config.evolution, classes=2)
+            paths = (config.data.name, config.data.root, config.parent.weights, config.parent.model, config.run.loggers)
+            if local and paths not in seen:
+                seen.add(paths)
+                check_paths(config, new=True)
+        except InputError as error:
+            raise InputError(f"{run.group}.{run.method}: {error}") from None
+
+
+def _run(study: Study, missing: list[Planned], rows: Rows, folder: Path) -> list[str]:
     import ray
 
     from spartan_ray.distributed.start import join_ray
@@ -50,7 +77,8 @@ def _run(study: Study, missing: list[Planned], rows: Rows, folder: Path, config:
     def ended(run: Planned, place: Path) -> None:
         rows.add(run, read_run(place), place)
 
-    leave = None if ray.is_initialized() else join_ray(config.cluster.address)
+    leave = None if ray.is_initialized() else join_ray(missing[0].config.cluster.address)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
     try:
         return Runner(folder.absolute(), study.at_once, ended, lambda text: print(text, flush=True)).run(missing)
     finally:

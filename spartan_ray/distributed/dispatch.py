@@ -73,6 +73,7 @@ class Dispatcher:
         now = transport.now()
         self.nodes_seen = self.tend_at = now  # when the nodes were last looked at, and the workers are next
         self.began = now  # to cover a range
+        self.looked = now  # whether a task had ended, or when to cover a range was begun
         self.progress = now  # something was last done
         self.manned = now  # a worker was last there
         self.covering = self.had_workers = False
@@ -119,10 +120,15 @@ class Dispatcher:
         self.began = self.progress = self.manned = self.transport.now()
         self.covering = True
         self._look_who_is_late()
+        for slot in self.slots:
+            slot.unwatched += self.began - self.looked
         answered = self.transport.wait(list(self.tasks), 0) if self.tasks else []
         self.counts["late_results"] += sum(end.error is None for end in self._receive(answered))
         while range_.left:
             self._dispatch(range_)
+            if range_.waiting and not self.tasks and not self.starts and self.infos:
+                # The one who is left was contradicted before, and is not believed alone: ask another one.
+                self._replace(self.slots[0], Lost("it is alone, and what it says was wrong before"))
             ended = deque(self._collect())
             while ended:
                 end = ended.popleft()
@@ -186,7 +192,7 @@ class Dispatcher:
 
     def _add(self, task: Task) -> None:
         if not task.slot.tasks:
-            task.slot.since = self.transport.now()
+            task.slot.since, task.slot.unwatched = self.transport.now(), 0.0
         task.slot.tasks.append(task)
         self.tasks[task.reference] = task
 
@@ -203,6 +209,7 @@ class Dispatcher:
         ended = self._tend()
         # Without tasks it is a worker that is waited for, which is to be started.
         ready = self.transport.wait(list(self.tasks), 0 if ended else POLL_SECONDS)
+        self.looked = self.transport.now()
         self.advance(0, 0)
         return ended + self._receive(ready)
 
@@ -227,7 +234,7 @@ class Dispatcher:
         if task.range:
             task.range.seconds += now - slot.since
             task.range.elements += len(task.span)
-        slot.heard = slot.since = now
+        slot.heard, slot.since, slot.unwatched = now, now, 0.0
         slot.late = False
         slot.tasks.remove(task)
         del self.tasks[task.reference]
@@ -259,9 +266,11 @@ class Dispatcher:
         self._look_for_progress(now)
         ended = []
         for slot in list(self.slots):
-            if slot.info and slot.tasks and slot.tasks[0].range:
-                usual = slot.tasks[0].range.expected(slot.tasks[0].span)
-                if now - slot.since > self.cluster.task_timeout + HANG_FACTOR * usual:
+            if slot.tasks and (slot.info or slot.doubted):
+                doing = slot.tasks[0].range
+                usual = doing.expected(slot.tasks[0].span) if doing else 0.0
+                # An answer may wait where nobody has looked since.
+                if now - slot.since - slot.unwatched > self.cluster.task_timeout + HANG_FACTOR * usual:
                     ended += self._fail(
                         slot, Failed(f"no answer for {self.cluster.task_timeout:g} s or more (cluster.task_timeout)")
                     )
@@ -295,19 +304,24 @@ class Dispatcher:
         """Start workers where there is new room, give up waiting for room that is gone."""
         starting = [slot for slot in self.slots if not slot.info and not slot.doubted]
         leaving = self.room.leaving
-        self.room = self.transport.room(len(self.slots) - len(starting), len(starting))
+        self.room = self.transport.room(len(self._staying()) - len(starting), len(starting))
         held = sum(slot.info.node in self.room.leaving - leaving for slot in self.slots if slot.info)
         if held:
             self.note(f"workers whose nodes are about to go, and that get no more work: {held}")
         self.size = self.room.workers
         wanted = self.size - sum(node in self.room.up for node in self.refused)
-        missing = max(0, wanted - len(self.slots))
+        staying = len(self._staying())
+        missing = max(0, wanted - staying)
         fresh = max(0, missing - len(self.starts))
         new = [(self.transport.now(), self.places + number, 0) for number in range(fresh)]
         self.places += fresh
         self.starts = (self.starts + new)[:missing]
-        for slot in starting[: max(0, len(self.slots) - wanted)]:
+        for slot in starting[: max(0, staying - wanted)]:
             self._remove(slot)
+
+    def _staying(self) -> list[Slot]:
+        """The workers but for those whose nodes are about to go."""
+        return [slot for slot in self.slots if not (slot.info and slot.info.node in self.room.leaving)]
 
     def _welcome(self, slot: Slot, info: WorkerInfo) -> list[End]:
         """Let a worker in that computes as this process does; the tasks of one that did so no longer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from spartan_ray.distributed.protocol import Failed, Lost
 
 # What goes through relays; other tasks are few, and what they bring may be large.
 RELAYED_METHOD = "evaluate"
+# Seconds after which a relay that has heard no answer says so.
+SPEAK_SECONDS = 10.0
 # A task: its number, that of its worker, and the arguments.
 Sent = tuple[int, int, tuple[Any, ...]]
 
@@ -33,7 +36,7 @@ class Relay:
 
     async def exchange(self, workers: dict[int, ActorHandle[Any]], tasks: list[Sent]) -> list[tuple[int, Any]]:
         """Take tasks, and workers that are new; answers by the numbers of their tasks, as soon as there is one or the
-        next call has come."""
+        next call has come, and none after a while, which shows that this process is there."""
         async with self.news:
             self.calls += 1
             call = self.calls
@@ -46,7 +49,9 @@ class Relay:
                 following = asyncio.ensure_future(self._follow(number, reference))
                 self.following.add(following)
                 following.add_done_callback(self.following.discard)
-            await self.news.wait_for(lambda: self.answers or call != self.calls)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SPEAK_SECONDS):
+                    await self.news.wait_for(lambda: self.answers or call != self.calls)
             answers, self.answers = self.answers, []
             return answers
 

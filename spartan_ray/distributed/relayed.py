@@ -16,12 +16,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spartan_ray.distributed.config import Cluster
 from spartan_ray.distributed.protocol import Failed, Lost
-from spartan_ray.distributed.relay import RELAYED_METHOD, Relay, Sent
+from spartan_ray.distributed.relay import RELAYED_METHOD, SPEAK_SECONDS, Relay, Sent
 from spartan_ray.distributed.transport import ANSWERS_PER_SECOND, RayTransport, actor_name
 from spartan_ray.distributed.worker import Worker
 
 # With fewer nodes the driver is fast enough; with fewer workers on each there is little to send together.
 RELAYED_NODES, WORKERS_PER_NODE = 8, 4
+# Seconds of waiting after which a relay hangs that has said nothing, not even that it has nothing to say.
+SILENT_SECONDS = 3 * SPEAK_SECONDS
 # The answers that are counted on then.
 RELAYED_ANSWERS_PER_SECOND = 3000.0
 
@@ -44,8 +46,9 @@ class Node:
     name: str
     workers: dict[Any, int] = field(default_factory=dict)  # and their numbers
     relay: Any = None
-    up: bool = False  # it has answered since somebody last had doubts
+    up: bool = False  # it has answered
     listening: int = 0  # calls of `exchange` in flight
+    heard: float = 0.0  # when the first of them was sent, or the relay last spoke
     unknown: dict[int, Any] = field(default_factory=dict)  # workers that the relay has not heard of
     unsent: list[Sent] = field(default_factory=list)
     unanswered: dict[int, Ticket] = field(default_factory=dict)
@@ -70,6 +73,7 @@ class RelayTransport(RayTransport):
         self.nodes: dict[str, Node] = {}
         self.node_of: dict[Any, Node] = {}  # by worker
         self.calls: dict[Any, Node] = {}  # of relays, in flight, by their references
+        self.looked = self.now()  # when `wait` last ended
 
     @property
     def relayed(self) -> bool:
@@ -97,11 +101,7 @@ class RelayTransport(RayTransport):
             name=actor_name(self.name, "relay"), num_cpus=0, scheduling_strategy=there, enable_task_events=False
         )
         node.relay = relay.remote(self.name)
-        self._doubt(node)
-
-    def _doubt(self, node: Node) -> None:
-        """Use no relay before it has answered: its process may be starting, or hang."""
-        node.up = False
+        # It is used once it has answered: its process takes its time to start.
         self.calls[node.relay.answer.remote()] = node
 
     def submit(self, worker: ActorHandle[Any], method: str, *arguments: Any) -> Any:
@@ -118,10 +118,12 @@ class RelayTransport(RayTransport):
     def _exchange(self, node: Node) -> None:
         self.calls[node.relay.exchange.remote(node.unknown, node.unsent)] = node
         node.unknown, node.unsent = {}, []
+        node.heard = node.heard if node.listening else self.now()
         node.listening += 1
 
     def wait(self, references: list[Any], seconds: float) -> list[Any]:
         for node in self.nodes.values():
+            node.heard += self.now() - self.looked  # nobody has listened
             if node.unsent or (node.unanswered and not node.listening):
                 self._exchange(node)
         tickets = [reference for reference in references if isinstance(reference, Ticket)]
@@ -137,6 +139,10 @@ class RelayTransport(RayTransport):
         for reference in ready:
             if reference in calls:
                 self._hear(reference)
+        self.looked = self.now()
+        for node in self.nodes.values():
+            if node.listening and self.looked - node.heard > SILENT_SECONDS:
+                self._go_without(node)
         direct = [ticket_of.get(reference, reference) for reference in ready if reference not in calls]
         return direct + [ticket for ticket in tickets if ticket.answered]
 
@@ -153,13 +159,13 @@ class RelayTransport(RayTransport):
         if answers is None:
             node.up = True
             return
-        node.listening -= 1
+        node.listening, node.heard = node.listening - 1, self.now()
         for number, answer in answers:
             if ticket := node.unanswered.pop(number, None):  # else its worker was killed since
                 ticket.answered, ticket.answer = True, answer
 
     def _go_without(self, node: Node) -> None:
-        """A relay is gone, and with it what its workers have answered."""
+        """A relay is gone, or hangs, and with it what its workers have answered."""
         tickets, worked = list(node.unanswered.values()), node.up
         self._forget_relay(node)
         node.unknown = {number: worker for worker, number in node.workers.items()}
@@ -188,14 +194,10 @@ class RelayTransport(RayTransport):
             number = node.workers.pop(worker)
             node.unknown.pop(number, None)
             node.unsent = [sent for sent in node.unsent if sent[1] != number]
-            waited_for = [task for task, ticket in node.unanswered.items() if ticket.worker == worker]
-            for task in waited_for:
-                del node.unanswered[task]
+            node.unanswered = {task: one for task, one in node.unanswered.items() if one.worker != worker}
             if not node.workers:
                 self._forget_relay(node)
                 del self.nodes[node.name]
-            elif waited_for and node.up:
-                self._doubt(node)
         super().kill(worker)
 
     def end(self, workers: list[ActorHandle[Any]]) -> None:

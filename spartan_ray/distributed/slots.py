@@ -23,6 +23,7 @@ class Slot:
     tasks: list[Task] = field(default_factory=list)  # in the order in which it does them
     heard: float = -math.inf  # when it last answered
     since: float = 0.0  # the same, or when it began to have something to answer
+    unwatched: float = 0.0  # seconds of those since then in which nobody looked whether it had answered
     late: bool = False  # as it was when somebody last looked
     paces: dict[Hashable, float] = field(default_factory=dict)  # seconds a member, by kind of score
 

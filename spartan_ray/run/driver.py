@@ -37,7 +37,7 @@ from spartan_ray.run.checkpoint import (
 from spartan_ray.run.config import Config
 from spartan_ray.run.esgd import Parents
 from spartan_ray.run.journal import write_journal
-from spartan_ray.run.loading import refuse_changes
+from spartan_ray.run.loading import MAY_CHANGE, refuse_changes
 from spartan_ray.run.loggers import About, Logger, make_loggers
 from spartan_ray.run.place import Place, exists
 from spartan_ray.run.progress import Progress
@@ -294,7 +294,7 @@ class Driver:
         if checkpoint:
             before = checkpoint.loop.config
             refuse_changes(str(self.folder), before, config)
-            data = before.data.model_copy(update={"root": config.data.root})
+            data = before.data.model_copy(update={name: getattr(config.data, name) for name in MAY_CHANGE["data"]})
             config = before.model_copy(update={"run": config.run, "data": data, "cluster": config.cluster})
         threads = config.parent.threads or config.cluster.driver_cpus or len(os.sched_getaffinity(0))
         parent = config.parent.model_copy(update={"threads": threads})

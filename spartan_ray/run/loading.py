@@ -135,7 +135,8 @@ def refuse_links(folder: Path) -> None:
 
 
 # What may change when a run goes on; the digest of the images is compared by itself. Where a run is, is no part of it.
-MAY_CHANGE = {"run": {"epochs", "patience", "keep", "keep_best", "loggers", "resume", "out", "name"}, "data": {"root"}}
+MAY_CHANGE = {"run": {"epochs", "patience", "keep", "keep_best", "keep_parents", "loggers", "resume", "out", "name"}}
+MAY_CHANGE["data"] = {"root", "download"}
 # What is open, as none, until a run has begun.
 DECIDED = {"parent": ("threads",), "evolution": ("accept", "lr", "wave")}
 
@@ -143,7 +144,7 @@ DECIDED = {"parent": ("threads",), "evolution": ("accept", "lr", "wave")}
 def refuse_changes(place: str, before: Config, now: Config) -> None:
     """Raises InputError where a run cannot go on with this configuration."""
     if changed := differences(before, _as_decided(before, now)):
-        may = "cluster, data.root and run.keep, keep_best, loggers, epochs and patience"
+        may = "cluster, data.root and run.keep, keep_best, keep_parents, loggers, epochs and patience"
         raise InputError(f"{place}: only {may} may change on resume: {'; '.join(changed)}")
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from spartan_ray.errors import InputError
 from spartan_ray.run.config import Config
 from spartan_ray.run.loading import load_config, override
-from spartan_ray.section import Section
+from spartan_ray.section import Section, perhaps
 
 # What changes no number of a run.
 NO_RESULT: dict[str, Any] = {
@@ -36,6 +37,11 @@ Measure = Literal[
 ]
 
 
+# What a way is called that is of a method and not its end.
+AVERAGE, STOPPED = ", average", ", stopped early"
+SUFFIXES = (AVERAGE, STOPPED)
+
+
 class Claim(Section):
     """What somebody says of a way, to be confirmed or not."""
 
@@ -44,11 +50,12 @@ class Claim(Section):
     says: str
     group: str
     way: str
-    over: str | None = None
-    """The way that it is compared with, seed by seed (default: none; the measure is compared with 0)."""
+    over: list[str] = Field(default_factory=list)
+    """The ways that it is compared with, seed by seed, all of which it is to stand (default: the measure is compared
+    with 0)."""
     measure: Measure = "test_accuracy"
-    higher: bool = True
-    """Whether it says that the measure is higher, not lower."""
+    expects: Literal["higher", "lower", "not higher"] = "higher"
+    """What it says of the measure."""
 
 
 class Picture(Section):
@@ -73,7 +80,7 @@ class Study(Section):
     grid: Annotated[list[dict[str, dict[str, dict[str, Any]]]], Field(min_length=1)]
     """Axes by name, each with its settings by name; every combination is a cell. The last axis is the method, and
     methods are compared with each other where all other axes have the same settings."""
-    seeds: PositiveInt | list[Annotated[int, Field(ge=0)]] = 5
+    seeds: PositiveInt | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = 5
     """The seeds of each cell, or how many, from 0."""
     at_once: PositiveInt = 1
     """Runs at a time."""
@@ -81,6 +88,18 @@ class Study(Section):
     """Ways that the others are compared with, seed by seed."""
     claims: list[Claim] = Field(default_factory=list)
     pictures: list[Picture] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _names(self) -> Study:
+        if isinstance(self.seeds, list) and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"study.seeds: {self.seeds} has one twice")
+        for axes in self.grid:
+            if not axes or not all(axes.values()):
+                raise ValueError("study.grid: an axis without settings")
+            for name in itertools.chain(*axes.values()):
+                if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                    raise ValueError(f"study.grid: {name!r}: letters, digits, '_' and '-' only")
+        return self
 
 
 @dataclass(frozen=True)
@@ -94,15 +113,19 @@ class Planned:
 
     @property
     def key(self) -> str:
-        """Of all that its numbers depend on but the seed, the machine and the versions."""
-        values = self.config.model_dump(exclude=NO_RESULT, exclude_defaults=True)
-        if weights := values.get("parent", {}).get("weights"):
-            values["parent"]["weights"] = Path(weights).name
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+        return key_of(self.config)
 
     @property
     def name(self) -> str:
         return f"{self.group}.{self.method}-{self.seed}-{self.key}"
+
+
+def key_of(config: Config) -> str:
+    """Of all that a run's numbers depend on but the seed, the machine and the versions."""
+    values = config.model_dump(exclude=NO_RESULT, exclude_defaults=True)
+    if weights := values.get("parent", {}).get("weights"):  # runs end with files of the same name
+        values["parent"]["weights"] = "/".join(Path(weights).parts[-2:])
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def load_study(path: Path) -> Study:
@@ -138,12 +161,27 @@ def planned_runs(study: Study, given: dict[str, dict[str, Any]]) -> list[Planned
                 cells[cell] = override(config, _merged(base, *(sections for _, sections in settings), given))
             except InputError as error:
                 raise InputError(f"{'.'.join(names)}: {error}") from None
+    _refuse_names(study, list(cells))
     seeds = range(study.seeds) if isinstance(study.seeds, int) else study.seeds
     return [
         Planned(group, method, seed, override(config, {"run": {"seed": seed, "resume": "auto"}}))
         for seed in seeds
         for (group, method), config in cells.items()
     ]
+
+
+def _refuse_names(study: Study, cells: list[tuple[str, str]]) -> None:
+    """Raises InputError for a way that is to be compared or drawn and is not in the grid."""
+    suffixes = ("", *SUFFIXES)
+    ways = {group: [f"{name}{end}" for of, name in cells for end in suffixes if of == group] for group, _ in cells}
+    asked = [("baselines", group, way) for way in study.baselines for group in ways]
+    asked += [("claims", claim.group, way) for claim in study.claims for way in (claim.way, *claim.over)]
+    asked += [("pictures", picture.group, way) for picture in study.pictures for way in picture.methods]
+    for where, group, way in asked:
+        if group not in ways:
+            raise InputError(f"{where}: {group}: no such group{perhaps(group, ways)}")
+        if way not in ways[group]:
+            raise InputError(f"{where}: {way}: no such way in {group}{perhaps(way, ways[group])}")
 
 
 def _merged(*all_sections: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from spartan_ray.study.plan import Planned
 RUN = ["group", "method", "seed", "key"]
 SPLITS = [f"{split}_{what}" for split in ("evolution", "validation", "test") for what in ("loss", "accuracy")]
 NUMBERS = ["train_loss", *SPLITS, *(f"average_{name}" for name in SPLITS), "step_ratio"]
-COLUMNS = [*RUN, "processor", "weights", "epoch", "kind", *NUMBERS, "trained", "scored", "seconds"]
+COLUMNS = [*RUN, "processor", "start", "weights", "epoch", "kind", *NUMBERS, "trained", "scored", "seconds"]
 
 
 class Rows:
@@ -29,7 +29,7 @@ class Rows:
         self.frame = pd.DataFrame({name: [] for name in COLUMNS})
         if path.exists():
             try:
-                self.frame = _typed(pd.read_csv(path, dtype=str))
+                self.frame = _typed(pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""]))
             except KeyError as error:
                 raise InputError(f"{path}: no rows of a study: column {error.args[0]} is missing") from None
             except (OSError, ValueError) as error:
@@ -37,15 +37,16 @@ class Rows:
 
     def has(self, run: Planned) -> bool:
         """Whether a run is done."""
-        frame = self.frame
-        return bool(((frame["key"] == run.key) & (frame["seed"] == run.seed) & _of(frame, run)).any())
+        return bool(_of(self.frame, run).any())
 
     def add(self, run: Planned, record: RunRecord, folder: Path) -> None:
         """Take the rows of a run that ended, and write the file."""
         metrics, new = record.metrics, pd.DataFrame(index=record.metrics.index)
-        digest = hashlib.sha256((folder / "final.safetensors").read_bytes()).hexdigest()[:16]
         about: dict[str, Any] = {name: getattr(run, name) for name in RUN}
-        for name, value in (about | {"processor": record.environment.processor, "weights": digest}).items():
+        about |= {"processor": record.environment.processor, "weights": _digest(folder / "final.safetensors")}
+        start = run.config.parent.weights  # of runs from scratch there is none
+        about["start"] = _digest(Path(start)) if start not in ("none", "imagenet") else start
+        for name, value in about.items():
             new[name] = value
         for name in ("epoch", "kind", *NUMBERS, "seconds"):
             new[name] = metrics.get(name)
@@ -53,16 +54,13 @@ class Rows:
         new["trained"] = (metrics["images_per_second"] * metrics["seconds"]).round().where(sgd, 0).astype(int)
         new["scored"] = metrics["images_scored"].fillna(0).astype(int) if "images_scored" in metrics else 0
         new = _typed(new)
-        others = self.frame[~((self.frame["seed"] == run.seed) & _of(self.frame, run))]
+        others = self.frame[~_of(self.frame, run)]
         self.frame = pd.concat([others, new], ignore_index=True) if len(others) else new
         write_whole(self.path, self.frame.to_csv(index=False).encode())
 
     def of(self, runs: list[Planned]) -> pd.DataFrame:
         """The rows of these runs, in their order."""
-        parts = [
-            self.frame[(self.frame["key"] == run.key) & (self.frame["seed"] == run.seed) & _of(self.frame, run)]
-            for run in runs
-        ]
+        parts = [self.frame[_of(self.frame, run)] for run in runs]
         return pd.concat(parts, ignore_index=True) if parts else self.frame[:0]
 
 
@@ -78,5 +76,12 @@ def _typed(text: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of(frame: pd.DataFrame, run: Planned) -> pd.Series[bool]:
-    """Which rows are of the cell of a run."""
-    return (frame["group"] == run.group) & (frame["method"] == run.method)
+    """Which rows are a run's. Rows of another key are of what the cell was once, and stay."""
+    mine = pd.Series(True, index=frame.index)
+    for name in RUN:
+        mine &= frame[name] == getattr(run, name)
+    return mine
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

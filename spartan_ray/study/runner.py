@@ -10,6 +10,9 @@ from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
+from spartan_ray.distributed.config import Cluster
+from spartan_ray.distributed.nodes import grows, nodes_here_first
+from spartan_ray.distributed.placement import resolve_cluster, workers_that_fit
 from spartan_ray.errors import InputError, RunError, one_line
 from spartan_ray.run.supervisor import Supervisor
 from spartan_ray.study.plan import Planned
@@ -37,22 +40,25 @@ class Runner:
         """Run them in their order; what went wrong, a line a run."""
         waiting, started, said = deque(runs), time.monotonic(), time.monotonic()
         total = sum(run.config.run.epochs for run in runs)
+        at_once = max(1, min([self.at_once, *(fit_together(run.config.cluster, self.at_once) for run in runs)]))
+        if at_once < self.at_once:
+            self.say(f"{at_once} at a time: drivers and workers of more do not fit this Ray")
         try:
             while waiting or self.active:
-                while waiting and len(self.active) < self.at_once:
+                while waiting and len(self.active) < at_once:
                     self._start(waiting.popleft())
                 for supervisor in list(self.active):
                     self._watch(supervisor)
-                if time.monotonic() - said > SAY_SECONDS and self.epochs_done:
+                if time.monotonic() - said > SAY_SECONDS:
                     said = time.monotonic()
                     done = self.epochs_done + sum(self.epochs.values())
-                    left = (said - started) / done * (total - done)
+                    left = f"{_time((said - started) / done * (total - done))} left" if done else "no epoch has ended"
                     where = ", ".join(
                         f"{run.name} epoch {self.epochs[one]}/{run.config.run.epochs}"
                         for one, run in self.active.items()
                     )
                     count = len(runs) - len(waiting) - len(self.active)
-                    self.say(f"{count}/{len(runs)} runs; {where}; {_time(left)} left")
+                    self.say(f"{count}/{len(runs)} runs; {where}; {left}")
         except KeyboardInterrupt:
             self._stop()
             raise
@@ -76,7 +82,9 @@ class Runner:
         run = self.active[supervisor]
         try:
             ended, progress = supervisor.watch(WATCH_SECONDS / len(self.active))
-            supervisor.unsaid.clear()
+            while supervisor.unsaid:
+                if isinstance(said := supervisor.unsaid.popleft(), str):  # a row is in the record
+                    self.say(f"{run.name}: {said}")
             self.epochs[supervisor] = max(0, progress.epoch - 1)
             if not ended:
                 return
@@ -107,6 +115,21 @@ class Runner:
                     pass
             except (RayError, RunError):  # an interrupt of the whole group ended it too
                 continue
+
+
+def fit_together(cluster: Cluster, most: int) -> int:
+    """How many runs, of `most`, have room on this Ray at a time, each for its driver and its first workers; all where
+    nodes are started when they are asked for."""
+    if grows():
+        return most
+    nodes = [node["Resources"] for node in nodes_here_first()]
+    cluster = resolve_cluster(cluster, nodes)
+    workers = cluster.workers if isinstance(cluster.workers, int) else cluster.least_workers
+    for count in range(most, 1, -1):
+        drivers = {"driver_cpus": count * cluster.driver_cpus, "driver_gpus": count * (cluster.driver_gpus or 0.0)}
+        if workers_that_fit(cluster.model_copy(update=drivers), nodes) >= count * workers:
+            return count
+    return 1
 
 
 def _time(seconds: float) -> str:

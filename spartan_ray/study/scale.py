@@ -4,6 +4,7 @@ them. Shapes: D parameters, K members, M statistics."""
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import re
@@ -31,9 +32,10 @@ from spartan_ray.engine.strategies.requests import (
 from spartan_ray.engine.strategies.shaping import zscore
 from spartan_ray.errors import InputError
 from spartan_ray.noise.contract import member_seeds
-from spartan_ray.run.checkpoint import be_after_epoch, epochs_kept, latest_checkpoint
+from spartan_ray.run.checkpoint import be_after_epoch, epochs_kept, latest_checkpoint, write_whole
 from spartan_ray.run.loading import load_run_config, refuse_code
 from spartan_ray.run.setup import REFERENCE_IMAGES
+from spartan_ray.study.plan import key_of
 from spartan_ray.vision.averaging import Average
 from spartan_ray.vision.classification import Classification, Normaliser, recalibrate, score
 from spartan_ray.vision.data import Images, load_splits
@@ -87,6 +89,7 @@ class Scaling:
         """Rows and scores are kept in `folder`, and what is there is not done again. Raises InputError for a run that
         cannot be used."""
         self.folder, self.populations, self.draws, self.say = folder, sorted(populations), draws, say
+        self.name = run.resolve().name
         self.config = config = load_run_config(run)
         refuse_code(run, config, "its networks cannot be scaled")
         checkpoint, _ = latest_checkpoint(run, say)
@@ -102,10 +105,11 @@ class Scaling:
         in_a_row = next((count for count, epoch in enumerate(reversed(kept)) if epoch != kept[-1] - count), len(kept))
         be_after_epoch(self.network, checkpoint, run / "checkpoints", in_a_row, self._remember)
         self.buffers = [buffer.clone() for buffer in self.model.buffers]
-        self.weights = self.model.digest()[:12]
+        self.about = {"key": key_of(config), "seed": config.run.seed, "weights": self.model.digest()[:12]}
         self.rows_path = folder / "rows.jsonl"
-        lines = self.rows_path.read_text().splitlines() if self.rows_path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(text) for text in lines]
+        self.rows = read_rows(self.rows_path)
+        if other := next((row for row in self.rows if row["key"] != self.about["key"]), None):
+            raise InputError(f"{self.rows_path}: has rows of parents of another configuration ({other['key']})")
 
     def _remember(self, epoch: int) -> None:
         self.thetas.append(self.model.theta_D.clone())
@@ -140,13 +144,11 @@ class Scaling:
         return {"loss": result.loss, "accuracy": result.accuracy}
 
     def _add(self, **row: Any) -> None:
-        row = {"weights": self.weights, "width": self.config.parent.width} | row
-        self.rows.append(row)
-        with self.rows_path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.rows.append(self.about | row)
+        write_whole(self.rows_path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def _is_done(self, **row: Any) -> bool:
-        wanted = {"weights": self.weights} | row
+        wanted = self.about | row
         return any(all(found.get(name) == value for name, value in wanted.items()) for found in self.rows)
 
     def baselines(self) -> None:
@@ -163,8 +165,23 @@ class Scaling:
                 self._average(kind, count).become()
             found = self._judge(self.splits.test)
             self._add(way=name, **{f"test_{what}": value for what, value in found.items()})
-            self.say(f"{self.weights} {name}: test accuracy {found['accuracy']:.4f}")
+            self.say(f"{self.name} {name}: test accuracy {found['accuracy']:.4f}")
         self._begin()
+
+    def refuse_unfit(self, name: str, way: Way) -> None:
+        """Raises InputError for a way that needs more evolution images or epochs than there are."""
+        if not way.own and way.images + self.search_images > len(self.splits.evolution):
+            raise InputError(
+                f"{self.name}: {name}: {way.images} common images and {self.search_images} that search a length do not "
+                f"fit data.evolution_images ({len(self.splits.evolution)})"
+            )
+        if (way.of_average or way.subspace != "none") and len(self.thetas) == 1:
+            raise InputError(f"{self.name}: {name}: the run has kept its last epoch alone (run.keep)")
+
+    @property
+    def search_images(self) -> int:
+        """How many evolution images the length of an update is searched on."""
+        return min(SEARCH_IMAGES, len(self.splits.evolution) // 2)
 
     def way(self, name: str, way: Way, workers: int | Literal["local", "auto"]) -> None:
         """One update by every population and draw, by loss and by accuracy."""
@@ -177,9 +194,6 @@ class Scaling:
             if not self._is_done(way=name, population=count, draw=draw, fitness=fitness)
         ]
         if not wanted:
-            return
-        if (way.of_average or way.subspace != "none") and len(self.thetas) == 1:
-            self.say(f"{name}: left out, since the run has kept one epoch (run.keep)")
             return
         with self._population(way, workers) as population:
             population.begin(("fitness", "search"), 1)
@@ -207,7 +221,7 @@ class Scaling:
                 images = count * way.images
                 self._add(way=name, population=count, draw=draw, fitness=fitness, images=images, **row)
                 gain = after["test"]["accuracy"] - before["test"]["accuracy"]
-                self.say(f"{self.weights} {name}: {count:,} members, draw {draw}, by {fitness}: test {gain:+.4f}")
+                self.say(f"{self.name} {name}: {count:,} members, draw {draw}, by {fitness}: test {gain:+.4f}")
 
     def _population(self, way: Way, workers: int | Literal["local", "auto"]) -> Population:
         """What scores the members of a way."""
@@ -217,12 +231,6 @@ class Scaling:
         fitness = Classification(
             splits.evolution, reference, splits.mean_C, splits.std_C, "loss", "running", evolution.precision
         )
-        search = min(SEARCH_IMAGES, len(splits.evolution) // 2)
-        if not way.own and way.images + search > len(splits.evolution):
-            raise InputError(
-                f"{way.images} common images and {search} to search a length do not fit data.evolution_images "
-                f"({len(splits.evolution)})"
-            )
         population = Population(
             self.network,
             fitness,
@@ -231,7 +239,7 @@ class Scaling:
             mutate=way.mutate,
             subspace=way.subspace,
             fitness_cases=None if way.own else way.images,
-            confirm_cases=search,
+            confirm_cases=self.search_images,
             note=self.say,
         )
         if way.subspace.startswith("trajectory"):
@@ -243,7 +251,8 @@ class Scaling:
 
     def _scores(self, name: str, way: Way, population: Population, members: Members) -> NDArray[np.float64]:
         """The members' mean statistics, K x M, from the file as far as it goes."""
-        path = self.folder / f"scores-{self.weights}-{re.sub(r'[^a-zA-Z0-9]+', '-', name)}.npy"
+        path = self.folder / "scores" / f"{self.about['weights']}-{re.sub(r'[^a-zA-Z0-9]+', '-', name)}.npy"
+        path.parent.mkdir(exist_ok=True)
         found = np.load(path) if path.exists() else np.empty((0, len(STATISTICS)))
         own = way.images if way.own else None
         if len(found) >= len(members):  # the length of an update is in mutations, of which it has seen none yet
@@ -253,8 +262,10 @@ class Scaling:
             scores = population.answer(Score(block, own=own))
             assert isinstance(scores, Scores)
             found = np.concatenate([found, scores.mean_KM])
-            np.save(path, found)
-            self.say(f"{self.weights} {name}: {len(found):,} of {len(members):,} members are scored")
+            content = io.BytesIO()
+            np.save(content, found)
+            write_whole(path, content.getvalue())
+            self.say(f"{self.name} {name}: {len(found):,} of {len(members):,} members are scored")
         return found[: len(members)]
 
     def _update(
@@ -269,6 +280,14 @@ class Scaling:
         cosine = population.answer(Compare())
         length = best_length(_answered(population, search_lengths(), column))
         return {"length": length, "cosine": cosine}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that were found. Raises InputError for a file that is none of rows."""
+    try:
+        return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
 
 
 @contextlib.contextmanager

@@ -13,12 +13,17 @@ from spartan_ray.report.plots import COLOURS, save
 from spartan_ray.report.tables import markdown
 from spartan_ray.study.statistics import Interval, interval
 
+# What the names of ways begin with that start from the average.
+OF_AVERAGE = "of the average"
+
 ABOUT = """Changes that one update makes of a parent, at the length that a search on other images takes: mean ± 95 % \
 interval by Student's t over {parents} parents, each the mean of its draws; bold where the interval excludes 0. \
 *Scored* images scored members, *unscored* are of the validation split, which scored nothing. Populations are nested: \
 draw d of K members are members d K to (d + 1) K of the largest one. *Spread* is the standard deviation of the test \
 change between the draws of a parent. *Cosine* is the update's to the direction in which the loss of the scored images \
-falls, *over chance* that over sqrt(pairs / parameters). *Gain* is the unscored change for a million images forwarded.
+falls, *over chance* that over sqrt(pairs / parameters). *Gain* is the unscored change for a million images forwarded. \
+The changes of a way that starts from the average are to that average; the picture adds what the average has over the \
+parent.
 """
 
 
@@ -63,9 +68,15 @@ def _bold(found: Interval, digits: int, factor: float) -> str:
     return f"**{text}**" if found.count > 1 and found.excludes_zero else text
 
 
+def _still(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of what did not evolve."""
+    still = rows[rows["fitness"].isna()] if "fitness" in rows else rows
+    return still.drop_duplicates(["weights", "way"], keep="last")
+
+
 def levels(rows: pd.DataFrame) -> pd.DataFrame:
     """What the parents' averages have over them, by baseline: a column each of `loss`, `accuracy` and `weights`."""
-    still = rows[rows["fitness"].isna()].drop_duplicates(["weights", "way"], keep="last")
+    still = _still(rows)
     parent = still[still["way"] == "parent"].set_index("weights")
     found = still[still["way"] != "parent"].copy()
     for what in ("loss", "accuracy"):
@@ -73,10 +84,16 @@ def levels(rows: pd.DataFrame) -> pd.DataFrame:
     return found[["way", "weights", "loss", "accuracy"]]
 
 
+def latest(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each seed's last parent: one that was trained on is another, and no independent one."""
+    return rows[rows["weights"] == rows["seed"].map(rows.groupby("seed")["weights"].last())]
+
+
 def write_up(rows: pd.DataFrame, name: str) -> str:
     """All tables."""
-    means, parents = changes(rows), rows["weights"].nunique()
-    still = rows[rows["fitness"].isna()].drop_duplicates(["weights", "way"], keep="last")
+    rows = latest(rows)
+    parents = rows["weights"].nunique()
+    still = _still(rows)
     lines = []
     for way, group in still.groupby("way", sort=False):
         over = levels(rows)
@@ -91,24 +108,29 @@ def write_up(rows: pd.DataFrame, name: str) -> str:
             }
         )
     parts = [f"# {name}\n", ABOUT.format(parents=parents), markdown(pd.DataFrame(lines))]
-    for fitness in ("accuracy", "loss"):
-        parts += [f"## By {fitness}\n", markdown(table(means, fitness)), f"![test {fitness}]({fitness}.png)\n"]
+    for fitness in ("accuracy", "loss") if "fitness" in rows else ():
+        parts += [f"## By {fitness}\n", markdown(table(changes(rows), fitness)), f"![test {fitness}]({fitness}.png)\n"]
     return "\n".join(parts)
 
 
 def draw(rows: pd.DataFrame, fitness: str, path: Path) -> None:
     """Draw what a population gains on the test images over its size, a line a way, with the baselines as levels."""
+    if "fitness" not in rows:  # it was interrupted before there was an update
+        return
     figure, axes = plt.subplots(figsize=(8.6, 5.0), layout="constrained")
-    means, sign = changes(rows), 1 if fitness == "accuracy" else -1
+    rows = latest(rows)
+    over, means, sign = levels(rows), changes(rows), 1 if fitness == "accuracy" else -1
     factor = 100 if fitness == "accuracy" else 1
     mine = means[means["fitness"] == fitness]
     for number, (way, group) in enumerate(mine.groupby("way", sort=False)):
+        if str(way).startswith(OF_AVERAGE):
+            average = over[over["way"].str.startswith("average")].groupby("weights")[fitness].last()
+            group = group.assign(**{f"test {fitness}": group[f"test {fitness}"] + group["weights"].map(average)})
         by_size = group.groupby("population")[f"test {fitness}"]
         mean_P, colour = by_size.mean() * sign * factor, COLOURS[number % len(COLOURS)]
         low_P, high_P = by_size.min() * sign * factor, by_size.max() * sign * factor
         axes.plot(mean_P.index, mean_P, color=colour, marker="o", markersize=4, linewidth=1.8, label=str(way))
         axes.fill_between(mean_P.index, low_P, high_P, color=colour, alpha=0.12, linewidth=0)
-    over = levels(rows)
     for number, (way, group) in enumerate(over.groupby("way", sort=False)):
         level, style = float(group[fitness].mean()) * sign * factor, ("--", ":", "-.", (0, (1, 4)))[number % 4]
         axes.axhline(level, color="grey", linewidth=1.1, linestyle=style, label=f"{way}, no evolution")

@@ -10,10 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from spartan_ray.study.plan import Claim
-
-# Epochs of the last part of a run, as a share, for what happens late in it.
-LATE = 1 / 3
+from spartan_ray.study.plan import AVERAGE, STOPPED, Claim
 
 
 @dataclass(frozen=True)
@@ -57,11 +54,11 @@ def ends(rows: pd.DataFrame, first_baseline: str | None) -> pd.DataFrame:
         spent = {name: frame[name].sum() for name in ("trained", "scored", "seconds")}
         found.append(about | _measures(frame, last, "") | spent)
         if not pd.isna(last["average_test_accuracy"]):
-            found.append(about | {"way": f"{method}, average"} | _measures(frame, last, "average_") | spent)
+            found.append(about | {"way": f"{method}{AVERAGE}"} | _measures(frame, last, "average_") | spent)
         if method == first_baseline:
             until = frame.iloc[: int(frame["evolution_accuracy"].argmax()) + 1]
             spent = {name: until[name].sum() for name in spent}
-            found.append(about | {"way": f"{method}, stopped early"} | _measures(until, until.iloc[-1], "") | spent)
+            found.append(about | {"way": f"{method}{STOPPED}"} | _measures(until, until.iloc[-1], "") | spent)
     return pd.DataFrame(found)
 
 
@@ -75,7 +72,7 @@ def _measures(frame: pd.DataFrame, end: pd.Series, prefix: str) -> dict[str, flo
     for name in ("train_loss", "validation_accuracy"):
         value_E = frame[name].to_numpy(float)
         row[f"phase_{name}"] = float((value_E[evolve] - value_E[evolve - 1]).mean()) if len(evolve) else math.nan
-    late = frame.iloc[max(0, math.ceil(len(frame) * (1 - LATE)) - 1)]
+    late = frame.iloc[-(-2 * len(frame) // 3) - 1]  # two thirds through the run
     row |= {"train_loss": float(end["train_loss"]), "overfitting": float(end["test_loss"] - end["train_loss"])}
     return row | {"late_validation_accuracy": float(end["validation_accuracy"] - late["validation_accuracy"])}
 
@@ -93,13 +90,18 @@ def difference(ends_frame: pd.DataFrame, group: str, way: str, over: str, measur
     return interval(between), int((between > 0).sum())
 
 
-def verdict(ends_frame: pd.DataFrame, claim: Claim) -> tuple[str, Interval]:
-    """Whether the seeds confirm a claim: the interval excludes 0 on the side that it says, on the other side, or not
-    at all; and the measure, or its difference."""
+def verdict(ends_frame: pd.DataFrame, claim: Claim) -> tuple[str, list[Interval]]:
+    """Whether the seeds confirm a claim, and the measure, or its difference to each of the ways. It is confirmed where
+    every interval excludes 0 on the side that it says, and contradicted where one does on the other; "not higher" can
+    be contradicted alone."""
     if claim.over:
-        found = difference(ends_frame, claim.group, claim.way, claim.over, claim.measure)[0]
+        found = [difference(ends_frame, claim.group, claim.way, way, claim.measure)[0] for way in claim.over]
     else:
-        found = interval(values_of(ends_frame, claim.group, claim.way, claim.measure))
-    if found.count < 2 or not found.excludes_zero:
-        return "undecided", found
-    return ("confirmed" if (found.mean > 0) == claim.higher else "the opposite"), found
+        found = [interval(values_of(ends_frame, claim.group, claim.way, claim.measure))]
+    sides = [math.copysign(1, one.mean) if one.count > 1 and one.excludes_zero else 0 for one in found]
+    side = -1 if claim.expects == "lower" else 1
+    if claim.expects == "not higher":
+        return "contradicted" if 1 in sides else "not contradicted", found
+    if all(one == side for one in sides):
+        return "confirmed", found
+    return "contradicted" if -side in sides else "undecided", found

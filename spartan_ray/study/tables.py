@@ -25,10 +25,11 @@ def write_up(study: Study, runs: list[Planned], rows: pd.DataFrame, name: str) -
     """All tables of a study."""
     ended = ends(rows, study.baselines[0] if study.baselines else None)
     parts = [f"# {name}\n", f"{study.about}\n" if study.about else "", _about(runs, rows)]
-    for group in dict.fromkeys(run.group for run in runs):
+    wanted = {group: len({run.seed for run in runs}) for group in dict.fromkeys(run.group for run in runs)}
+    for group in wanted:
         if len(ended) and (ended["group"] == group).any():
-            parts += [f"## {group}\n", markdown(group_table(ended, group, study.baselines))]
-    if study.claims:
+            parts += [f"## {group}\n", markdown(group_table(ended, group, study.baselines, wanted[group]))]
+    if study.claims and len(ended):
         parts += ["## Claims\n", markdown(claims_table(ended, study.claims))]
     if study.pictures and len(ended):
         parts += ["## Over the epochs\n"]
@@ -39,22 +40,27 @@ def write_up(study: Study, runs: list[Planned], rows: pd.DataFrame, name: str) -
 def _about(runs: list[Planned], rows: pd.DataFrame) -> str:
     done = rows.groupby(["group", "method", "seed"], sort=False).ngroups
     seeds = len({run.seed for run in runs})
+    starts = rows.groupby("group")["start"].nunique().max() if len(rows) else 1
+    files = f" Pretrained weights came from {starts} files." if starts > 1 else ""
     processors = " and ".join(sorted(set(rows["processor"].dropna())))
     return (
         f"{done} of {len(runs)} runs: {len(runs) // seeds} cells of {seeds} seeds, on {processors or 'no processor'}. "
         "Mean ± 95 % interval by Student's t over the seeds. A difference is taken seed by seed, from the same split "
         "of the images and the same initial weights; it is bold where its interval excludes 0. *Wins* are the seeds "
         "with the higher test accuracy. *Trained* and *scored* are millions of images forwarded for gradients and "
-        "for evolution; *seconds* are those of the phases.\n"
+        "for evolution; *seconds* are those of the phases."
+        f"{files}\n"
     )
 
 
-def group_table(ended: pd.DataFrame, group: str, baselines: list[str]) -> pd.DataFrame:
-    """A row a way: where it ended, and how far it is from each baseline."""
+def group_table(ended: pd.DataFrame, group: str, baselines: list[str], seeds: int) -> pd.DataFrame:
+    """A row a way: where it ended, and how far it is from each baseline. Of so many seeds some may not be done, or have
+    diverged."""
     lines = []
     mine = ended[ended["group"] == group]
     for way in dict.fromkeys(mine["way"]):
-        shown = {"way": way}
+        count = len(values_of(ended, group, way, "test_accuracy"))
+        shown = {"way": way, "seeds": str(count) if count == seeds else f"{count} of {seeds}"}
         for measure in ("test_accuracy", "test_loss", "overfitting"):
             words, factor, digits = WORDS[measure]
             shown[words] = interval(values_of(ended, group, way, measure)).text(digits, factor)
@@ -78,18 +84,13 @@ def claims_table(ended: pd.DataFrame, claims: list[Claim]) -> pd.DataFrame:
     """A row a claim, with the numbers that decide it."""
     lines = []
     for claim in claims:
-        found, between = verdict(ended, claim) if len(ended) else ("undecided", interval([]))
+        found, differences = verdict(ended, claim)
         words, factor, digits = WORDS[claim.measure]
-        of = f"{claim.group}: {words}, {claim.way}"
-        lines.append(
-            {
-                "claim": claim.says,
-                "measured": f"{of} over {claim.over}" if claim.over else of,
-                "mean and 95 % interval": between.text(digits, factor, sign=True),
-                "seeds": str(between.count),
-                "": found,
-            }
-        )
+        texts = [one.text(digits, factor, sign=True) for one in differences]
+        over = [f"{text} over {way}" for text, way in zip(texts, claim.over, strict=True)] if claim.over else texts
+        measured = f"{claim.group}, {claim.way}: {words}: {'; '.join(over)}"
+        seeds = min(one.count for one in differences)
+        lines.append({"claim": claim.says, "measured": measured, "seeds": str(seeds), "": found})
     return pd.DataFrame(lines)
 
 

@@ -1,0 +1,32 @@
+"""The tables under results/ are those of their rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from whole_runs import ROOT
+
+from spartan_ray.study import scale_tables, tables
+from spartan_ray.study.plan import load_study, planned_runs
+from spartan_ray.study.rows import Rows
+
+RESULTS = ROOT / "results"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("article*.yaml")), ids=lambda path: path.stem)
+def test_the_tables_of_a_study_are_those_of_its_rows(file: Path) -> None:
+    study, folder = load_study(file), file.with_suffix("")
+    runs = planned_runs(study, {})
+    rows = Rows(folder / "rows.csv")
+    if folder.exists():
+        assert (folder / "README.md").read_text() == tables.write_up(study, runs, rows.of(runs), folder.name)
+    for picture in study.pictures:
+        assert (folder / f"{picture.name}.png").exists() == folder.exists()
+
+
+def test_the_tables_of_scaling_are_those_of_its_rows() -> None:
+    folder = RESULTS / "scale"
+    rows = pd.read_json(folder / "rows.jsonl", lines=True)
+    assert (folder / "README.md").read_text() == scale_tables.write_up(rows, "scale")
