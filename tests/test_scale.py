@@ -31,7 +31,7 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parent(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of gradient descent that has kept three epochs."""
     out = tmp_path_factory.mktemp("scale")
     config = Config(

@@ -52,7 +52,7 @@ SMALL: dict[str, Any] = {
     "pictures": [{"name": "accuracy", "group": "scratch", "methods": ["sgd", "es"], "measure": "test_accuracy"}],
 }
 
-NO_MORE: dict[str, Any] = {"claims": [], "pictures": []}
+NO_MORE: dict[str, Any] = {"baselines": [], "claims": [], "pictures": []}
 
 
 def plan(**changes: Any) -> list[Planned]:
@@ -64,7 +64,7 @@ def test_every_combination_is_planned_and_all_cells_of_a_seed_come_first() -> No
         {"start": {"a": {}, "b": {"parent": {"lr": 0.1}}}, "method": {"sgd": {"evolution": {"strategy": "none"}}}},
         {"start": {"a": {}}, "method": {"es": {"evolution": {"sigma": 0.5}}}},
     ]
-    runs = planned_runs(Study(**SMALL | {"grid": grid, "seeds": [3, 1]}), {"run": {"epochs": 7}})
+    runs = planned_runs(Study(**SMALL | NO_MORE | {"grid": grid, "seeds": [3, 1]}), {"run": {"epochs": 7}})
     assert [(run.group, run.method, run.seed) for run in runs] == [
         (group, method, seed) for seed in (3, 1) for group, method in (("a", "sgd"), ("b", "sgd"), ("a", "es"))
     ]
@@ -232,7 +232,7 @@ def test_an_interrupted_study_goes_on_to_the_same_rows(local_ray: None, tmp_path
 def test_a_run_that_diverges_is_told_and_the_others_go_on(local_ray: None, tmp_path: Path) -> None:
     methods = {"bad": {"parent": {"lr": 1e20}}, "sgd": {}}
     base = SMALL["base"] | {"evolution": {"strategy": "none"}, "run": {"epochs": 2}}
-    study = Study(**SMALL | {"base": base, "grid": [{"method": methods}], "seeds": 1, "baselines": []} | NO_MORE)
+    study = Study(**SMALL | {"base": base, "grid": [{"method": methods}], "seeds": 1} | NO_MORE)
     ended: list[str] = []
     one = Runner(tmp_path, 2, lambda run, place: ended.append(f"{run.method} {place.name}"), print)
     (failed,) = one.run(planned_runs(study, {}))
@@ -254,7 +254,7 @@ def test_so_many_runs_go_at_a_time_as_have_room(
     assert runner.fit_together(Cluster(workers=1), most=2) == count
 
 
-def test_the_command_writes_tables_without_the_runs(tmp_path: Path) -> None:
+def test_the_command_writes_tables_without_the_runs(local_ray: None, tmp_path: Path) -> None:
     study, folder = Study(**SMALL | {"seeds": 1}), tmp_path / "small"
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL | {"seeds": 1}, sort_keys=False))
     rows = Rows(folder / "rows.csv")
@@ -280,7 +280,7 @@ def test_the_command_writes_tables_without_the_runs(tmp_path: Path) -> None:
     assert (folder / "README.md").read_text() == text
     for flags, wrong in (
         (("--run.seed", "3"), "--run.seed: a study gives each run its own"),
-        (("--parent.weights", "none.pt"), "scratch.es: parent.weights"),
+        (("--parent.weights", "none.pt"), "scratch.sgd: parent.weights"),
     ):
         refused = command("study", "small.yaml", *flags, cwd=tmp_path)
         assert (refused[0], refused[2][: len(wrong) + 9]) == (2, f"spartan: {wrong}")

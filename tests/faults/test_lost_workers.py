@@ -99,7 +99,8 @@ def worker_processes() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if process.cmdline()[0].startswith("ray::Worker"):  # not warm ones, and no agents, with which a node ends
+            # At work it is called as its task is. Not warm ones, and no agents, with which a node ends.
+            if process.cmdline()[0].startswith(("ray::Worker", "ray::spartan:")):
                 found.append(process)
     return found
 
