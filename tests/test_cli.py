@@ -24,6 +24,7 @@ import spartan_ray
 from spartan_ray import origin
 from spartan_ray.cli import main as cli
 from spartan_ray.cli import train
+from spartan_ray.cli.flags import take_config
 from spartan_ray.run import supervisor
 from spartan_ray.run.checkpoint import latest_checkpoint
 from spartan_ray.run.config import Config
@@ -282,3 +283,14 @@ def test_a_ray_job_does_the_same_as_a_local_run(local_ray: None, ray_head: Head,
     assert same_result(tmp_path / "sent" / "job", job)
     failed = spartan("submit", "--follow", *flags, *out, "--cluster.workers", "9", cwd=tmp_path, **ray_head.environment)
     assert failed.returncode == 2, failed.stdout + failed.stderr
+
+
+def test_a_flag_may_have_the_name_of_its_field_in_a_file() -> None:
+    config = take_config(cli.parse(["train", "--cluster.gpus_per_worker", "0.5", "--run.keep_best", "--run.name=a_b"]))
+    assert (config.cluster.gpus_per_worker, config.run.keep_best, config.run.name) == (0.5, True, "a_b")
+
+
+def test_in_a_job_the_hint_is_another_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train._how_to_go_on("/runs/x") == "go on with: spartan resume /runs/x"
+    monkeypatch.setenv(train.JOB_CONFIG, "{}")
+    assert train._how_to_go_on("/runs/x") == "go on with a job of: python -m spartan_ray resume /runs/x"

@@ -25,6 +25,7 @@ def test_the_readme_s_python_runs_as_it_stands() -> None:
     pairs = [tuple(map(float, line.split())) for line in ended.stdout.splitlines()]
     assert len(pairs) == 5
     assert all(len(pair) == 2 for pair in pairs)
+    assert pairs[4][1] > pairs[0][0]
     assert not ended.stderr
 
 

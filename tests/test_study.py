@@ -266,7 +266,7 @@ def test_the_command_writes_tables_without_the_runs(local_ray: None, tmp_path: P
             rows.add(run, read_run(place), place)
     code, out, _ = command("study", "small.yaml", "--tables", cwd=tmp_path)
     assert code == 0
-    assert "2 runs, 1 to do" in out
+    assert "1 of 2 runs are done: small" in out
     text = (folder / "README.md").read_text()
     assert "1 of 2 runs: 2 cells of 1 seeds" in text
     assert "| sgd, stopped early | 1 |" in text
@@ -275,9 +275,12 @@ def test_the_command_writes_tables_without_the_runs(local_ray: None, tmp_path: P
     assert command("study", "small.yaml", "--tables", cwd=tmp_path)[0] == 0
     assert (folder / "README.md").read_text() == text
     code, out, _ = command("study", "small.yaml", "--tables", "--parent.lr", "0.5", cwd=tmp_path)
-    assert "2 runs, 2 to do" in out  # rows of other settings are not these, and stay
+    assert "0 of 2 runs are done" in out  # rows of other settings are not these, and stay
     assert command("study", "small.yaml", "--tables", cwd=tmp_path)[0] == 0
     assert (folder / "README.md").read_text() == text
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(SMALL | {"baselines": ["sdg"]}, sort_keys=False))
+    refused = command("study", "bad.yaml", "--tables", cwd=tmp_path)
+    assert refused == (2, "", "spartan: bad.yaml: baselines: sdg: no such way in scratch (perhaps sgd?)\n")
     for flags, wrong in (
         (("--run.seed", "3"), "--run.seed: a study gives each run its own"),
         (("--parent.weights", "none.pt"), "scratch.sgd: parent.weights"),

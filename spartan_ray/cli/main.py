@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import select
 import signal
 import sys
@@ -105,8 +106,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "study",
         help="run every cell of a grid with several seeds, and compare them",
         description="Run what is missing of a study, several runs at a time, and write rows.csv, README.md and "
-        "pictures. Interrupted, the same command goes on.",
-        usage="spartan study FILE [-o DIR] [--tables] [--data.root PATH] [--cluster.FIELD VALUE ...]",
+        "pictures. Interrupted, the same command goes on. Flags of `spartan train` override what the cells say.",
+        usage="spartan study FILE [-o DIR] [--tables] [--SECTION.FIELD VALUE ...]",
     )
     study.add_argument("file", type=_path("FILE"), metavar="FILE", help="a YAML file: base, grid, seeds, baselines")
     study.add_argument(
@@ -122,10 +123,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     scale.add_argument("runs", nargs="*", type=_path("RUN"), metavar="RUN", help="a run folder with a parent")
     scale.add_argument(
-        "--populations", nargs="+", type=int, metavar="K", default=[50, 200, 1000, 5000, 20000], help="their sizes"
+        "--populations",
+        nargs="+",
+        type=int,
+        metavar="K",
+        default=[50, 200, 1000, 5000, 20000],
+        help="their sizes",
     )
     scale.add_argument("--draws", type=int, metavar="N", default=3, help="disjoint draws of each, where they fit")
-    scale.add_argument("--ways", nargs="+", metavar="WAY", help="how members are made and scored (default: all ways)")
+    ways = "all-common-1024, all-own-128, batchnorm-common-1024, batchnorm-own-128, trajectory-common-1024"
+    scale.add_argument(
+        "--ways",
+        nargs="+",
+        metavar="WAY",
+        help=f"what is mutated, and on how many images a member or a pair of its own is scored: {ways}, "
+        "average-own-128 (default: all)",
+    )
     scale.add_argument("--workers", type=_workers, metavar="N", default="auto", help="Ray workers (default: auto)")
     scale.add_argument("--threads", type=int, metavar="N", default=1, help="CPU threads of this process (default: 1)")
     scale.add_argument("--address", metavar="ADDRESS", help="of the Ray to join (default: a new one)")
@@ -150,7 +163,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="the descendant's weights (default: descendant-G-K.safetensors)",
     )
-    parsed, unknown = parser.parse_known_args(arguments)
+    parsed, unknown = parser.parse_known_args([_with_hyphens(argument) for argument in arguments])
     refuse_unknown(commands.choices[parsed.command], unknown)
     if parsed.command == "replay" and parsed.verify == (parsed.generation is not None):
         raise InputError("either --verify, or --generation G and --member K")
@@ -197,6 +210,12 @@ def _command() -> int:
 def _path(name: str) -> Callable[[str], Path]:
     """What makes a path of an argument."""
     return lambda text: Path(no_url(name, text))
+
+
+def _with_hyphens(argument: str) -> str:
+    """A flag by the name of its field in a file, cluster.gpus_per_worker, as the flag that it is."""
+    name, equals, value = argument.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if re.fullmatch(r"--[a-z]+\.[a-z_-]+", name) else argument
 
 
 def _workers(text: str) -> int | str:

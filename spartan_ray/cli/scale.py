@@ -23,13 +23,8 @@ def scale(arguments: argparse.Namespace) -> int:
         raise InputError(f"--draws {arguments.draws}: at least 1")
     if not arguments.tables and not arguments.runs:
         raise InputError("scale: name a run, or give --tables")
-    try:
-        (folder / "scores").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"-o {folder}: cannot be made: {error.strerror}") from None
     if not arguments.tables:
-        with lock_folder(folder / "scores"):
-            _score(arguments, folder)
+        _score(arguments, folder)
     elif not (folder / "rows.jsonl").exists():
         raise InputError(f"-o {folder}: has no rows.jsonl yet")
     else:
@@ -45,7 +40,7 @@ def _score(arguments: argparse.Namespace, folder: Path) -> None:
 
     unknown = [name for name in arguments.ways or () if name not in WAYS]
     if unknown:
-        raise InputError(f"--ways {unknown[0]!r}: one of {'; '.join(WAYS)}")
+        raise InputError(f"--ways {unknown[0]!r}: one of {', '.join(WAYS)}")
     set_up(threads=arguments.threads)
     ways = {name: WAYS[name] for name in arguments.ways or WAYS}
     parents = [
@@ -55,6 +50,11 @@ def _score(arguments: argparse.Namespace, folder: Path) -> None:
     for parent in parents:
         for name, way in ways.items():
             parent.refuse_unfit(name, way)
+    try:
+        (folder / "scores").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"-o {folder}: cannot be made: {error.strerror}") from None
+    lock = lock_folder(folder / "scores")
     leave = join_ray(arguments.address)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
     try:
@@ -65,6 +65,7 @@ def _score(arguments: argparse.Namespace, folder: Path) -> None:
                 write_tables(folder)
     finally:
         leave()
+        lock.close()
 
 
 def write_tables(folder: Path) -> None:

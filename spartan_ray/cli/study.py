@@ -26,7 +26,11 @@ def run_study(arguments: argparse.Namespace) -> int:
     study, given = load_study(arguments.file), given_fields(arguments)
     for name in OF_STUDY & given.get("run", {}).keys():
         raise InputError(f"--run.{name}: a study gives each run its own")
-    runs = [replace(run, config=with_absolute_paths(run.config)) for run in planned_runs(study, given)]
+    try:
+        planned = planned_runs(study, given)
+    except InputError as error:
+        raise InputError(f"{arguments.file}: {error}") from None
+    runs = [replace(run, config=with_absolute_paths(run.config)) for run in planned]
     folder: Path = arguments.folder or arguments.file.with_suffix("")
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -34,7 +38,7 @@ def run_study(arguments: argparse.Namespace) -> int:
         raise InputError(f"-o {folder}: cannot be made: {error.strerror}") from None
     rows = Rows(folder / "rows.csv")
     missing = [run for run in runs if not rows.has(run)]
-    print(f"{len(runs)} runs, {len(missing)} to do: {folder / 'runs'}", flush=True)
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done: {folder}", flush=True)
     failed: list[str] = []
     if missing and not arguments.tables:
         _check(missing)
@@ -43,6 +47,8 @@ def run_study(arguments: argparse.Namespace) -> int:
                 failed = _run(study, missing, rows, folder / "runs")
             finally:  # also of a study that was interrupted
                 write_tables(study, runs, rows, folder)
+                count = sum(rows.has(run) for run in runs)
+                print(f"{count} of {len(runs)} runs are done; the same command goes on with the others", flush=True)
     else:
         write_tables(study, runs, rows, folder)
     print(f"{folder / 'README.md'}", flush=True)

@@ -47,9 +47,8 @@ def submit(config: Config, address: str | None, code: Path | None, follow: bool)
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(f"--address {address}: {one_line(str(error))}") from None
-    at = "" if address == ADDRESS else f" --address {address}"
     print(f"{job}: submitted")
-    print(f"follow:  ray job logs{at} --follow {job}\nstop:    ray job stop{at} {job}")
+    print(f"follow:  ray job logs --address {address} --follow {job}\nstop:    ray job stop --address {address} {job}")
     print("go on:   submit it again, if this one has --run.resume auto, or resume the run folder that it prints")
     if not follow:
         return 0

@@ -30,6 +30,8 @@ START_SECONDS = 300.0
 STOP_SECONDS = 30.0
 # Seconds that a run which was just killed may take to let go of its folder.
 LOCK_PATIENCE = 3.0
+# What Ray sets in the environment of a job.
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # What the path of a Ray job's working directory has in it.
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
 
@@ -107,7 +109,7 @@ def run(config: Config, folder: str | None = None) -> int:
 
     from spartan_ray.run.supervisor import ROOM_SECONDS, Supervisor
 
-    print("starting Ray", flush=True)
+    print("starting Ray" if address == "local" else f"joining the Ray at {address}", flush=True)
     with watchdog("the start of Ray", START_SECONDS, "its logs are in /tmp/ray/session_latest/logs"):
         start_ray(address, named_by)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
@@ -175,7 +177,11 @@ def _stop(supervisor: Any, console: Console) -> None:
 
 
 def _how_to_go_on(folder: str | None) -> str:
-    return f"go on with: spartan resume {folder}" if folder else "there is no run folder yet"
+    if not folder:
+        return "there is no run folder yet"
+    # Within a job what is meant is another one, and no Ray of its own.
+    command = "a job of: python -m spartan_ray" if JOB_CONFIG in os.environ else "spartan"
+    return f"go on with{':' * (command == 'spartan')} {command} resume {folder}"
 
 
 def _first_line(error: Exception) -> str:

@@ -73,12 +73,12 @@ class Way:
 
 
 WAYS = {
-    "all, common 1,024": Way(1024),
-    "all, own 128": Way(128, own=True),
-    "BatchNorm, common 1,024": Way(1024, mutate="batchnorm", sigma=0.08),
-    "BatchNorm, own 128": Way(128, own=True, mutate="batchnorm", sigma=0.08),
-    "trajectory, common 1,024": Way(1024, subspace="trajectory:8", sigma=0.5),
-    "of the average: all, own 128": Way(128, own=True, of_average=True),
+    "all-common-1024": Way(1024),
+    "all-own-128": Way(128, own=True),
+    "batchnorm-common-1024": Way(1024, mutate="batchnorm", sigma=0.08),
+    "batchnorm-own-128": Way(128, own=True, mutate="batchnorm", sigma=0.08),
+    "trajectory-common-1024": Way(1024, subspace="trajectory:8", sigma=0.5),
+    "average-own-128": Way(128, own=True, of_average=True),
 }
 
 
@@ -106,6 +106,8 @@ class Scaling:
         be_after_epoch(self.network, checkpoint, run / "checkpoints", in_a_row, self._remember)
         self.buffers = [buffer.clone() for buffer in self.model.buffers]
         self.about = {"key": key_of(config), "seed": config.run.seed, "weights": self.model.digest()[:12]}
+        if checkpoint.epoch < config.run.epochs:
+            say(f"{self.name}: the parent is that of epoch {checkpoint.epoch} of {config.run.epochs}")
         self.rows_path = folder / "rows.jsonl"
         self.rows = read_rows(self.rows_path)
         if other := next((row for row in self.rows if row["key"] != self.about["key"]), None):
@@ -173,7 +175,7 @@ class Scaling:
         if not way.own and way.images + self.search_images > len(self.splits.evolution):
             raise InputError(
                 f"{self.name}: {name}: {way.images} common images and {self.search_images} that search a length do not "
-                f"fit data.evolution_images ({len(self.splits.evolution)})"
+                f"fit data.evolution_images ({len(self.splits.evolution)}): --ways names others"
             )
         if (way.of_average or way.subspace != "none") and len(self.thetas) == 1:
             raise InputError(f"{self.name}: {name}: the run has kept its last epoch alone (run.keep)")

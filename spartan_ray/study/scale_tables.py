@@ -14,7 +14,7 @@ from spartan_ray.report.tables import markdown
 from spartan_ray.study.statistics import Interval, interval
 
 # What the names of ways begin with that start from the average.
-OF_AVERAGE = "of the average"
+OF_AVERAGE = "average-"
 
 ABOUT = """Changes that one update makes of a parent, at the length that a search on other images takes: mean ± 95 % \
 interval by Student's t over {parents} parents, each the mean of its draws; bold where the interval excludes 0. \
@@ -55,8 +55,10 @@ def table(means: pd.DataFrame, fitness: str) -> pd.DataFrame:
         shown[f"test {other}"] = _bold(interval(group[f"test {other}"]), other_digits, other_factor)
         spread = math.sqrt(float((group[f"spread {fitness}"] ** 2).mean()))
         shown["spread"] = "" if math.isnan(spread) else f"{spread * factor:.{digits}f}"
-        shown["cosine"] = f"{group['cosine'].mean():+.4f}"
-        shown["over chance"] = "" if "trajectory" in str(way) else f"{group['chance'].mean():+.2f}"
+        known = group["cosine"].notna().any()  # of members that all score the same there is no update
+        shown["cosine"] = f"{group['cosine'].mean():+.4f}" if known else ""
+        in_subspace = str(way).startswith("trajectory")
+        shown["over chance"] = f"{group['chance'].mean():+.2f}" if known and not in_subspace else ""
         better = group[f"unscored {fitness}"] * (1 if fitness == "accuracy" else -1)
         shown["gain"] = f"{float((better / group['images']).mean()) * 1e6 * factor:+.{digits}f}"
         lines.append(shown)

@@ -38,13 +38,15 @@ def write_up(study: Study, runs: list[Planned], rows: pd.DataFrame, name: str) -
 
 
 def _about(runs: list[Planned], rows: pd.DataFrame) -> str:
+    if rows.empty:
+        return f"None of {len(runs)} runs is done yet.\n"
     done = rows.groupby(["group", "method", "seed"], sort=False).ngroups
     seeds = len({run.seed for run in runs})
-    starts = rows.groupby("group")["start"].nunique().max() if len(rows) else 1
+    starts = rows.groupby("group")["start"].nunique().max()
     files = f" Pretrained weights came from {starts} files." if starts > 1 else ""
     processors = " and ".join(sorted(set(rows["processor"].dropna())))
     return (
-        f"{done} of {len(runs)} runs: {len(runs) // seeds} cells of {seeds} seeds, on {processors or 'no processor'}. "
+        f"{done} of {len(runs)} runs: {len(runs) // seeds} cells of {seeds} seeds, on {processors}. "
         "Mean ± 95 % interval by Student's t over the seeds. A difference is taken seed by seed, from the same split "
         "of the images and the same initial weights; it is bold where its interval excludes 0. *Wins* are the seeds "
         "with the higher test accuracy. *Trained* and *scored* are millions of images forwarded for gradients and "
