@@ -28,5 +28,7 @@ def test_the_tables_of_a_study_are_those_of_its_rows(file: Path) -> None:
 
 def test_the_tables_of_scaling_are_those_of_its_rows() -> None:
     folder = RESULTS / "scale"
+    if not folder.exists():
+        pytest.skip("no rows yet")
     rows = pd.read_json(folder / "rows.jsonl", lines=True)
     assert (folder / "README.md").read_text() == scale_tables.write_up(rows, "scale")
