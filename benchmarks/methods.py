@@ -29,7 +29,7 @@ from spartan_ray.engine.process import set_up
 from spartan_ray.engine.strategies.es import best_length, less_pair_mean, search_lengths
 from spartan_ray.engine.strategies.requests import Members, Score, Scores, SetDirection, SetScale, merge_seeds
 from spartan_ray.engine.strategies.shaping import zscore
-from spartan_ray.noise.contract import member_seeds
+from spartan_ray.study.scale import pairs_of
 from spartan_ray.vision.averaging import Average
 from spartan_ray.vision.classification import Classification, Normaliser, recalibrate, score
 from spartan_ray.vision.config import Data, Parent
@@ -310,13 +310,6 @@ class Bench:
                         last=last,
                         **_compared(before, after),
                     )
-
-
-def pairs_of(seed: int, count: int, sigma: float) -> Members:
-    """Mirrored members, the first of which are those of every smaller population."""
-    seed_K = np.repeat(member_seeds(seed, 1, count // 2), 2)
-    gain_K = np.tile(np.array([sigma, -sigma], np.float32), count // 2)
-    return Members(seed_K, np.zeros(count, np.float32), gain_K)
 
 
 def _compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:

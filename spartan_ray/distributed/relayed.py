@@ -122,8 +122,9 @@ class RelayTransport(RayTransport):
         node.listening += 1
 
     def wait(self, references: list[Any], seconds: float) -> list[Any]:
+        now = self.now()
         for node in self.nodes.values():
-            node.heard += self.now() - self.looked  # nobody has listened
+            node.heard += max(0.0, now - max(self.looked, node.heard))  # nobody has listened since
             if node.unsent or (node.unanswered and not node.listening):
                 self._exchange(node)
         tickets = [reference for reference in references if isinstance(reference, Ticket)]

@@ -155,7 +155,8 @@ class Scaling:
 
     def baselines(self) -> None:
         """The parent, the average of its last epochs, and a greedy soup of them chosen on the evolution split."""
-        counts = [count for count in (2, 4, 8) if count <= len(self.thetas)]
+        most = min(AVERAGED, len(self.thetas))  # as many as a way may start from
+        counts = sorted({*(count for count in (2, 4) if count < most), most} - {1})
         ways = {"parent": ("epochs", 1)} | {f"average of {count} epochs": ("epochs", count) for count in counts}
         if counts:
             ways[f"greedy soup of {counts[-1]} epochs"] = ("soup", counts[-1])
