@@ -141,12 +141,12 @@ def test_of_a_relay_that_says_nothing_the_workers_are_asked_directly(
 
 
 def test_time_in_which_nobody_listens_does_not_count_as_silence(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = pair.ask(1)
+    reference = pair.ask(1, 3.0)  # which nobody has answered when somebody listens again
     pair.transport.wait([], 0)
     now = pair.transport.now
     monkeypatch.setattr(pair.transport, "now", lambda: now() + 10_000)
     relay = pair.relay()
-    assert pair.answers([reference]) == [2]
+    assert pair.answers([reference], seconds=0.1) == [2]
     assert pair.relay() == relay
     assert not reference.direct
 
