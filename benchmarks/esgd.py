@@ -1,9 +1,9 @@
-"""Evolutionary SGD beside plain SGD at the same number of epochs: `python benchmarks/esgd.py IMAGES RUNS`.
+"""Compares evolutionary SGD with plain SGD for the same number of epochs: `python benchmarks/esgd.py IMAGES RUNS`.
 
-IMAGES is a folder as `data.name folder` takes it. Runs go into RUNS; those that are there are not done again. Beside
-four parents of evolutionary SGD: each of four learning rates of the same range alone, of which the evolution split
-chooses one, and that one for as many epochs as the four parents have together, either with the average of its last
-epochs' weights. Prints the mean of the seeds, with the least and the most."""
+IMAGES is a folder as for `data.name folder`. Runs are written to RUNS; existing ones are not repeated. Evolutionary SGD
+with four parents is compared with plain SGD at four learning rates of the same range, of which the evolution split
+chooses the best, and with SGD at the best rate for as many epochs as the four parents have together. Each SGD run also
+has the average of its last epochs' weights. Prints means over the seeds, with minimum and maximum."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Bench:
         self.images, self.runs, self.model, self.seed = images, runs, model, seed
 
     def run(self, name: str, epochs: int, evolution: dict[str, object], lr: float | None = None) -> pd.DataFrame:
-        """The record of a run, which is made if it is not there."""
+        """Return the metrics of a run. Do the run first if it is missing."""
         folder = self.runs / f"{name}-{self.seed}"
         if not (folder / "final.safetensors").exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -50,7 +50,8 @@ class Bench:
         return read_run(folder).metrics
 
     def rows(self) -> list[dict[str, float | str]]:
-        """A row a way: where it ended, and at the epoch that validation chooses."""
+        """Return one row per way: its measures in the last epoch, and its test accuracy in the epoch of the best
+        validation accuracy."""
         found = {"ESGD, four parents": self.run("esgd", GENERATIONS * EVERY, ESGD)}
         rates = np.geomspace(LOW, HIGH, PARENTS).round(4).tolist()
         alone = {rate: self.run(f"sgd-{rate:g}", EPOCHS, {"strategy": "none"}, rate) for rate in rates}
@@ -74,9 +75,9 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", help="a folder with train/<class>/* and test/<class>/*")
-    parser.add_argument("runs", type=Path, help="where the runs are")
+    parser.add_argument("runs", type=Path, help="folder of the runs")
     parser.add_argument("--model", default="convnet", help="the network (default: convnet)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
     arguments = parser.parse_args()
     rows = [
         row

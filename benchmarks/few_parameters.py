@@ -1,5 +1,6 @@
-"""What an evolve phase of ResNet18 costs beside its scoring, where it moves less than everything: `python
-benchmarks/few_parameters.py`. One thread; medians of five, with the least and the most."""
+"""Costs of an evolve phase of ResNet18 that moves few parameters: `python benchmarks/few_parameters.py`.
+
+Scoring is not included. One thread; medians of five repeats, with minimum and maximum."""
 
 from __future__ import annotations
 
@@ -47,9 +48,7 @@ def seconds(action: Callable[[], object]) -> str:
 
 def main() -> None:
     set_up(1)
-    print(
-        "| moved | parameters | noise elements | update of 1,000 members, s | a descendant, s | an update is, bytes |"
-    )
+    print("| moved | parameters | noise elements | update of 1,000 members, s | a descendant, s | bytes of an update |")
     print("| --- | --- | --- | --- | --- | --- |")
     seed_K = member_seeds(0, 1, MEMBERS)
     weight_K = np.linspace(-1, 1, MEMBERS, dtype=np.float32)
@@ -57,7 +56,7 @@ def main() -> None:
         network = build_model(Parent(), 10)
 
         def gradient(network: torch.nn.Module, generation: int) -> None:
-            chance = torch.Generator().manual_seed(generation % 1009)  # it takes 32 bits
+            chance = torch.Generator().manual_seed(generation % 1009)  # any small seed
             for parameter in network.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=chance)
 

@@ -1,4 +1,4 @@
-"""Three functions of 100 dimensions, minimised by equal numbers of evaluations, beside EvoTorch and pycma.
+"""Minimises three functions of 100 dimensions by equal numbers of evaluations, and compares with EvoTorch and pycma.
 
 python benchmarks/functions.py      needs evotorch and cma
 """
@@ -36,7 +36,7 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Point(nn.Module):
-    """A network that is a point."""
+    """A network whose only parameter is a point."""
 
     def __init__(self, x_D: torch.Tensor) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def start(seed: int) -> torch.Tensor:
 
 
 def ours(function: Function, seed: int, members: int = 100) -> float:
-    """Mirrored, ranks, Adam; sigma and the learning rate fall to a hundredth."""
+    """Use mirrored members, centered ranks and Adam. Sigma and the learning rate decay to a hundredth."""
 
     def fitness(network: Any, case_N: torch.Tensor) -> torch.Tensor:
         return -function(network.x_D).expand(len(case_N))
@@ -105,7 +105,7 @@ def main() -> None:
         "EvoTorch SNES": evotorchs("SNES"),
         "pycma CMA-ES": pycma,
     }
-    print(f"median (least to most) of {SEEDS} starts after {EVALUATIONS:,} evaluations, {DIMENSIONS} dimensions")
+    print(f"median (minimum to maximum) of {SEEDS} starts after {EVALUATIONS:,} evaluations, {DIMENSIONS} dimensions")
     for function in (sphere, rosenbrock, rastrigin):
         for name, method in methods.items():
             found = [method(function, seed) for seed in range(SEEDS)]

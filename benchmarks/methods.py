@@ -1,9 +1,9 @@
-"""Ways to spend a budget of forwarded images on an evolve phase: `python benchmarks/methods.py IMAGES FOLDER`.
+"""Compares ways to spend a budget of forwarded images on an evolve phase: `python benchmarks/methods.py IMAGES FOLDER`.
 
-IMAGES is a folder as `data.name folder` takes it. ResNet18 parents, of whatever width, are overfit by gradient descent;
-each way scores its members once, and every smaller population is a part of the larger one. Rows go into
-FOLDER/rows.jsonl as they are found; started again, it goes on with what is missing. `benchmarks/methods_table.py` makes
-tables of the rows."""
+IMAGES is a folder as for `data.name folder`. ResNet18 parents of a chosen width are overfit by gradient descent. Each
+way scores its members once, and every smaller population is a part of the largest one. Rows are appended to
+FOLDER/rows.jsonl as they are found; when started again, the program does the missing ones.
+`benchmarks/methods_table.py` makes tables of the rows."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from spartan_ray.vision.training import Trainer
 
 CPU = torch.device("cpu")
 EPOCHS, KEPT = 14, 9
-AVERAGED = 8  # of them a phase may start from
+AVERAGED = 8  # number of these epochs in the average that a phase may start from
 SGD_IMAGES, EVOLUTION_IMAGES, SEARCH_IMAGES = 10_000, 20_000, 2_048
 BUDGETS = (1_000_000, 4_000_000)
 POPULATIONS = (50, 200, 1000, 5000)
-# Members that are scored between two writes.
+# Number of members to score between two writes.
 BLOCK = 2_000
-# Images at most that judge an update, of those that scored members and of those that did not, and of the gradient.
+# Largest number of images to judge an update on (scored and unscored ones), and number of images for the gradient.
 JUDGED = 4_096
 GRADIENT_IMAGES = 1_024
 STATISTICS = ("loss", "accuracy")
@@ -53,7 +53,7 @@ STATISTICS = ("loss", "accuracy")
 
 @dataclass(frozen=True)
 class Way:
-    """How members are made, and on how many images each is scored. sigma is that of a ResNet18 of the usual width."""
+    """How members are made, and on how many images each is scored. sigma is for a ResNet18 of width 64."""
 
     images: int
     own: bool = False
@@ -64,7 +64,8 @@ class Way:
     of: str = "parent"
 
     def at(self, width: int) -> Way:
-        """This way for a ResNet18 of a width: initial weights are as the square root of it, sigma goes with them."""
+        """Return this way for a ResNet18 of another width. Initial weights are proportional to 1 / sqrt(width), and so
+        is sigma if all weights are mutated."""
         of_weights = self.mutate == "all" and not self.subspace.startswith("trajectory")
         return replace(self, sigma=self.sigma * math.sqrt(64 / width)) if of_weights else self
 
@@ -86,7 +87,7 @@ WAYS = {
 
 
 class Bench:
-    """One parent, and what is found about it."""
+    """The measurements on one parent."""
 
     def __init__(self, splits: Splits, folder: Path, parent: int, width: int, precision: Any) -> None:
         self.splits, self.folder, self.parent, self.width, self.precision = splits, folder, parent, width, precision
@@ -99,11 +100,12 @@ class Bench:
         self.thetas = self._thetas()
         self.reference_NCHW = self.normalise(splits.sgd[slice(0, 512)].pixels_NHWC)
         self.begin()
-        # Other processors round otherwise, and overfit another parent.
+        # Results differ slightly between processors, so another processor trains another parent.
         self.weights = self.model.digest()[:12]
 
     def _thetas(self) -> list[torch.Tensor]:
-        """The parent at the ends of its last epochs, with its buffers at the end."""
+        """Return the parent's weights at the ends of its last epochs, and set `buffers` to the final ones. Train the
+        parent if it is not in the folder."""
         path = self.folder / f"parent-{self.parent}-{self.width}.pt"
         if not path.exists():
             trainer = Trainer(self.config, self.model, self.splits.sgd, self.normalise, self.parent, augment=False)
@@ -118,7 +120,7 @@ class Bench:
         return list(saved["thetas"])
 
     def begin(self, of: str = "parent") -> None:
-        """Be at the parent, or at the average of its last epochs."""
+        """Load the parent, or the average of its last epochs, into the network."""
         self.model.theta_D.copy_(self.thetas[-1])
         self.model.load_buffers(self.buffers)
         if of == "average":
@@ -126,7 +128,7 @@ class Bench:
             recalibrate(self.network, self.reference_NCHW)
 
     def judge(self, images: Images | None = None) -> tuple[float, float]:
-        """Loss and accuracy of the network as it is on images, by default on all test images."""
+        """Return the network's current loss and accuracy on images, by default on all test images."""
         result = score(self.network, images or self.splits.test, self.normalise)
         return result.loss, result.accuracy
 
@@ -139,13 +141,13 @@ class Bench:
         return {"parent": self.parent, "width": self.width, "weights": self.weights, "precision": self.precision}
 
     def done(self, way: str) -> bool:
-        """Whether all rows of a way are there."""
+        """Return whether all rows of a way exist."""
         lines = self.rows_path.read_text().splitlines() if self.rows_path.exists() else []
         mine = self._about() | {"way": way, "last": True}
         return any(mine.items() <= {**row, "lengths": None}.items() for row in map(json.loads, lines))
 
     def baselines(self) -> None:
-        """The parent, averages of its last epochs, and a greedy soup chosen on the evolution split."""
+        """Score the parent, averages of its last epochs, and their greedy soup, chosen on the evolution split."""
         if self.done("baselines"):
             return
         self.begin()
@@ -172,7 +174,7 @@ class Bench:
         self.begin()
 
     def population(self, way: Way, by: Any = "loss") -> Population:
-        """What scores the members of a way, on two workers."""
+        """Return the Population that scores the members of a way, on two workers."""
         self.begin(way.of)
         fitness = Classification(
             self.splits.evolution, self.splits.sgd[slice(0, 512)], self.splits.mean_C, self.splits.std_C, by,
@@ -197,7 +199,8 @@ class Bench:
         return population
 
     def single(self, name: str, way: Way) -> None:
-        """One update by every population, by loss and by accuracy; the smaller ones are parts of the largest."""
+        """Make one update for every population, by loss and by accuracy. The smaller populations are parts of the
+        largest."""
         with self.population(way) as population:
             population.begin(("fitness", "search"), 1)
             most = max(BUDGETS[-1] // way.images // 2 * 2, POPULATIONS[-1])
@@ -220,7 +223,7 @@ class Bench:
                     )  # fmt: skip
 
     def _scored(self, name: str, way: Way, population: Population, members: Members) -> NDArray[np.float64]:
-        """The members' mean statistics, K x M, from the file as far as it goes."""
+        """Return the members' mean statistics, K x M. Load those in the file and score the others."""
         slug = re.sub(r"\W+", "-", name)
         path = self.folder / f"scores-{self.parent}-{self.width}-{self.precision}-{slug}.npy"
         found = np.load(path) if path.exists() else np.empty((0, 2))
@@ -236,21 +239,21 @@ class Bench:
         return found[: len(members)]
 
     def _gradient(self, population: Population) -> torch.Tensor:
-        """Of the loss of images that score members, for the cosine."""
+        """Return the gradient of the loss on images that score members, for the cosine."""
         with keeping_gradients(self.network):
             population._backward(self.network, population.case_sets["fitness"][:GRADIENT_IMAGES])
             return population.model.gradient()
 
     def _judged(self, scored_N: NDArray[np.int64]) -> dict[str, tuple[float, float]]:
-        """Loss and accuracy of the network as it is on images that scored, on those of the validation split, which
-        scored nothing, and on the test images."""
+        """Return the network's current loss and accuracy on images that scored members, on images of the validation
+        split, which scored nothing, and on the test images."""
         scored, unscored = self.splits.evolution[torch.from_numpy(scored_N)], self.splits.validation[slice(0, JUDGED)]
         return {"scored": self.judge(scored), "unscored": self.judge(unscored), "test": self.judge()}
 
     def _update(
         self, population: Population, members: Members, statistic_K: NDArray[np.float64], way: Way, column: int
     ) -> dict[str, Any]:
-        """Make the update of these members the scale, and find its length by a statistic on the search images."""
+        """Make the update of these members the scale, and search its length by a statistic of the search images."""
         shaped_K = zscore(less_pair_mean(statistic_K) if way.own else statistic_K)
         seed_U, weight_U = merge_seeds(members, shaped_K)
         population.answer(SetScale("none"))
@@ -271,7 +274,7 @@ class Bench:
     def _after(
         self, population: Population, length: float, before: dict[str, Any], gradient_D: torch.Tensor
     ) -> dict[str, Any]:
-        """What the update makes of the network, which is the parent again afterwards."""
+        """Judge the network after the update, then make it the parent again."""
         model, update_D = population.model, population.scale
         assert update_D is not None
         lengths = norm(update_D) * norm(gradient_D)
@@ -285,7 +288,7 @@ class Bench:
         return row | _compared(before, after)
 
     def several(self, name: str, way: Way) -> None:
-        """A phase of several generations for each budget, by loss and by accuracy."""
+        """Do a phase of several generations for each budget, by loss and by accuracy."""
         for budget in BUDGETS:
             for fitness in STATISTICS:
                 with self.population(way, fitness) as population:
@@ -313,7 +316,7 @@ class Bench:
 
 
 def _compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
-    """Loss and accuracy before and after on each set of images."""
+    """Return loss and accuracy before and after, on each set of images."""
     row = {f"{on}_{what}": after[on][i] for on in after for i, what in enumerate(STATISTICS)}
     return row | {f"{on}_{what}_before": before[on][i] for on in before for i, what in enumerate(STATISTICS)}
 
@@ -321,11 +324,11 @@ def _compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", help="a folder with train/<class>/* and test/<class>/*")
-    parser.add_argument("folder", type=Path, help="where rows and scores are kept")
+    parser.add_argument("folder", type=Path, help="folder for rows and scores")
     parser.add_argument("--parents", type=int, nargs="+", default=[0, 1, 2], help="their numbers (default: 0 1 2)")
     parser.add_argument("--width", type=int, default=64, help="channels of the first stage (default: 64)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the scoring (default: fp32)")
-    parser.add_argument("--ways", nargs="*", default=list(WAYS), help=f"some of: {'; '.join(WAYS)}")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of scoring (default: fp32)")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), help=f"ways to try (default: all): {'; '.join(WAYS)}")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     set_up(2)

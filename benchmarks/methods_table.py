@@ -1,4 +1,4 @@
-"""What `benchmarks/methods.py` found, as tables: `python benchmarks/methods_table.py ROWS ... > docs/methods.md`."""
+"""Tables of the rows of `benchmarks/methods.py`: `python benchmarks/methods_table.py ROWS ... > docs/methods.md`."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ BUDGETS = (1_000_000, 4_000_000)
 POPULATIONS = (50, 200, 1000, 5000)
 HEAD = """# What a budget of forwarded images buys
 
-Made by `benchmarks/methods_table.py` of the rows of `benchmarks/methods.py`. Parents are ResNet18 overfit by 14 epochs
-of gradient descent on 10,000 CIFAR-10 (JPEG) images. A way scores its members on evolution images: common to all of
-them, or own to each mirrored pair. Of one update all members are scored once, and every smaller population is a part of
-the larger one, so that populations differ by nothing else. Of 8 generations each has members and images of its own, and
-the parent moves eight times.
+`benchmarks/methods_table.py` makes this page from the rows of `benchmarks/methods.py`. Parents are ResNet18, overfit by
+14 epochs of SGD on 10,000 CIFAR-10 (JPEG) images. A way scores its members on evolution images: common to all members,
+or own to each mirrored pair. For one update all members are scored once, and every smaller population is a part of
+the largest one, so populations differ in nothing else. With 8 generations, each has its own members and images, and the
+parent moves eight times.
 
-The members of the first parent were scored in fp32, those of the others in bf16. Of a parent that is not in the tables
-the rows have the first way in both: they end within 0.2 points of accuracy of each other.
+The members of the first parent were scored in fp32, those of the others in bf16. The rows also contain one parent, not
+in the tables, whose first way was scored in both: the accuracies differ by less than 0.2 points.
 
-The length of an update is searched on 2,048 other images, which *images* does not count: by 10 to 15 members for one
-update, by some 35 for 8 generations.
+The length of an update is searched on 2,048 other images, which *images* does not count: with 10 to 15 members for
+one update, with about 35 for 8 generations.
 
-Given are changes: of the cross-entropy, and of accuracy in tenths of a point, on up to 4,096 images that scored
-members, on 4,096 of the validation split, which scored nothing (unscored), and on the 10,000 test images; a mean over
-parents, with the least and the most of them. On 10,000 images a change of 3 is about what chance does to one parent.
-*Cosine* is the update's to the direction in which the loss of 1,024 scored images falls, *over chance* that over
-sqrt(pairs / parameters), *gain* what a million forwarded images gain on images that did not score: tenths of a point,
-or loss.
+The tables show changes: of the cross-entropy, and of accuracy in tenths of a point. *Scored* are up to 4,096 images
+that scored members, *unscored* are 4,096 images of the validation split, *test* are the 10,000 test images. Values are
+means over the parents, with minimum and maximum. On 10,000 images a change of 3 is about the size of chance for one
+parent. *Cosine* is between the update and the direction in which the loss of 1,024 scored images falls; *over chance*
+is its ratio to sqrt(pairs / parameters); *gain* is the improvement on unscored images per million images forwarded, in
+tenths of a point or in loss.
 """
 
 
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of updates, with the changes that they made, in thousandths where they are of accuracy."""
+    """Return the rows of updates with the changes that they made. Changes of accuracy are in tenths of a point."""
     rows = rows[rows["fitness"].notna()].copy()
     for on in ("scored", "unscored", "test"):
         rows[f"{on} loss"] = rows[f"{on}_loss"] - rows[f"{on}_loss_before"]
         rows[f"{on} accuracy"] = (rows[f"{on}_accuracy"] - rows[f"{on}_accuracy_before"]) * 1000
     better = rows["unscored accuracy"].where(rows["fitness"] == "accuracy", -rows["unscored loss"])
     rows["gain per million"] = better / rows["images"] * 1e6
-    whole = ~rows["way"].str.contains("trajectory|guided")  # chance is another one in a subspace
+    whole = ~rows["way"].str.contains("trajectory|guided")  # this chance does not hold in a subspace
     rows["of chance"] = (rows["cosine"] / rows["cosine_expected"]).where(whole)
     return rows
 
 
 def spread(values: pd.Series, digits: int) -> str:
-    """A mean, and of several the least and the most."""
+    """Return the text of a mean, with minimum and maximum if there are several values."""
     values = values.dropna()
     if values.empty:
         return ""
@@ -60,7 +60,7 @@ def table(head: list[str], lines: list[list[str]]) -> list[str]:
 
 
 def by_budget(rows: pd.DataFrame, fitness: str) -> list[str]:
-    """Every way at each budget."""
+    """Return the table of every way at each budget."""
     head = ["way", "images", "members", "scored loss", "accuracy", "unscored loss", "accuracy", "test loss", "accuracy"]
     lines = []
     for budget in BUDGETS:
@@ -76,7 +76,7 @@ def by_budget(rows: pd.DataFrame, fitness: str) -> list[str]:
 
 
 def by_population(rows: pd.DataFrame, fitness: str) -> list[str]:
-    """What every way gains on the test images from a larger population, whatever it costs."""
+    """Return the table of each way's gain on the test images by population, whatever it costs."""
     lines = []
     for way, group in rows[rows["fitness"] == fitness].groupby("way", sort=False):
         cells = [str(way)]
@@ -89,8 +89,8 @@ def by_population(rows: pd.DataFrame, fitness: str) -> list[str]:
 
 
 def whole(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of those parents that all ways have been tried on, each once: a script that went on has written some
-    again."""
+    """Keep the rows of the parents on which all ways were tried, without duplicates: a program that was started again
+    has written some rows twice."""
     key = ["width", "precision", "weights"]
     rows = rows.drop_duplicates([*key, "way", "population", "images", "fitness"], keep="last")
     ways = rows[rows["last"].eq(1)].groupby(key)["way"].nunique()
@@ -98,7 +98,7 @@ def whole(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def text(rows: pd.DataFrame) -> str:
-    """All tables, of each width of the network."""
+    """Return all tables, for each width of the network."""
     rows, lines = whole(rows), [HEAD]
     for width, some in rows.groupby("width"):
         parents = some["weights"].nunique()

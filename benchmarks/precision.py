@@ -1,8 +1,9 @@
-"""What half precision and TF32 cost a fitness: `python benchmarks/precision.py IMAGES FOLDER`.
+"""Measures the error of a fitness in bf16 and TF32: `python benchmarks/precision.py IMAGES FOLDER`.
 
-IMAGES is a folder as `data.name folder` takes it, FOLDER one that `benchmarks/methods.py --width 16` has left a parent
-in. Members are scored in fp32, in bf16, and in fp32 with the operands of convolutions and products cut to TF32's ten
-bits of mantissa. Prints the table: the deviation of a score's error over that of the members' scores."""
+IMAGES is a folder as for `data.name folder`. FOLDER holds a parent made by `benchmarks/methods.py --width 16`. Members
+are scored in fp32, in bf16, and in fp32 with the operands of convolutions and products rounded to TF32's ten mantissa
+bits. Prints a table of ratios: the standard deviation of the error of a score, divided by that of the members'
+scores."""
 
 from __future__ import annotations
 
@@ -29,11 +30,11 @@ from spartan_ray.vision.resnet import ResNet18
 
 WIDTH, MEMBERS, IMAGES = 16, 48, 1024
 SIGMAS = (0.02, 0.002, 0.0002)
-LOW_BITS = 13  # of a float32's mantissa, which TF32 has not
+LOW_BITS = 13  # mantissa bits that float32 has and TF32 has not
 
 
 def cut(tensor: torch.Tensor) -> torch.Tensor:
-    """Rounded to ten bits of mantissa, to the even one of two."""
+    """Round to ten mantissa bits, ties to even."""
     bits = tensor.contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.contiguous_format)
     bits = bits.view(torch.int32)
     bits = (bits + (1 << (LOW_BITS - 1)) - 1 + ((bits >> LOW_BITS) & 1)) & -(1 << LOW_BITS)
@@ -52,7 +53,7 @@ def tf32() -> Iterator[None]:
 
 
 def scores(splits: Splits, saved: Any, precision: Precision, sigma: float) -> NDArray[np.float64]:
-    """Loss and accuracy of the members, K x 2."""
+    """Return minus the loss and the accuracy of the members, K x 2."""
     reference = splits.sgd[slice(0, 512)]
     fitness = Classification(splits.evolution, reference, splits.mean_C, splits.std_C, precision=precision)
     evaluator = Evaluator(ResNet18(len(splits.classes), "imagenet", WIDTH), fitness, "uniform", torch.device("cpu"))
@@ -64,7 +65,7 @@ def scores(splits: Splits, saved: Any, precision: Precision, sigma: float) -> ND
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", help="a folder with train/<class>/* and test/<class>/*")
-    parser.add_argument("folder", type=Path, help="of benchmarks/methods.py --width 16")
+    parser.add_argument("folder", type=Path, help="the FOLDER of benchmarks/methods.py --width 16")
     arguments = parser.parse_args()
     set_up(1)
     data = Data(name="folder", root=arguments.images, sgd_images=10_000, evolution_images=20_000)

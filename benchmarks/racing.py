@@ -1,9 +1,9 @@
-"""How often successive halving misses the best member, and what it saves: `python benchmarks/racing.py IMAGES`.
+"""Measures how often successive halving misses the best member and what it saves: `python benchmarks/racing.py IMAGES`.
 
-IMAGES is a folder as `data.name folder` takes it. A ResNet18 is trained for some epochs, random-gradient members
-of it are scored on eight parts of 2,048 evolution images each, and races among members drawn from them are run
-on those scores, so that every race is compared with what scoring everybody on everything would have chosen.
-Writes benchmarks/racing.json and prints the table.
+IMAGES is a folder as for `data.name folder`. The program trains a ResNet18 for ten epochs and scores its
+random-gradient members on eight equal parts of 2,048 evolution images. It then runs races among random draws of these
+members on the known scores, and compares each winner with the best member over all images. Writes
+benchmarks/racing.json and prints the table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ CPU = torch.device("cpu")
 
 
 def race(fitness_KP: NDArray[np.float64], halvings: int) -> tuple[int, int]:
-    """The winner of a race on fitnesses on equal parts of the images, and how many parts were scored."""
+    """Race members on their fitnesses on equal parts of the images. Return the winner and the number of scored
+    parts."""
     alive_R, scored = np.arange(len(fitness_KP)), 0
     seen = 0
     for halving in range(halvings, -1, -1):
@@ -108,7 +109,7 @@ def main() -> None:
     pool.close()
     ray.shutdown()
     (Path(__file__).parent / "racing.json").write_text(json.dumps(found, indent=1) + "\n")
-    print("| u | fitness | members | `racing` | images saved | best missed | lost, in deviations of the members |")
+    print("| u | fitness | members | `racing` | images saved | best missed | loss of fitness, in members' std |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in found:
         print(

@@ -1,7 +1,8 @@
-"""Members of small networks scored in passes, beside EvoTorch's vectorised problem: a policy of 4,940 parameters, one
-core. Prints microseconds a member of a whole generation (noise, scores, update): median and spread of many.
+"""Compares scoring many small networks in one pass with EvoTorch's vectorised problem: 4,940 parameters, one core.
 
-    python benchmarks/small_networks.py      with EvoTorch beside it where that is installed
+Prints the microseconds per member of a whole generation (noise, scores, update): median, minimum and maximum.
+
+    python benchmarks/small_networks.py      EvoTorch is optional
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def ours(inputs_NI: torch.Tensor, batch_members: int) -> Callable[[], object]:
 
 
 def evotorchs(inputs_NI: torch.Tensor) -> Callable[[], object]:
-    """PGPE with a fixed deviation and plain SGD, which is the same method, on a vectorised problem."""
+    """Use PGPE with a fixed standard deviation and plain SGD, the same method as ours, on a vectorised problem."""
     from evotorch import Problem
     from evotorch.algorithms import PGPE
 
@@ -76,7 +77,7 @@ def main() -> None:
         except ImportError:
             print("EvoTorch is not installed")
         seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for number, name in itertools.product(range(ROUNDS + 1), steps):  # in turns
+        for number, name in itertools.product(range(ROUNDS + 1), steps):  # alternate between the ways
             started = time.perf_counter()
             with torch.no_grad():
                 steps[name]()
@@ -86,7 +87,7 @@ def main() -> None:
         for name, times in seconds.items():
             median = float(np.median(times))
             print(
-                f"{cases:2} inputs  {name:22} {median:7.1f} us a member ({min(times):.1f} to {max(times):.1f}), "
+                f"{cases:2} inputs  {name:22} {median:7.1f} us per member ({min(times):.1f} to {max(times):.1f}), "
                 f"{slowest / median:.1f} times as fast as one at a time"
             )
 

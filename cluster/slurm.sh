@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A run on the nodes of a Slurm allocation: sbatch cluster/slurm.sh [flags of spartan train]. The environment with the
-# package, and the run folder, are on storage that all nodes see. The same command again goes on where the run was.
+# Train on the nodes of a Slurm allocation: sbatch cluster/slurm.sh [flags of spartan train]. The environment with the
+# package and the run folder must be on storage that all nodes see. The same command again continues the run.
 #SBATCH --job-name=spartan-ray
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -14,14 +14,14 @@ python=${SPARTAN_PYTHON:-.venv/bin/python}
 port=${SPARTAN_PORT:-6379}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# Nobody else on these nodes joins: the token is this job's own.
+# This job has a token of its own, so that nobody else on these nodes can join.
 RAY_AUTH_TOKEN=$("$python" -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 
 trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 
 step=(srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --overlap)
-# In the background, and in place of its shell: what is killed at the end is srun, and not who waits for it.
+# Runs in the background. `exec` replaces the subshell, so that the trap kills srun itself, not a waiting shell.
 start() {
     exec "${step[@]}" --nodelist="$1" "$python" -m ray.scripts.scripts start "${@:2}" \
         --num-cpus="$SLURM_CPUS_PER_TASK" --block --disable-usage-stats
@@ -35,7 +35,7 @@ done < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 wait_for='import ray, sys; ray.init(sys.argv[1], log_to_driver=False); sys.exit(len(ray.nodes()) < int(sys.argv[2]))'
 until "${step[@]}" --nodelist="$head" "$python" -c "$wait_for" "$head:$port" "$SLURM_NNODES" 2>/dev/null; do
     if ((SECONDS > 600)); then
-        echo "slurm.sh: not all $SLURM_NNODES nodes are there after ten minutes" >&2
+        echo "slurm.sh: not all $SLURM_NNODES nodes have joined after ten minutes" >&2
         exit 1
     fi
     sleep 2

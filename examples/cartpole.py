@@ -1,4 +1,4 @@
-"""CartPole: a policy of 58 parameters, evolved on episodes by two workers until it balances the pole.
+"""CartPole: evolve a policy of 58 parameters on episodes, with two Ray workers, until it balances the pole.
 
 pip install spartan-ray[examples]
 python examples/cartpole.py
@@ -12,16 +12,16 @@ from torch import nn
 
 import spartan_ray as sr
 
-SOLVED = 475.0  # mean return over 100 episodes, of 500 at most
+SOLVED = 475.0  # required mean return over 100 episodes; at most 500
 
 
 class Return(sr.Fitness):
-    """The return of an episode. A case is the seed of one."""
+    """The return of an episode. A case is an episode's seed."""
 
     cases = 1_000_000
 
     def prepare(self, case_N):
-        """Environments for these seeds, which all members of a generation use."""
+        """Make environments for these seeds; all members of a generation use the same ones."""
         return gymnasium.make_vec("CartPole-v1", num_envs=len(case_N), vectorization_mode="sync"), case_N.tolist()
 
     def __call__(self, network, batch):
@@ -37,7 +37,7 @@ class Return(sr.Fitness):
 
 
 def main(workers=2):
-    """The mean return over 100 episodes that no generation has seen."""
+    """Evolve the policy. Return its mean return over 100 new episodes."""
     torch.manual_seed(0)
     network, fitness = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), Return()
     strategy = sr.EvolutionStrategies(64, sigma=0.5, lr=0.5, shaping="centered-rank", mirrored=True)
@@ -49,7 +49,7 @@ def main(workers=2):
             if outcome.after >= SOLVED:
                 with torch.inference_mode():
                     mean = float(fitness(network, fitness.prepare(torch.arange(1_000_000, 1_000_100))).mean())
-                print(f"{mean:.1f} over 100 new episodes, after {time.perf_counter() - started:.0f} s")
+                print(f"mean return {mean:.1f} over 100 new episodes, after {time.perf_counter() - started:.0f} s")
                 if mean >= SOLVED:
                     return mean
     return 0.0

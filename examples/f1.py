@@ -1,4 +1,4 @@
-"""F1 as the fitness: an unbalanced task, eights among all digits, whose measure is no mean over images.
+"""F1 as the fitness: find the eights among all digits. F1 suits this unbalanced task and is no mean over images.
 
 python examples/f1.py
 """
@@ -15,10 +15,10 @@ SGD, EVOLUTION, TEST = slice(0, 400), slice(400, 1000), slice(1000, None)
 
 
 class F1(sr.Fitness):
-    """Hits, false alarms and misses of each image; the value is a function of their means."""
+    """Hits, false alarms and misses of each image; F1 is a function of their means."""
 
     cases = 600
-    vmap = True  # so that `batch_members` may score many small networks at once
+    vmap = True  # lets `batch_members` score many small networks at once
 
     def __call__(self, network, case_N):
         said_N, is_N = network(INPUTS_NI[EVOLUTION][case_N]).squeeze(1) > 0, EIGHT_N[EVOLUTION][case_N]
@@ -35,7 +35,7 @@ def f1_of(network, part):
 
 
 def main():
-    """F1 on the test images before and after evolution."""
+    """Train and evolve. Return F1 on the test images before and after evolution."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)

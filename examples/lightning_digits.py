@@ -1,4 +1,4 @@
-"""Evolution inside Lightning: the module's optimizer evolves it every hundredth step.
+"""Evolution inside Lightning: the module's optimizer runs an evolve phase every 100 steps.
 
 pip install spartan-ray[examples]
 python examples/lightning_digits.py
@@ -44,7 +44,7 @@ class Classifier(lightning.LightningModule):
 
 
 def main():
-    """Accuracy on the test images, and the phases that there were."""
+    """Train. Return the accuracy on the test images and the number of evolve phases."""
     lightning.seed_everything(0, verbose=False)
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     trainer, classifier = lightning.Trainer(max_steps=500, accelerator="cpu", devices=1, **quiet), Classifier()

@@ -1,4 +1,4 @@
-"""Evolution as a part of the optimizer: a training loop as any other, that evolves the network every hundredth step.
+"""Evolution as a part of the optimizer: an ordinary training loop that runs an evolve phase every 100 steps.
 
 python examples/plain_loop.py
 """
@@ -11,17 +11,17 @@ import spartan_ray as sr
 
 PIXELS_NI, LABELS_N = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
 INPUTS_NI = (PIXELS_NI / 16).float()
-SGD, EVOLUTION, TEST = slice(0, 600), slice(600, 1000), slice(1000, None)  # evolution's images are not SGD's
+SGD, EVOLUTION, TEST = slice(0, 600), slice(600, 1000), slice(1000, None)  # SGD and evolution share no images
 
 
 def minus_loss(network, case_N):
-    """The fitness of a network on images of the evolution part: higher is better."""
+    """Return the fitness of a network on images of the evolution part; higher is better."""
     logits_NC = network(INPUTS_NI[EVOLUTION][case_N])
     return -nn.functional.cross_entropy(logits_NC, LABELS_N[EVOLUTION][case_N], reduction="none")
 
 
 def main(evolve=True):
-    """Loss and accuracy on the test images at the end."""
+    """Train. Return the loss and the accuracy on the test images."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     base = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)

@@ -1,5 +1,5 @@
-"""A small transformer reads numbers in words. Adam trains it on cross-entropy, evolution on exact matches: whether all
-three digits are right, which has no gradient.
+"""A small transformer learns to read numbers written in words. Adam trains it on the cross-entropy; evolution trains it
+on exact matches (all three digits are right), which have no gradient.
 
     python examples/transformer.py
 """
@@ -34,7 +34,7 @@ def exact(network, index_N):
 
 
 def main():
-    """Exact matches on the test numbers before and after evolution."""
+    """Train and evolve. Return the share of exact matches on the test numbers before and after evolution."""
     torch.manual_seed(0)
     network = Reader()
     adam = torch.optim.Adam(network.parameters(), lr=3e-3)

@@ -1,4 +1,4 @@
-"""A search over sigma with Ray Tune: each trial is a whole run on the Ray of the search.
+"""A search over sigma with Ray Tune: each trial is a whole run on the Ray that Tune uses.
 
 python examples/tune.py
 """
@@ -18,7 +18,7 @@ FOLDER = tempfile.mkdtemp()
 
 
 def trial(values: dict[str, Any]) -> None:
-    """A run that reports each epoch. Its worker has a core of its own, so that the trial needs next to none."""
+    """Do a run and report each epoch. The run's worker has its own core, so the trial itself needs almost no CPU."""
     sr.train(
         "quickstart",
         progress=False,

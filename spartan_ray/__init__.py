@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from spartan_ray.engine.strategies.requests import Outcome, Strategy
     from spartan_ray.errors import InputError, RunError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "EvolutionOptimizer",
     "EvolutionStrategies",

@@ -1,27 +1,27 @@
-"""What goes wrong, each in one line: of the user's input, or of a run."""
+"""Errors in the user's input and in runs, each with a message of one line."""
 
 from __future__ import annotations
 
 
 def one_line(text: str) -> str:
-    """A text in one line that can be printed, whatever it quotes."""
+    """Return the text as one printable line, whatever it quotes."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 class OneLineError(Exception):
-    """A message of one line, whatever of the user's input it quotes."""
+    """An error whose message is one line, whatever user input it quotes."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
 
 
 class InputError(OneLineError):
-    """What the user gave cannot be used. The message names the field or the path."""
+    """The user's input cannot be used. The message names the field or the path."""
 
 
 class RunError(OneLineError):
-    """A run cannot go on, and why. What it had is in its last checkpoint."""
+    """A run cannot continue. The message says why; the last checkpoint holds the state of the run."""
 
 
 class Diverged(RunError):
-    """What a run computes is not finite any more; to go on would do the same again."""
+    """The numbers of a run are no longer finite. A restart would diverge again."""

@@ -1,4 +1,4 @@
-"""What a configuration names `package.module:Name`: a network's or a strategy's class, or a function that makes one."""
+"""Values of configuration fields that are parsed from text: `package.module:Name`, loggers, `random:8`, optimizers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from spartan_ray.errors import InputError, one_line
 
 
 def is_named(text: str) -> bool:
-    """Whether it names an object of a module, and not one of the package's own."""
+    """Return whether the text names an object as `package.module:Name`, rather than a built-in choice."""
     return ":" in text
 
 
 def checked_name(field: str, known: tuple[str, ...], text: str) -> str:
-    """The value of a field that is one of those known, or names an object. Raises InputError for another."""
+    """Return `text` if it is a known value of the field or names an object. Raises InputError otherwise."""
     if text not in known and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
         raise InputError(f"{field} ({text!r}): expected {', '.join(known)}, or package.module:Name")
     return text
@@ -26,23 +26,23 @@ LOGGERS = ("tensorboard", "mlflow", "wandb")
 
 
 def logger_names(text: str) -> list[str]:
-    """The loggers that a value such as `tensorboard,mlflow` names."""
+    """Return the names of the loggers in a value such as `tensorboard,mlflow`; `none` names no logger."""
     return [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
 
 
 def checked_loggers(field: str, text: str) -> str:
-    """The value of a field that names loggers. Raises InputError for another."""
+    """Return `text` if it names loggers. Raises InputError otherwise."""
     for name in logger_names(text):
         checked_name(field, LOGGERS, name)
     return text
 
 
 def imported(field: str, text: str) -> Any:
-    """The object that a field names. Raises InputError when there is none."""
+    """Return the object that a field names as `package.module:Name`. Raises InputError if it cannot be imported."""
     module, name = text.split(":")
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # whatever the module does when it is imported
+    except Exception as error:  # importing a module can raise anything
         raise InputError(
             f"{field} ({text}): cannot import {module}: {one_line(f'{type(error).__name__}: {error}')}"
         ) from error
@@ -51,15 +51,18 @@ def imported(field: str, text: str) -> Any:
     return getattr(found, name)
 
 
-# Kinds of subspaces, with the most directions: each is a vector of parameters in the memory of every node.
+# Kinds of subspaces, with the maximum number of directions. Each direction is a parameter vector in the memory of
+# every node.
 SUBSPACES = {"random": 1000, "trajectory": 1000, "guided": 1000}
 
 
 def kind_and_number(
     field: str, text: str, counts: dict[str, int], shares: tuple[str, ...] = ()
 ) -> tuple[str, float] | None:
-    """The kind and the number of a value such as `random:8`, None of `none`. `counts` are the kinds that take a whole
-    number, with the largest, `shares` those that take one between 0 and 1. Raises InputError for anything else."""
+    """Return the kind and the number of a value such as `random:8`, or None for `none`.
+
+    `counts` maps each kind that takes a whole number to its maximum. `shares` lists the kinds that take a number
+    between 0 and 1. Raises InputError for any other value."""
     kind, _, number = text.partition(":")
     if text == "none":
         return None
@@ -76,8 +79,8 @@ NUMBER = r"\d+(?:\.\d*)?(?:e-?\d+)?|\.\d+(?:e-?\d+)?"
 
 
 def optimizer_ranges(field: str, text: str) -> list[tuple[str, float, float]]:
-    """Optimizers with the ranges of their learning rates, such as `sgd:0.003..0.03,adam:1e-4..1e-3`. Raises InputError
-    for anything else."""
+    """Return (optimizer, lowest, highest learning rate) for each part of a value such as
+    `sgd:0.003..0.03,adam:1e-4..1e-3`. Raises InputError for any other value."""
     found = []
     for part in text.split(","):
         match = re.fullmatch(rf"({'|'.join(OPTIMIZERS)}):({NUMBER})\.\.({NUMBER})", part.strip())
@@ -92,12 +95,12 @@ def optimizer_ranges(field: str, text: str) -> list[tuple[str, float, float]]:
 
 
 def checked_ranges(field: str, text: str) -> str:
-    """The value of a field that `optimizer_ranges` can read. Raises InputError for another."""
+    """Return `text` if `optimizer_ranges` can read it. Raises InputError otherwise."""
     optimizer_ranges(field, text)
     return text
 
 
 def checked_kind(field: str, counts: dict[str, int], shares: tuple[str, ...], text: str) -> str:
-    """The value of a field that `kind_and_number` can read. Raises InputError for another."""
+    """Return `text` if `kind_and_number` can read it. Raises InputError otherwise."""
     kind_and_number(field, text, counts, shares)
     return text

@@ -1,5 +1,6 @@
-"""Which sources of the package run here, and the git commit that they are of. setup.py runs this file too, where
-nothing is installed yet."""
+"""The git commit and the digest of the package sources that are running.
+
+setup.py runs this file too, when nothing is installed yet: import only the standard library."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 HERE = Path(__file__).parent
-# Written into wheels and source distributions, which have no git: the commit and the digest of its sources.
+# File in wheels and source distributions, which have no git: the commit and the digest of its sources.
 RECORD = "commit.txt"
 
 
 def sources(folder: Path = HERE) -> str:
-    """A digest of the package's sources."""
+    """Return a digest of the Python sources in a folder of the package."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -27,11 +28,11 @@ def sources(folder: Path = HERE) -> str:
 
 
 def commit() -> str | None:
-    """The git commit of the sources that run here, `-dirty` after it where they were changed since; None where it
-    is not known.
+    """Return the git commit of the running sources, followed by `-dirty` if they have changed since, or None if it is
+    unknown.
 
-    A Ray job's copy of the working directory comes without git: there it is the commit of the installed package,
-    if that has the same sources."""
+    A Ray job's copy of the working directory has no git. In that case the commit of the installed package is returned,
+    if its sources are the same."""
     ours = sources()
     for folder in (HERE, *_installed()):
         if folder.is_dir() and sources(folder) == ours and (found := _git_commit(folder) or _recorded(folder, ours)):
@@ -40,7 +41,8 @@ def commit() -> str | None:
 
 
 def _git_commit(folder: Path) -> str | None:
-    """What git says, if it has the package itself and not only what lies around it, such as an environment."""
+    """Return the commit from git, or None. The package itself must be in git, not only a folder around it, such as one
+    that holds a virtual environment."""
     try:
         head, _ = _git(folder, "rev-parse", "HEAD", "HEAD:./__init__.py").split()
         return head + "-dirty" * bool(_git(folder, "status", "--porcelain", "--", "."))
@@ -49,7 +51,7 @@ def _git_commit(folder: Path) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    # Without locks, for which a user's own git would have to wait.
+    # Take no locks: the user's own git would have to wait for them.
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -63,10 +65,10 @@ def _recorded(folder: Path, ours: str) -> str | None:
 
 
 def _installed() -> Iterator[Path]:
-    """The folder of the installed package, and the one that an editable installation points to."""
+    """Yield the folder of the installed package, and the one that an editable installation points to."""
     for package in importlib.metadata.distributions(name="spartan-ray"):
         yield Path(str(package.locate_file(HERE.name)))
-        with contextlib.suppress(ValueError, AttributeError):  # what pip wrote there only informs
+        with contextlib.suppress(ValueError, AttributeError):  # pip's record is optional
             origin = urlsplit(json.loads(package.read_text("direct_url.json") or "{}").get("url", ""))
             if origin.scheme == "file":
                 yield Path(url2pathname(origin.path)) / HERE.name

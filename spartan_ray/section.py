@@ -1,5 +1,7 @@
-"""A section of typed configuration. Frozen; an unknown name or a value out of bounds is an InputError that names the
-field as the flags do, `section.field`."""
+"""The base class of typed configuration sections, and helpers for their fields.
+
+A section is frozen. An unknown name or an invalid value raises InputError, which names the field as the flags do:
+`section.field`."""
 
 from __future__ import annotations
 
@@ -21,25 +23,25 @@ Decay = Annotated[float, Field(gt=0, le=1)]
 
 
 def is_url(path: str) -> bool:
-    """Whether it is a URL: as a path it would be a folder `s3:`."""
+    """Return whether the text is a URL. Used as a path, it would name a folder such as `s3:`."""
     return re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE) is not None
 
 
 def place_of(text: str) -> str:
-    """A path or URL as it is used: the path of a `file://`, and a URL without slashes at its end."""
+    """Normalise a path or URL: turn a `file://` URL into a path, and strip trailing slashes from a URL."""
     text = re.sub(r"^file://(localhost)?(?=/)", "", text, flags=re.IGNORECASE)
     return text.rstrip("/") if is_url(text) else text
 
 
 def no_url(name: str, path: str) -> str:
-    """The path that was given as `name`. Raises InputError for a URL."""
+    """Return the path given for the field `name`. Raises InputError if it is a URL."""
     if is_url(path):
         raise InputError(f"{name} ({path}) is a URL: give the path where it is mounted")
     return path
 
 
 def perhaps(name: str, known: Iterable[str]) -> str:
-    """The known name nearest to one that is not known."""
+    """Return a hint with the known name closest to an unknown one, or an empty text."""
     near = difflib.get_close_matches(name, known, 1)
     return f" (perhaps {near[0]}?)" if near else ""
 
@@ -52,7 +54,7 @@ def _one_line(section: type[Section], error: ValidationError) -> str:
         return f"{path}: unknown field{perhaps(name, section.model_fields)}"
     if problem["type"] == "value_error":
         return problem["msg"].removeprefix("Value error, ")
-    # Shortened: a few lines of YAML can stand for gigabytes.
+    # Shorten the value: a few lines of YAML can expand to gigabytes.
     if problem["type"] == "string_pattern_mismatch":
         return f"{path}: letters, digits, '.', '_' and '-' only (got {reprlib.repr(problem['input'])})"
     wrong = problem["msg"].removeprefix("Input ").split(", unable")[0]
@@ -60,7 +62,7 @@ def _one_line(section: type[Section], error: ValidationError) -> str:
 
 
 class Section(BaseModel):
-    """One section of the configuration; `prefix` is its name in messages."""
+    """Base class of configuration sections. `prefix` is the section's name in messages."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     prefix: ClassVar[str]

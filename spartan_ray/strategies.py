@@ -1,4 +1,4 @@
-"""What a strategy of one's own is made of: docs/strategies.md shows one."""
+"""What a strategy of one's own is made of: docs/howto/own-strategy.md shows one."""
 
 from spartan_ray.engine.strategies.requests import (
     PARENT,

@@ -86,8 +86,8 @@ def test_the_flag_or_the_variable_names_the_address(
         ("head:6379/path", "not an address"),
         ("ray://head", "not an address"),
         ("redis://head:6379", "not an address"),
-        ("http://127.0.0.1:8265", "that speaks HTTP, as the dashboard's port does, which is for `ray job submit`"),
-        ("https://head", "that speaks HTTP"),
+        ("http://127.0.0.1:8265", "this port speaks HTTP; use the dashboard's address with `ray job submit`"),
+        ("https://head", "this port speaks HTTP"),
         ("127.0.0.1:1", "nothing answers there: Connection refused: expected host:port"),
         ("ray://127.0.0.1:1", "nothing answers there: Connection refused"),
         ("no-such-host.invalid:6379", "nothing answers there: "),
@@ -129,7 +129,7 @@ class Quiet(http.server.BaseHTTPRequestHandler):
     ("handler", "said"),
     [
         (None, "something listens there, but no {} answers without TLS: expected host:port"),
-        (Quiet, "that speaks HTTP, as the dashboard's port does, which is for `ray job submit`: expected host:port"),
+        (Quiet, "this port speaks HTTP; use the dashboard's address with `ray job submit`: expected host:port"),
     ],
 )
 def test_a_server_that_is_no_ray(
@@ -198,7 +198,7 @@ def test_a_local_ray_and_a_token_that_is_none(tmp_path: Path) -> None:
     file.write_text("no tokén\n")
     ended = spartan("train", *SMALL, cwd=tmp_path, RAY_AUTH_TOKEN_PATH=str(file))
     assert "has characters that are not printable ASCII" in refused(
-        ended, f"RAY_AUTH_MODE is token, and what is in RAY_AUTH_TOKEN_PATH {file} "
+        ended, f"RAY_AUTH_MODE is token, and the token in RAY_AUTH_TOKEN_PATH {file} "
     )
 
 
@@ -217,11 +217,11 @@ def test_an_empty_token_file_is_filled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("token", "said"),
     [
-        ({}, "wants a token, and RAY_AUTH_MODE is not set here: export RAY_AUTH_MODE=token"),
-        ({"RAY_AUTH_MODE": "disabled"}, "wants a token, and RAY_AUTH_MODE is disabled here"),
-        ({"RAY_AUTH_MODE": "token"}, "wants a token, and there is none in ~/.ray/auth_token"),
+        ({}, "requires a token, and RAY_AUTH_MODE is not set here: export RAY_AUTH_MODE=token"),
+        ({"RAY_AUTH_MODE": "disabled"}, "requires a token, and RAY_AUTH_MODE is disabled here"),
+        ({"RAY_AUTH_MODE": "token"}, "requires a token, and there is none in ~/.ray/auth_token"),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "empty"}, "and there is none in RAY_AUTH_TOKEN_PATH empty"),
-        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "no tokén"}, "and what is in RAY_AUTH_TOKEN has characters"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "no tokén"}, "and the token in RAY_AUTH_TOKEN has characters"),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another"}, "refuses the token in RAY_AUTH_TOKEN"),
     ],
 )
@@ -233,7 +233,7 @@ def test_a_ray_that_wants_its_token(
     named = {"RAY_ADDRESS": address, "HOME": str(tmp_path)}
     line = refused(spartan("train", *SMALL, cwd=tmp_path, **named, **token), f"RAY_ADDRESS {address}: that Ray ")
     assert said in line
-    assert "`ray get-auth-token` prints on its head node" in line
+    assert "`ray get-auth-token` on the head node prints the cluster's token" in line
 
 
 @pytest.mark.ray
@@ -248,7 +248,7 @@ def test_auto_finds_a_ray_and_asks_it_too(ray_head: Head, tmp_path: Path) -> Non
 @pytest.mark.ray
 def test_the_wrong_port_of_a_ray(ray_head: Head, tmp_path: Path) -> None:
     for address, said in (
-        (ray_head.dashboard, "that speaks HTTP, as the dashboard's port does, which is for `ray job submit`"),
+        (ray_head.dashboard, "this port speaks HTTP; use the dashboard's address with `ray job submit`"),
         (ray_head.client.removeprefix("ray://"), "something listens there, but no GCS answers without TLS"),
         (f"ray://{ray_head.gcs}", "something listens there, but no Ray Client server answers without TLS"),
     ):

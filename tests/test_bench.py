@@ -334,8 +334,8 @@ def test_a_table_goes_between_its_marks_and_nowhere_else(tmp_path: Path) -> None
 
 def test_the_documents_have_the_tables_of_the_results() -> None:
     results = json.loads((BENCHMARKS / "results.json").read_text())
-    readme, scaling = (BENCHMARKS.parent / name for name in ("README.md", "docs/scaling.md"))
-    assert figures.table(results) in readme.read_text()
+    tables, scaling = (BENCHMARKS.parent / "docs" / name for name in ("benchmarks.md", "scaling.md"))
+    assert figures.table(results) in tables.read_text()
     assert model.table(results) in scaling.read_text()
     assert results["targets"] == figures.targets(results)
     for name in ("machine", "limit", "scoring", "update", "dispatch", "broadcast", "memory", "peers", "simulation"):

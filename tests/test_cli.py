@@ -118,7 +118,7 @@ def test_what_the_cluster_cannot_do_is_one_line_and_exit_2(ray_head: Head, tmp_p
     errors = [line for line in ended.stderr.splitlines() if line.startswith("spartan: ")]
     assert len(errors) == 1
     assert "do not fit the" in errors[0]
-    assert "waiting for nodes: cluster.workers (auto) of 1 CPUs" in ended.stdout
+    assert "waiting for nodes: cluster.workers (auto) with 1 CPUs" in ended.stdout
     assert "Traceback" not in ended.stderr + ended.stdout
     assert not (tmp_path / "runs").exists()
 

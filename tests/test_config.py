@@ -100,7 +100,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         ),
         (
             ["--data.sgd-on-evolution", "--evolution.confirm"],
-            "evolution.confirm needs images that SGD does not see, and data.sgd_on_evolution shows it all",
+            "evolution.confirm needs images that SGD does not see, and data.sgd_on_evolution trains on them all",
         ),
         (
             [*RANDOM_GRADIENTS, "--evolution.gradient-images", "1"],
@@ -121,7 +121,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         ),
         (
             ["--evolution.strategy", "random-gradients", "--evolution.racing", "3", "--evolution.fitness-images", "15"],
-            "evolution.racing (3) leaves 1 of evolution.fitness_images (15) to the first round: 2 are the least",
+            "evolution.racing (3) leaves 1 of evolution.fitness_images (15) to the first round: at least 2 are needed",
         ),
         (["--evolution.wave", "4"], "evolution.wave (4) has no effect with evolution.strategy es: it needs random-"),
         (
@@ -284,14 +284,11 @@ def test_images_that_are_not_given_share_what_the_others_leave() -> None:
     assert both.image_counts(100) == {"fitness": 40, "search": 30, "confirm": 30}
 
 
-def test_the_readme_and_the_help_have_every_option_of_evolution(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_help_has_every_option_of_evolution(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_config(["--help"])
-    text = capsys.readouterr().out
+    text = "".join(capsys.readouterr().out.split())
     for name, field in Evolution.model_fields.items():
-        flag = name.replace("_", "-")
-        assert f"`{flag}`" in readme
-        assert f"--evolution.{flag}" in text
+        assert f"--evolution.{name.replace('_', '-')}" in text
         assert field.description
-        assert "\n" not in field.description
+        assert "".join(field.description.split()).rstrip(".")[:40] in text

@@ -185,7 +185,7 @@ def test_a_data_set_that_is_not_there_is_not_called_corrupt(
 def test_a_damaged_data_set_is_not_called_missing(cifar10: Path, fashion_mnist: Path) -> None:
     root = str(cifar10.parent)
     (cifar10 / "data_batch_2").write_bytes(b"damaged")
-    corrupt = f"cifar10 is corrupt: {re.escape(str(cifar10))}/data_batch_2 has not the published MD5"
+    corrupt = f"cifar10 is corrupt: {re.escape(str(cifar10))}/data_batch_2 does not have the published MD5"
     with pytest.raises(InputError, match=f"{corrupt}$"):
         load_splits(Data(name="cifar10", root=root, download=False), 0)
     with pytest.raises(InputError, match=f"{corrupt}, and could not be downloaded again: .*urlopen error"):

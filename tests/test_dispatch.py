@@ -190,7 +190,7 @@ def test_a_worker_that_alone_answers_nan_joins_again_and_what_two_answer_counts(
     assert same(found, expected)
     team.pool.wait_until_joined()
     assert team.notes == [
-        "worker 1 on host (cpu) returned NaN where worker 2 on host (cpu) does not: its noise is looked at again",
+        "worker 1 on host (cpu) returned NaN where worker 2 on host (cpu) does not: its noise is checked again",
         "worker 1 on host (cpu) computes the right noise: the fitness differs between workers"
         if right
         else "worker 1 on host (cpu) was lost and is replaced: its noise fingerprint differs",
@@ -528,7 +528,7 @@ def test_workers_follow_the_nodes_and_a_refused_one_is_not_missed_while_its_node
     assert workers() == [1]
     transport.up = {"node"}
     assert workers() == [1, 3]
-    assert team.notes[-1] == "worker 3 on host (cpu) is not like the others (H100): bits depend on who scores what"
+    assert team.notes[-1] == "worker 3 on host (cpu) is unlike the others (H100): bits of scores depend on the worker"
     transport.workers = 4
     assert workers() == [1, 3, 4, 5]
     transport.workers = 2  # what works stays until its node goes
@@ -555,7 +555,7 @@ def test_a_worker_whose_node_is_about_to_go_gets_no_more_work_unless_nobody_else
     assert at_work() == {1, 2}
     transport.leaving, transport.workers = {"spot"}, 1
     assert at_work() == {1}
-    assert team.notes == ["workers whose nodes are about to go, and that get no more work: 1"]
+    assert team.notes == ["workers on draining nodes, which get no more work: 1"]
     transport.workers = 2  # there is room for another one elsewhere
     assert at_work() == {1, 3}
     transport.leaving = {"spot", "node"}
@@ -595,8 +595,8 @@ def test_the_first_worker_is_waited_for_without_end_and_a_line_a_minute_says_so(
     team.transport.events.append((1000.0, lambda: [come() for come in go_on]))  # type: ignore[arg-type]
     team.pool.wait_until_joined()
     assert team.transport.clock >= 1000
-    waiting = [note for note in team.notes if note.startswith("no worker is there")]
-    assert set(waiting) == {"no worker is there: waiting for room for 2 of 1 CPUs and 0 GPUs each"}
+    waiting = [note for note in team.notes if note.startswith("no workers: ")]
+    assert set(waiting) == {"no workers: waiting for room for 2 workers with 1 CPUs and 0 GPUs each"}
     assert 15 <= len(waiting) <= 17
     assert ends_well(team)
 

@@ -23,7 +23,7 @@ def test_where_a_run_would_start_it_says_what_it_would_run_on(local_ray: None, s
     fine, lines = said(small_config)
     assert fine
     assert [line.split(":")[0] for line in lines] == [*(f"ok  {kind}" for kind in KINDS), "a run would start"]
-    assert lines[3].startswith("ok  workers: 2 of 1 CPUs and 0 GPUs each, beside a driver of ")
+    assert lines[3].startswith("ok  workers: 2 with 1 CPUs and 0 GPUs each, and a driver with ")
     assert not Path(small_config.run.out).exists()
 
 

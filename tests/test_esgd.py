@@ -469,7 +469,7 @@ def test_a_checkpoint_of_other_parents_is_refused(esgd_run: Path) -> None:
 def test_that_nothing_was_learned_is_said(local_ray: None, small_config: Config) -> None:
     config = change(small_config, run={"epochs": 2}, evolution=ESGD | {"optimizers": "sgd:1e5..1e6"})
     _, notes = run_here(config)
-    said = "all parents backed off: smaller rates may serve (evolution.optimizers sgd:1e5..1e6)"
+    said = "all parents backed off: try smaller learning rates (evolution.optimizers sgd:1e5..1e6)"
     assert [note for note in notes if "backed off" in note] == [f"epoch {epoch}: {said}" for epoch in (1, 2)]
 
 

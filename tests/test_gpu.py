@@ -35,7 +35,7 @@ def test_all_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
     assert not any("failed" in name for row in phases["scoring"]["figures"] for name in row)
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
     table = (tmp_path / "gpu.md").read_text()
-    assert table.startswith("A rehearsal on a CPU: no figure says anything.")
+    assert table.startswith("A rehearsal on a CPU: the figures mean nothing.")
     assert table in done.stdout
 
 
@@ -67,5 +67,5 @@ def test_a_program_is_ended_with_the_one_that_waits_for_it() -> None:
 def test_without_a_gpu_it_says_what_to_do() -> None:
     done = scripts_gpu("-o", "nowhere")
     assert done.returncode == 2
-    assert done.stdout == "scripts/gpu: torch sees no GPU here; --rehearse does all of it on a CPU\n"
+    assert done.stdout == "scripts/gpu: torch finds no GPU here; --rehearse runs everything on a CPU\n"
     assert not Path("nowhere").exists()

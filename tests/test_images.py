@@ -100,7 +100,7 @@ def test_16_bits_are_scaled_by_their_full_range(image_folder: Path, kind: str) -
     first(image_folder).write_bytes(SIXTEEN_BITS[kind])
     pixels, notes = read(image_folder)
     np.testing.assert_array_equal(pixels[0], np.dstack([WIDE >> 8] * 3))
-    assert ("of 72 images: 1 of 16-bit grey (the high byte is used)" in notes) == (
+    assert ("of 72 images: 1 in 16-bit grey (the high byte is used)" in notes) == (
         kind not in ("png, alpha", "png, colour")
     )
 
@@ -172,7 +172,7 @@ def test_the_first_of_several_frames_is_used_and_it_is_said(image_folder: Path, 
     frames[0].save(first(image_folder), format, save_all=True, append_images=frames[1:], lossless=True)
     pixels, notes = read(image_folder)
     assert (pixels[0] == 200).all()
-    assert "of 72 images: 1 of several frames or pages (the first is used)" in notes
+    assert "of 72 images: 1 with several frames or pages (the first is used)" in notes
 
 
 def test_all_that_cannot_be_read_is_counted_and_five_are_named(image_folder: Path) -> None:
@@ -190,7 +190,7 @@ def test_all_that_cannot_be_read_is_counted_and_five_are_named(image_folder: Pat
         read(image_folder)
     formats = "none of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP"
     assert str(error.value) == (
-        f"data.root: 7 of 72 not readable as images: {cats}/000.png (image file is truncated), "
+        f"data.root: 7 of 72 files are not readable as images: {cats}/000.png (image file is truncated), "
         f"{cats}/001.png ({formats}), {cats}/002.png ({formats}), {cats}/003.png (No such file or directory), "
         f"{cats}/004.png ({formats}) and 2 more"
     )
@@ -208,7 +208,7 @@ def test_what_is_left_out_is_counted_and_hidden_files_are_not(image_folder: Path
     assert len(pixels) == 72
     (left_out,) = (note for note in notes if "left out" in note)
     assert left_out == (
-        f"data.root {image_folder}: left out, as no images by suffix or place: "
+        f"data.root {image_folder}: left out, not images by suffix or place: "
         "3 (train/cat/more, train/cat/notes.txt, test/list.csv)"
     )
 

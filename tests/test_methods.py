@@ -546,7 +546,7 @@ def test_an_average_goes_on_from_the_last_epoch_that_has_all_that_it_is_of(
     ({"evolution": {"cases": "own", "mirrored": True}}, "evolution.cases (own) needs evolution.fitness_images"),
     ({"evolution": {"subspace": "trajectory:2", "every": 1}}, "evolution.subspace (trajectory) needs epochs between"),
     ({"evolution": {"of": "average", "every": 1}, "parent": {"average": "ema:.9"}}, "evolution.of (average) needs epo"),
-    ({"data": {"sgd_on_evolution": True}, "parent": {"average": "soup:2"}}, "parent.average (soup) chooses by images"),
+    ({"data": {"sgd_on_evolution": True}, "parent": {"average": "soup:2"}}, "parent.average (soup) needs images"),
     ({"evolution": {"of": "average"}}, "evolution.of (average) needs parent.average"),
     ({"evolution": {"of": "average", "strategy": "none"}}, "evolution.of (average) has no effect with evolution.strat"),
     ({"evolution": {"subspace": "random:0"}}, "evolution.subspace ('random:0'): expected none, random:1 to"),

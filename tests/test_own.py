@@ -150,8 +150,8 @@ def test_the_command_line_and_the_library_make_the_same_bytes(local_ray: None, t
 
 
 def test_the_strategy_of_the_docs_is_one() -> None:
-    text = (ROOT / "docs" / "strategies.md").read_text()
-    (program,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    text = (ROOT / "docs" / "howto" / "own-strategy.md").read_text()
+    program = re.findall(r"```python\n(.*?)```", text, re.S)[0]
     assert len([line for line in program.splitlines() if line.strip()]) <= 32
     names: dict[str, Any] = {}
     exec(program, names)

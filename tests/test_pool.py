@@ -178,5 +178,5 @@ def test_without_room_for_any_worker_the_run_waits_and_says_so(
     """The pool of these tests has all cores."""
     assert "CPU" not in ray.available_resources()
     monkeypatch.setattr(dispatch, "SLOW_START_SECONDS", 1.0)
-    with pytest.raises(Enough, match=r"^no worker is there: waiting for room for 1 of 1 CPUs and 0 GPUs each$"):
+    with pytest.raises(Enough, match=r"^no workers: waiting for room for 1 workers with 1 CPUs and 0 GPUs each$"):
         Waiting(workers=1, worker_timeout=0.5)

@@ -229,7 +229,7 @@ def test_a_store_that_stays_away_leaves_the_copy_and_the_last_checkpoint(s3: Obj
     place.push()
     (place.path / "2.sha256").write_bytes(b"2")
     s3.fails = lambda method, path: method == "PUT"
-    with pytest.raises(RunError, match=f"2.sha256: cannot write: .*; what it could not take is in {place.path.parent}"):
+    with pytest.raises(RunError, match=f"2.sha256: cannot write: .*; unsent files are in {place.path.parent}"):
         place.push()
     place.close()
     s3.fails = lambda method, path: False
@@ -268,7 +268,7 @@ def test_a_new_run_has_a_name_of_its_own(s3: ObjectStore) -> None:
 
 def test_a_name_that_leads_out_of_the_folder_is_refused(s3: ObjectStore, tmp_path: Path) -> None:
     s3.client().put_object(Bucket=BUCKET, Key="runs/x/../../evil", Body=b"")
-    with pytest.raises(InputError, match="is no file of a run"):
+    with pytest.raises(InputError, match="is not a file of a run"):
         fetch(Store(f"{URL}/x"), tmp_path / "x", lambda name: True)
     assert not list(tmp_path.iterdir())
 
@@ -276,7 +276,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(s3: ObjectStore, tmp_pat
 def test_a_store_that_writes_over_what_is_to_be_created_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     put = Store.put
     monkeypatch.setattr(Store, "put", lambda self, name, content, **mode: put(self, name, content))
-    with pytest.raises(InputError, match=f"^{URL}/x: this store writes over what is to be created"):
+    with pytest.raises(InputError, match=f"^{URL}/x: this store overwrites existing files on create"):
         Place.new(URL, "x")
     assert Store(URL).sizes() == {}
     with pytest.raises(InputError, match=r"^ftp://host/x: expected a path, s3:// or gs://$"):
@@ -299,7 +299,7 @@ def test_who_is_patient_waits_for_one_that_is_still_ending(monkeypatch: pytest.M
     assert lease.number == 2
     assert max(seen) > 3
     assert notes == [
-        f"{URL}/x: seeing for 45 s whether process {os.getpid()} on {os.uname().nodename} still writes this run"
+        f"{URL}/x: watching for 45 s if process {os.getpid()} on {os.uname().nodename} still writes this run"
     ]
     lease.release()
 

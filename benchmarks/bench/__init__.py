@@ -1,1 +1,3 @@
-"""Measures the evaluator against the machine's own limit, and what it costs on more machines than there are."""
+"""`scripts/bench`: measures the evaluator against this machine's limits and peers, and simulates larger clusters.
+
+Only measurements, their tables and pictures belong here; the package does not import it."""

@@ -1,5 +1,6 @@
-"""Measures this machine: scoring, update, dispatch and memory beside their limits, and peers. Ten minutes; --full takes
-half an hour."""
+"""Measures scoring, update, dispatch and memory on this machine, in comparison with their limits and with peers.
+
+Takes ten minutes, or half an hour with --full."""
 
 from __future__ import annotations
 
@@ -17,13 +18,17 @@ from spartan_ray.errors import InputError
 
 
 def main() -> None:
-    """Measure as the flags say; exit with 2 for what cannot be read or written."""
+    """Measure what the flags select. Exit with code 2 if something cannot be read or written."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="every population, and a simulated cluster")
+    parser.add_argument("--full", action="store_true", help="also measure larger populations, and simulate a cluster")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
-    parser.add_argument("--peers", type=Path, metavar="DIR", help="compare with the programs of benchmarks/peers")
-    parser.add_argument("--write-docs", action="store_true", help="put the tables into ./README.md and ./docs")
-    parser.add_argument("-o", dest="folder", type=Path, metavar="DIR", default=Path("bench"), help="where to write")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="compare with the programs in benchmarks/peers")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="write the tables into docs/benchmarks.md and docs/scaling.md"
+    )
+    parser.add_argument(
+        "-o", dest="folder", type=Path, metavar="DIR", default=Path("bench"), help="output folder (default: bench)"
+    )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

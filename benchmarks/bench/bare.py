@@ -1,4 +1,4 @@
-"""The machine's limit: processes that do nothing but one part of the work, as fast as it is known to go."""
+"""The machine's limits: processes that do only one part of the work, in the fastest known way."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ MEAN_C, STD_C = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 def random_images(count: int) -> Images:
-    """The same ones in every process: speed does not depend on what they show."""
+    """Return the same random images in every process; the speed does not depend on their content."""
     random = torch.Generator().manual_seed(0)
     pixels_NHWC = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=random)
     return Images(pixels_NHWC, torch.randint(0, 10, (count,), generator=random))
 
 
 class Bare:
-    """Processes of one thread each, which do a task at the same time when they are told to."""
+    """Processes that do a task at the same time, on command, each with `threads` threads (default: 1)."""
 
     def __init__(self, processes: int, threads: int = 1) -> None:
         context = multiprocessing.get_context("spawn")
@@ -55,7 +55,7 @@ class Bare:
             self.processes.append(process)
 
     def run(self, task: Callable[..., Callable[[], Rates]], *arguments: object) -> Rates:
-        """What the processes reach together: the sums of the rates that each returns."""
+        """Run a task in all processes at once. Return the sums of their rates."""
         for end in self.ends:
             end.send((task, arguments))
         for end in self.ends:
@@ -72,7 +72,7 @@ class Bare:
 
 
 def _serve(end: Connection, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # handled by the parent process
     set_up(threads)
     while True:
         try:
@@ -93,8 +93,8 @@ def _rate(amount: float, work: Callable[[], object], times: int) -> float:
 
 
 def forward(images: int, batch: int, kind: str) -> Callable[[], Rates]:
-    """Images a second through the network in evaluation mode, channels-last: `ours` as it is, `folded` with BatchNorm
-    folded in beforehand, or `torchvision`'s."""
+    """Measure images per second through the network in evaluation mode, channels-last. `kind` is ours, folded (ours
+    with BatchNorm folded in beforehand) or torchvision."""
     images_NCHW = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     module: nn.Module
     if kind == "torchvision":
@@ -115,14 +115,14 @@ def forward(images: int, batch: int, kind: str) -> Callable[[], Rates]:
 
 
 def sgemm() -> Callable[[], Rates]:
-    """Billions of operations a second in a product of two matrices that fit the cache."""
+    """Measure the GFLOP/s of a product of two matrices that fit the cache."""
     a, b = torch.randn(SGEMM_SIDE, SGEMM_SIDE), torch.randn(SGEMM_SIDE, SGEMM_SIDE)
     torch.mm(a, b)
     return lambda: {"gflops": _rate(2 * SGEMM_SIDE**3 / 1e9, lambda: torch.mm(a, b), 60)}
 
 
 def noise(members: int, elements: int) -> Callable[[], Rates]:
-    """Vectors a second of that size: of noise alone, and of noise with its part of the update."""
+    """Measure noise vectors of this size per second: noise alone, and noise added to an update."""
     kernel, seed_K, weight_K = CpuKernel("uniform"), np.arange(members, dtype=np.uint64), np.ones(members, np.float32)
     _noise_alone(seed_K[:1], TILE)
     kernel.accumulate(seed_K[:1], weight_K[:1], 0, TILE)
@@ -141,8 +141,8 @@ def _noise_alone(seed_K, elements):  # type: ignore[no-untyped-def]
 
 
 def sgd(images: int) -> Callable[[], Rates]:
-    """Images a second of gradient descent: ours, and torchvision's module trained the same way in its default and in
-    channels-last layout."""
+    """Measure images per second of gradient descent: ours, and torchvision's module trained in the same way, in the
+    default and in the channels-last layout."""
     device = torch.device("cpu")
     training, normalise = random_images(images), Normaliser(MEAN_C, STD_C, device)
     model = FlatModel(initial_model(PARENT, 10, 0)[0], device)

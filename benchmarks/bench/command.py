@@ -1,4 +1,4 @@
-"""`spartan bench`: measures, compares, writes."""
+"""The command behind `scripts/bench`: measures, compares, and writes results, tables and pictures."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ from spartan_ray.errors import InputError
 from spartan_ray.run.record import environment
 
 PARTIAL = "results-so-far.json"
-# Share of the cores that others may use on a machine called idle, and for how long to look.
+# Share of the cores that others may use on a machine that counts as idle, and seconds to look.
 BUSY, LOOK_SECONDS = 0.1, 2.0
-DOCS = {Path("README.md"): table, Path("docs/scaling.md"): model.table}
+DOCS = {Path("docs/benchmarks.md"): table, Path("docs/scaling.md"): model.table}
 
 
 def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> Results:
-    """Measure and write results.json and pictures to a folder; with `docs` the tables into README.md and
-    docs/scaling.md of the working directory, with `full` what takes long too. Raises InputError for what it could
-    not read or write at the end."""
+    """Measure, and write results.json and pictures to `out`. Return the results.
+
+    `full` includes the measurements that take long. `docs` writes the tables into docs/*.md of the
+    working directory. Raises InputError before measuring if a file cannot be read or written."""
     _check(out, full, peers, docs)
     workers = len(os.sched_getaffinity(0))
     results: Results = {"machine": machine(workers)}
     if results["machine"]["busy_cores"] > BUSY * workers:
-        say(f"something else is running here ({results['machine']['busy_cores']} cores): the figures will be low")
+        say(f"other programs use {results['machine']['busy_cores']} cores: the figures will be low")
     parts = ["memory", *["peers"] * bool(peers), "phases", "scoring", "update", "dispatch", *["simulation"] * full]
-    say(f"starting Ray; the parts: {', '.join(parts)}; what is measured is kept in {out / PARTIAL} until the end")
-    # Idle pools of every size stand beside each other: logical cores, which cost nothing.
+    say(f"starting Ray; parts: {', '.join(parts)}; results so far are kept in {out / PARTIAL}")
+    # Pools of every size exist at the same time, mostly idle, so Ray is given more logical cores.
     ray.init(
         address="local",
         num_cpus=8 * workers,
@@ -57,7 +58,7 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
         log_to_driver=False,
     )
     try:
-        # First, while this process has done nothing larger.
+        # Memory first, before this process has grown.
         results["memory"] = measure_memory(workers, MEMORY_POPULATIONS if full else MEMORY_POPULATIONS[:3], say)
         save(results, out)
         results["peers"] = measure_peers(peers, workers, say) if peers else []
@@ -84,18 +85,18 @@ def bench(out: Path, full: bool, peers: Path | None, docs: bool, say: Said) -> R
 
 
 def _check(out: Path, full: bool, peers: Path | None, docs: bool) -> None:
-    """Before what takes long: is there what it needs, and where to write?"""
+    """Check inputs and outputs before the long measurements. Raises InputError for the first problem."""
     if peers and not peers.is_dir():
         raise InputError(f"--peers {peers}: no such folder")
     for program, python, _ in PROGRAMS.values() if peers else ():
         for path in (peers / program, peers / python):  # type: ignore[operator]
             if not path.is_file():
-                raise InputError(f"--peers {peers}: {path} is not there (benchmarks/peers/setup makes EvoTorch's)")
+                raise InputError(f"--peers {peers}: {path} is missing (benchmarks/peers/setup makes EvoTorch's)")
     if docs and not (full and peers):
-        raise InputError("--write-docs: needs --full and --peers DIR, whose figures the documents show")
+        raise InputError("--write-docs: needs --full and --peers DIR, because the documents show their figures")
     for path in DOCS if docs else ():
         if not path.is_file() or not 0 <= path.read_text().find(BEGIN) < path.read_text().find(END):
-            raise InputError(f"--write-docs: {path} is not there or has no {BEGIN.strip()} ... {END.strip()}")
+            raise InputError(f"--write-docs: {path} is missing or has no {BEGIN.strip()} ... {END.strip()}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / PARTIAL).touch()
@@ -104,18 +105,18 @@ def _check(out: Path, full: bool, peers: Path | None, docs: bool) -> None:
 
 
 def save(results: Results, out: Path) -> None:
-    """Keep what there is: it took long, and what comes later may fail."""
+    """Save the results so far: they took long, and later parts may fail."""
     (out / PARTIAL).write_text(json.dumps(results, indent=1) + "\n")
 
 
 def busy_cores() -> float:
-    """How many of the cores that are ours somebody uses now."""
+    """Return how many of the cores available to this process are in use."""
     percent = psutil.cpu_percent(LOOK_SECONDS, percpu=True)
     return round(sum(percent[core] for core in os.sched_getaffinity(0)) / 100, 2)
 
 
 def machine(workers: int) -> Results:
-    """What the figures depend on."""
+    """Return the facts about the machine that the figures depend on."""
     facts: dict[str, Any] = environment()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {

@@ -1,4 +1,4 @@
-"""What a benchmark found: figures with their spread, what was aimed at, the table and the pictures."""
+"""The results of the benchmark: figures with their spread, the targets, the table and the picture."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from typing import Any
 Spread = dict[str, float]
 Results = dict[str, Any]
 
-# Where README.md has the table.
+# Marks around the table in a page.
 BEGIN, END = "<!-- benchmark -->\n", "<!-- end of benchmark -->\n"
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Median and range of the repeats, to four digits, and their number."""
+    """Return the median, minimum and maximum of the repeats, to four digits, and their number."""
     found = list(values)
     figures = {"median": statistics.median(found), "min": min(found), "max": max(found)}
     return {name: float(f"{value:.4g}") for name, value in figures.items()} | {"repeats": len(found)}
 
 
 def number(value: float, digits: int = 3) -> str:
-    """To so many digits, whole hundreds and more in full with commas."""
+    """Format a number with `digits` digits, or from 100 on as a whole number with commas."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
 
 
 def said(figure: Spread) -> str:
-    """Median (min - max), one number where they agree."""
+    """Format a figure as median (min - max), or as one number if they agree."""
     middle, low, high = (number(figure[name]) for name in ("median", "min", "max"))
     return middle if low == high else f"{middle} ({low} - {high})"
 
 
 def targets(results: Results) -> list[Results]:
-    """What the project aims at, whether this machine reached it, and if not, why."""
+    """Return the targets of the project, whether this machine meets each, and the reason if not."""
 
     def of_the_limit(images: int, wanted: float) -> tuple[str, float, float, str, str]:
         row = max((row for row in results["scoring"] if row["fitness_images"] == images), key=lambda r: r["population"])
-        name = f"scoring {row['population']:,} members on {images:,} images: speed over the bare forward pass's"
+        name = f"scoring {row['population']:,} members on {images:,} images: speed relative to the bare forward pass"
         return name, row["efficiency"]["median"], wanted, "least", repeats(row["efficiency"])
 
     def repeats(figure: Spread) -> str:
@@ -51,7 +51,7 @@ def targets(results: Results) -> list[Results]:
     found: list[tuple[str, float, float, str, str]] = [
         of_the_limit(2048, 0.97),
         (
-            f"scoring {16 * most} members on 2,048 images: speed over torchvision's bare module",
+            f"scoring {16 * most} members on 2,048 images: speed relative to torchvision's bare module",
             results["over_torchvision"]["median"],
             1.10,
             "least",
@@ -59,36 +59,35 @@ def targets(results: Results) -> list[Results]:
         ),
         of_the_limit(512, 0.94),
         (
-            "update of 1,000 members: time over that of scoring them on 2,048 images",
+            "update of 1,000 members: time relative to scoring them on 2,048 images",
             update["seconds_per_1000_members"]["median"] * rate / 2_048_000,
             0.01,
             "most",
             f"noise alone takes {said(results['update_limit']['noise_seconds_per_1000_members'])} seconds",
         ),
         (
-            "SGD: speed over torchvision's module, in its faster layout",
+            "SGD: speed relative to torchvision's module in its faster layout",
             results["sgd"]["ratio"]["median"],
             1.6,
             "least",
             repeats(results["sgd"]["ratio"]),
         ),
         (
-            "members a second that the dispatcher takes, if they cost nothing, in chunks of 200",
+            "dispatcher: members per second that cost nothing, in chunks of 200",
             results["dispatch"]["members_per_second"]["median"],
             50_000,
             "least",
             repeats(results["dispatch"]["members_per_second"]),
         ),
         (
-            "bytes through the object store a generation, over those of the parent",
+            "bytes through the object store per generation, relative to the parent's",
             results["broadcast"]["parents_per_generation"]["max"],
             2.1,
             "most",
             repeats(results["broadcast"]["parents_per_generation"]),
         ),
         (
-            f"memory of driver or worker, share by which it grows from {first['population']} to {last['population']:,} "
-            "members",
+            f"memory of driver or worker: growth from {first['population']} to {last['population']:,} members",
             max(growths.values()),
             0.05,
             "most",
@@ -104,11 +103,11 @@ def targets(results: Results) -> list[Results]:
     ]
     found += [
         (
-            f"{row['workers']} workers, 16 members each: speed over one's",
+            f"{row['workers']} workers, 16 members each: speed relative to one worker",
             row["speedup"]["median"],
             0.95 * row["workers"],
             "least",
-            f"bare processes reach {said(row['bare_speedup'])} times one; over that, in the same repeats, it is "
+            f"bare processes reach {said(row['bare_speedup'])}; relative to them, in the same repeats, it is "
             f"{said(row['of_the_bare_speedup'])}",
         )
         for row in results["scaling"]
@@ -117,12 +116,12 @@ def targets(results: Results) -> list[Results]:
     limit = results["limit"]["folded_images_per_second"]["median"] / 512
     found += [
         (
-            "16 members on 512 images: speed over EvoTorch's",
+            "16 members on 512 images: speed relative to EvoTorch",
             peer["ours_over_it"]["median"],
             6,
             "least",
-            f"{said(peer['ours_over_it'])}; the bare forward pass of our module with BatchNorm folded in, with nothing "
-            f"beside it, was {number(limit / peer['members_per_second']['median'])} times it later in this run",
+            f"{said(peer['ours_over_it'])}; the bare forward pass of our module with BatchNorm folded in, alone on the "
+            f"machine, was {number(limit / peer['members_per_second']['median'])} times as fast later in this run",
         )
         for peer in results["peers"]
         if peer["name"].startswith("EvoTorch")
@@ -138,17 +137,16 @@ def targets(results: Results) -> list[Results]:
 
 
 def table(results: Results) -> str:
-    """The figures as Markdown."""
+    """Return the figures as Markdown."""
     machine, limit, update = results["machine"], results["limit"], results["update_limit"]
     workers = max(row["workers"] for row in results["scaling"])
     lines = [
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['device']}; torch "
-        f"{machine['versions']['torch']}, Ray {machine['versions']['ray']}; {workers} workers of one thread, ResNet18, "
-        f"32x32 images, fp32; others used {machine['busy_cores']} of the cores at the start. Median (min - max) of "
-        "the repeats of one run: five, three where a repeat takes minutes, and a peer's three generations. What is "
-        "said to be over, or of, the bare pass, torchvision's module or one worker is the median of quotients, each "
-        "of what was measured in the same repeat; over EvoTorch's, of our generations just before and after by each "
-        "of its.",
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['device']}; "
+        f"torch {machine['versions']['torch']}, Ray {machine['versions']['ray']}; {workers} workers of one thread, "
+        f"ResNet18, 32x32 images, fp32; other programs used {machine['busy_cores']} cores at the start. Median (min - "
+        "max) of the repeats of one run: five, three where a repeat takes minutes, and three generations of each peer. "
+        "Relative figures are medians of ratios, each of two measurements of the same repeat. The ratio to EvoTorch "
+        "compares each of its generations with ours just before and after.",
         "",
         "| | aim | here | met |",
         "| --- | --- | --- | --- |",
@@ -158,16 +156,16 @@ def table(results: Results) -> str:
             for target in results["targets"]
         ),
         "",
-        "| images a second | |",
+        "| images per second | |",
         "| --- | --- |",
         f"| {workers} bare processes, forward pass of our module, batches of {limit['batch']} "
         f"| {said(limit['images_per_second'])} |",
-        f"| the same with BatchNorm folded in beforehand | {said(limit['folded_images_per_second'])}; scoring is at "
+        f"| the same with BatchNorm folded in beforehand | {said(limit['folded_images_per_second'])}; scoring reaches "
         f"{said(results['over_folded'])} of it |",
         f"| the same of torchvision's module, channels-last | {said(limit['torchvision_images_per_second'])} |",
         *(
             f"| scoring: {row['population']:,} members on {row['fitness_images']:,} images "
-            f"| {said(row['images_per_second'])}, {said(row['efficiency'])} of the bare pass's |"
+            f"| {said(row['images_per_second'])}, {said(row['efficiency'])} of the bare pass |"
             for row in results["scoring"]
         ),
         *(
@@ -192,7 +190,7 @@ def table(results: Results) -> str:
         f"| noise alone | {said(update['noise_seconds_per_1000_members'])} |",
         f"| broadcast of the parent | {said(results['broadcast']['seconds'])} |",
         "",
-        "| peak memory, small network, one generation each | driver, MB | a worker, MB |",
+        "| peak memory, small network, one generation each | driver, MB | worker, MB |",
         "| --- | --- | --- |",
         *(
             f"| {row['population']:,} members | {number(row['driver_mb'])} | {number(row['worker_mb'])} |"
@@ -202,7 +200,7 @@ def table(results: Results) -> str:
     if results["peers"]:
         lines += [
             "",
-            "| generations of 16 members on 512 images: normal noise, scores, update | members a second "
+            "| generations of 16 members on 512 images: normal noise, scores, update | members per second "
             "| peak memory of all processes, MB |",
             "| --- | --- | --- |",
             *(
@@ -215,14 +213,14 @@ def table(results: Results) -> str:
 
 
 def write_into(readme: Path, text: str) -> None:
-    """Replace what stands between the marks in a file."""
+    """Replace the text between the marks in a file."""
     before, _, rest = readme.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     readme.write_text(before + BEGIN + "\n" + text + "\n" + END + after)
 
 
 def draw(results: Results, path: Path) -> None:
-    """Members a second beside the peers, and memory over the population."""
+    """Draw members per second in comparison with the peers, and memory over the population."""
     from matplotlib import pyplot as plt
 
     from spartan_ray.report.plots import COLOURS
@@ -239,11 +237,11 @@ def draw(results: Results, path: Path) -> None:
     bars = left.barh([peer["name"] for peer in peers], medians, xerr=errors, color=colours)
     left.bar_label(bars, labels=[number(median) for median in medians], padding=6)
     left.margins(x=0.2)
-    left.set(xlabel="members a second")
+    left.set(xlabel="members per second")
     population_K = [row["population"] for row in results["memory"]]
-    for part, label, colour in (("driver_mb", "driver", COLOURS[0]), ("worker_mb", "a worker", COLOURS[1])):
+    for part, label, colour in (("driver_mb", "driver", COLOURS[0]), ("worker_mb", "worker", COLOURS[1])):
         right.plot(population_K, [row[part] for row in results["memory"]], marker="o", color=colour, label=label)
-    right.set(xscale="log", xlabel="members a generation", ylabel="peak memory, MB")
+    right.set(xscale="log", xlabel="members per generation", ylabel="peak memory, MB")
     right.legend(frameon=False)
     right.margins(y=0.15)
     for axes in (left, right):

@@ -1,4 +1,4 @@
-"""The evaluator on real Ray workers, each measurement beside the machine's limit in the same repeat."""
+"""Measures the evaluator on real Ray workers, together with the machine's limit in the same repeat."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SAMPLE_SECONDS = 0.1
 
 
 class FreeWorker(Worker):
-    """A worker whose members cost nothing."""
+    """A worker that scores members without computing anything."""
 
     def evaluate(
         self,
@@ -63,10 +63,10 @@ class FreeWorker(Worker):
 
 
 class Generation:
-    """What a generation of one network works on."""
+    """The network, images and settings of a measured generation."""
 
     def __init__(self, parent: Parent, images: int, precision: str = "fp32", noise: str = "uniform") -> None:
-        # The steps are too small to spoil the parent: a score that is NaN would be asked of two workers.
+        # Tiny steps keep the parent sound: a NaN score would be computed again by a second worker.
         self.evolution = Evolution.model_validate(
             {"every": 1, "lr": 1e-6, "fitness_images": images, "precision": precision, "noise": noise}
         )
@@ -89,7 +89,7 @@ class Generation:
         return pool
 
     def score(self, pool: Pool, population: int, images: int) -> float:
-        """Seconds of a population's scoring, from the broadcast to the last score."""
+        """Return the seconds that scoring a population takes, from the broadcast to the last score."""
         members = noisy(np.arange(population, dtype=np.uint64), 0.0, 0.01)
         started = time.perf_counter()
         pool.broadcast(self.state(images))
@@ -98,14 +98,14 @@ class Generation:
         return time.perf_counter() - started
 
     def update(self, pool: Pool, population: int) -> float:
-        """Seconds of a population's update."""
+        """Return the seconds that the update of a population takes."""
         seed_K, weight_K = np.arange(population, dtype=np.uint64), np.ones(population, np.float32)
         started = time.perf_counter()
         pool.weighted_sum(seed_K, weight_K, 0, self.model.theta_D.numel())
         return time.perf_counter() - started
 
     def phases(self, pool: Pool, population: int) -> Phases:
-        """What does whole evolve phases of evolution strategies on a pool."""
+        """Return an object that runs whole evolve phases of evolution strategies on a pool."""
         evolution = self.evolution.model_copy(update={"population": population})
         config = Config(parent=self.parent, evolution=evolution)
         strategy = make_strategy(evolution, 10)
@@ -114,7 +114,7 @@ class Generation:
         return Phases(around, strategy)
 
     def evolve(self, pool: Pool, population: int) -> Row:
-        """One phase; what the record says of it."""
+        """Run one phase and return its row of the record."""
         return self.phases(pool, population).evolve(1)
 
 
@@ -126,12 +126,12 @@ class Phases:
     strategy: Strategy
 
     def evolve(self, generation: int) -> Row:
-        """One phase; what the record says of it."""
+        """Run one phase and return its row of the record."""
         return phase_row(self.population.step(self.strategy, generation))
 
 
 def worker_processes(pool: Pool) -> list[psutil.Process]:
-    """Those that live: one that just ended is replaced."""
+    """Return the living processes of the pool's workers; a worker that just ended is being replaced."""
     found = []
     for info in pool.infos:
         with suppress(psutil.NoSuchProcess):
@@ -140,14 +140,14 @@ def worker_processes(pool: Pool) -> list[psutil.Process]:
 
 
 def close(pool: Pool) -> None:
-    """End the workers of a pool and wait until they are gone: what a process shares weighs more on fewer."""
+    """End the workers of a pool and wait until they are gone: shared memory is divided among the living processes."""
     ended = worker_processes(pool)
     pool.close()
     psutil.wait_procs(ended)
 
 
 def stored_bytes() -> int:
-    """What was ever put into the object stores of this Ray. Ray has no public way to ask."""
+    """Return the bytes put into this Ray's object stores since its start. Ray has no public function for it."""
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     state = get_state_from_address(ray.get_runtime_context().gcs_address)
@@ -155,7 +155,7 @@ def stored_bytes() -> int:
 
 
 def pss(process: psutil.Process) -> float:
-    """Megabytes of memory of a process, what it shares divided among those that share it; 0 of one that ended."""
+    """Return the memory of a process in megabytes (PSS: shared pages are divided equally). 0 if it has ended."""
     with suppress(psutil.NoSuchProcess):
         return float(process.memory_full_info().pss) / MEGABYTE
     return 0.0
@@ -163,7 +163,7 @@ def pss(process: psutil.Process) -> float:
 
 @contextmanager
 def peak_memory(*groups: list[psutil.Process]) -> Iterator[list[float]]:
-    """The largest memory of each group of processes while the block runs and at its end, in megabytes."""
+    """Yield a list that receives the peak memory of each group of processes, in megabytes, until the block ends."""
     gc.collect()
     peaks, ended = [0.0] * len(groups), threading.Event()
 
@@ -184,7 +184,7 @@ def peak_memory(*groups: list[psutil.Process]) -> Iterator[list[float]]:
         look()
 
 
-# Fitness images and members. A run takes minutes where the product is large.
+# Pairs of fitness images and members. A repeat takes minutes if the product is large.
 SCORING = ((256, 16), (512, 16), (512, 64), (2048, 16))
 FULL_SCORING = ((256, 16), (256, 64), (512, 16), (512, 64), (512, 256), (512, 1024), (2048, 16), (2048, 64))
 REPEATS, LONG_REPEATS, LONG_IMAGES = 5, 3, 100_000
@@ -200,12 +200,12 @@ Said = Callable[[str], None]
 
 
 def ratios(over: list[float], under: list[float]) -> list[float]:
-    """Of what was measured in the same repeats."""
+    """Return the ratios of two measurements, repeat by repeat."""
     return [one / other for one, other in zip(over, under, strict=True)]
 
 
 def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) -> Results:
-    """Scoring over images and population, and over workers, beside the bare forward pass in turn."""
+    """Measure scoring over images, population and workers, in alternation with the bare forward pass."""
     resnet = Generation(PARENT, max(images for images, _ in grid))
     sizes = sorted({1, min(2, workers), workers})
     pools, bares = {size: resnet.pool(size) for size in sizes}, {size: Bare(size) for size in sizes}
@@ -294,7 +294,7 @@ def measure_scoring(workers: int, grid: tuple[tuple[int, int], ...], say: Said) 
 
 
 def measure_phases(workers: int, say: Said) -> Results:
-    """What whole evolve phases of ResNet18, one after another as in a run, send and take in memory."""
+    """Measure what whole evolve phases of ResNet18, one after another as in a run, send and need in memory."""
     resnet = Generation(PARENT, PHASE_IMAGES)
     pool = resnet.pool(workers)
     phases, seconds, traffic, worker_mb = resnet.phases(pool, PHASE_MEMBERS), [], [], []
@@ -304,7 +304,7 @@ def measure_phases(workers: int, say: Said) -> Results:
         assert row["accepted"], row["note"]
         seconds.append(row["broadcast_seconds"])
         traffic.append(stored_bytes() - stored)
-        with peak_memory(*([worker] for worker in worker_processes(pool))) as peaks:  # which costs time
+        with peak_memory(*([worker] for worker in worker_processes(pool))) as peaks:  # apart: it takes time
             phases.evolve(2 * phase + 1)
         worker_mb.append(max(peaks))
         say(f"phases {phase}/{PHASES}: a worker {worker_mb[-1]:.0f} MB, sent {traffic[-1] / 1e6:.1f} MB")
@@ -320,7 +320,7 @@ def measure_phases(workers: int, say: Said) -> Results:
 
 
 def measure_update(workers: int, say: Said) -> Results:
-    """The sharded update beside noise alone, and gradient descent beside torchvision's module."""
+    """Measure the sharded update in comparison with noise alone, and SGD in comparison with torchvision's module."""
     resnet = Generation(PARENT, 256)
     sizes = sorted({1, min(2, workers), workers})
     pools, bare, trainer = {size: resnet.pool(size) for size in sizes}, Bare(workers), Bare(1, threads=workers)
@@ -363,8 +363,8 @@ def measure_update(workers: int, say: Said) -> Results:
 
 
 def measure_dispatch(workers: int, say: Said) -> Results:
-    """What Ray and the dispatcher take where members cost nothing, in chunks of two hundred and of one; and how much of
-    that the driver's main thread does, with a relay for the workers of a node and without."""
+    """Measure the overhead of Ray and the dispatcher with members that cost nothing, in chunks of two hundred and of
+    one. Measure the part of the driver's main thread, with relays between it and the workers of a node and without."""
     small = Generation(SMALL, MEMORY_IMAGES)
     pool = small.pool(workers, FreeWorker)
     members, answers = [], []
@@ -374,7 +374,7 @@ def measure_dispatch(workers: int, say: Said) -> Results:
         members.append(FREE_MEMBERS / small.score(pool, FREE_MEMBERS, MEMORY_IMAGES))
         pool.cluster = pool.cluster.model_copy(update={"chunk": 1})
         answers.append(FREE_TASKS / small.score(pool, FREE_TASKS, MEMORY_IMAGES))
-        say(f"dispatch: {members[-1]:.0f} free members a second; one a task, {answers[-1]:.0f} tasks a second")
+        say(f"dispatch: {members[-1]:.0f} free members/s; with one per task {answers[-1]:.0f} tasks/s")
     close(pool)
     pool = small.pool(GPUS_A_NODE, FreeWorker, least_nodes=1)
     pool.cluster = pool.cluster.model_copy(update={"chunk": 1})
@@ -388,7 +388,7 @@ def measure_dispatch(workers: int, say: Said) -> Results:
         before = time.thread_time()
         small.score(pool, FREE_TASKS, MEMORY_IMAGES)
         driver[relayed].append((time.thread_time() - before) / FREE_TASKS)
-        say(f"dispatch: {1e3 * driver[relayed][-1]:.3f} ms of the driver a task, {'' if relayed else 'not '}relayed")
+        say(f"dispatch: {1e3 * driver[relayed][-1]:.3f} ms of the driver per task, {'' if relayed else 'not '}relayed")
     close(pool)
     found = {"members_per_second": members, "tasks_per_second": answers}
     found |= {"driver_seconds": driver[False], "relayed_driver_seconds": driver[True]}
@@ -396,7 +396,7 @@ def measure_dispatch(workers: int, say: Said) -> Results:
 
 
 def measure_memory(workers: int, populations: tuple[int, ...], say: Said) -> list[Results]:
-    """Peak memory of whole evolve phases of the small network over their population."""
+    """Measure the peak memory of whole evolve phases of the small network over the population."""
     small = Generation(SMALL, MEMORY_IMAGES)
     pool = small.pool(workers)
 

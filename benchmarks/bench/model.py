@@ -1,4 +1,4 @@
-"""A model of a generation on many GPUs, from what was measured here and what is on paper."""
+"""A model of a generation on many GPUs, from measurements on this machine and estimates for a GPU."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from spartan_ray.distributed.relayed import RELAYED_ANSWERS_PER_SECOND, RELAYED_
 from spartan_ray.distributed.spans import chunk_size, workers_worth
 from spartan_ray.distributed.transport import ANSWERS_PER_SECOND
 
-# See docs/scaling.md for where they come from: one H100, 10,000 fitness images, bf16.
+# Estimates for one H100, 10,000 fitness images and bf16: docs/scaling.md derives them.
 SECONDS_A_MEMBER = 4e-3
 UPDATE_SECONDS_A_MEMBER = 20e-6
 PARENT_BYTES = 4 * 11_181_642
-PARENT_SECONDS = PARENT_BYTES / (100e9 / 8)  # on the network
+PARENT_SECONDS = PARENT_BYTES / (100e9 / 8)  # over the network
 GPUS_A_NODE = 8
 POPULATIONS = (1000, 10_000, 100_000, 1_000_000)
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
@@ -25,26 +25,27 @@ WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 
 @dataclass(frozen=True)
 class TaskSeconds:
-    """What it takes a driver to tell a task and to hear its answer: by itself, or among those of a node."""
+    """Seconds of the driver to send a task and receive its answer: directly, or through the relay of a node."""
 
     direct: float
     relayed: float
 
     @classmethod
     def of(cls, results: Results) -> TaskSeconds:
-        """As it was measured."""
+        """Return the measured seconds."""
         return cls(*(results["dispatch"][name]["median"] for name in ("driver_seconds", "relayed_driver_seconds")))
 
 
 def seconds_of_generation(population: int, workers: int, task: TaskSeconds, relays: bool) -> dict[str, float]:
-    """The parts of a generation's time.
+    """Return the parts of a generation's time, in seconds.
 
-    scoring    an equal share of the members for every worker
-    waiting    until the last chunk is done, beyond that: chunks are cut by the pool's own rule, told one by one as fast
-               as the driver can, each to the worker that first began the last thing that it was told; with relays
-               those of a node together, which its relay tells one by one. Each node takes the parent, when it is told
-               its first chunk, from any of those that have it, which send it to one after another
-    update     a slice for each worker that is worth an answer, the answers, and a parent's bytes back to the driver
+    scoring    time to score an equal share of the members on every worker
+    waiting    additional time until the last chunk is done. Chunks are cut by the pool's own rule. The driver sends
+               them one by one, as fast as it can, each to the worker that began its previous chunk first. With relays
+               it sends the chunks of a node together, and the relay passes them on one by one. With its first chunk a
+               node fetches the parent from one that has it; each sender serves one node at a time
+    update     time for the slices of as many workers as pay off, their answers, and sending a parent's bytes to the
+               driver
     """
     share = SECONDS_A_MEMBER * population / workers
     update = population * UPDATE_SECONDS_A_MEMBER
@@ -57,12 +58,12 @@ def seconds_of_generation(population: int, workers: int, task: TaskSeconds, rela
 
 
 def _last(population: int, workers: int, task: TaskSeconds, relays: bool) -> float:
-    """When the last chunk has been heard of."""
+    """Return the time at which the driver has received the last answer."""
     chance = random.Random(0)
-    began = [(0.0, worker) for worker in range(workers)]  # the last thing that it was told
+    began = [(0.0, worker) for worker in range(workers)]  # when each worker begins its last chunk so far
     end_W = [0.0] * workers
     parent_at: dict[int, float] = {}  # by node
-    sending = {-1: 0.0}  # until when a node, or the driver's, sends the parent to others
+    sending = {-1: 0.0}  # by node (-1: the driver's): until when it sends the parent to others
     left, driver = population, 0.0
     answers = RELAYED_ANSWERS_PER_SECOND if relays else ANSWERS_PER_SECOND
     while left > 0:
@@ -90,16 +91,17 @@ def _last(population: int, workers: int, task: TaskSeconds, relays: bool) -> flo
 
 
 def efficiency(population: int, workers: int, task: TaskSeconds, relays: bool) -> float:
-    """Time of scoring and update shared equally, over the time it takes."""
+    """Return the time of scoring and update if shared equally, divided by the modelled time."""
     ideal = population * (SECONDS_A_MEMBER + UPDATE_SECONDS_A_MEMBER) / workers
     return ideal / sum(seconds_of_generation(population, workers, task, relays).values())
 
 
 def table(results: Results) -> str:
-    """What the model says of many GPUs, and what the simulation showed, as Markdown."""
+    """Return the results of the model and of the simulation as Markdown."""
     task = TaskSeconds.of(results)
     lines = [
-        f"A task takes {1e3 * task.direct:.2f} ms of a driver's main thread, through a relay {1e3 * task.relayed:.2f}.",
+        f"A task costs {1e3 * task.direct:.2f} ms of the driver's main thread; "
+        f"through a relay {1e3 * task.relayed:.2f} ms.",
         "",
         "| modelled efficiency, without relays and with them | "
         + " | ".join(f"{population:,} members" for population in POPULATIONS)
@@ -120,8 +122,8 @@ def table(results: Results) -> str:
     lines += [f"| {name} | " + " | ".join(number(part[name]) for part in parts) + " |" for name in parts[0]]
     lines += [
         "",
-        "| simulated | workers | members | seconds | of what those workers could do | driver, CPU seconds "
-        "| driver, MB more at the end | tasks lost and done again |",
+        "| simulated | workers | members | seconds | share of the workers' capacity | driver, CPU seconds "
+        "| driver memory growth, MB | tasks retried |",
         "| --- " * 8 + "|",
     ]
     lines += [
@@ -134,7 +136,7 @@ def table(results: Results) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Efficiency over GPUs for each population, and where the time of a thousand goes."""
+    """Draw the efficiency over GPUs for each population, and the parts of the time on a thousand GPUs."""
     from matplotlib import pyplot as plt
 
     from spartan_ray.report.plots import COLOURS

@@ -1,4 +1,4 @@
-"""The programs that the evaluator is compared with, each on the same work and in turn with ours."""
+"""Measures the programs that the evaluator is compared with, on the same work and in alternation with ours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spartan_ray.engine.strategies.requests import Score, Scores, Take, line, no
 from spartan_ray.errors import RunError
 from spartan_ray.noise.contract import member_seeds
 
-# The program of each, its python - EvoTorch has an environment of its own - and the package whose version counts.
+# Each peer's program, its Python (EvoTorch has its own environment), and the package whose version is shown.
 PROGRAMS = {
     "EvoTorch PGPE": ("evotorch_pgpe.py", ".venv/bin/python", "evotorch"),
     "thread-pool ES": ("thread_pool_es.py", sys.executable, "torch"),
@@ -32,8 +32,8 @@ POPULATION, IMAGES = 16, 512
 
 
 def members_alone(phases: Phases, generation: int) -> None:
-    """What the peers do in a generation: score the members, shape, sum, move. A phase of evolution strategies scores
-    the parent before and after too."""
+    """Do what the peers do in a generation: score the members, shape, sum, move. A phase of evolution strategies also
+    scores the parent before and after."""
     population, strategy = phases.population, phases.strategy
     assert isinstance(strategy, EvolutionStrategies)
     population.begin(strategy.case_sets, generation)
@@ -45,13 +45,13 @@ def members_alone(phases: Phases, generation: int) -> None:
     population.answer(Take(line(1.0)))
 
 
-# Ours without what the peers do not do, and with it.
+# Our generation without the scores of the parent, as the peers do it, and with them.
 OURS = {"Spartan Ray": members_alone, "Spartan Ray, parent scored too": Phases.evolve}
 
 
 def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
-    """Members a second and memory of generations, ours before and after each peer's, which have the machine to
-    themselves. All draw normal noise."""
+    """Measure members per second and memory of generations. Ours run before and after each peer's, never at the same
+    time. All draw normal noise."""
     resnet = Generation(PARENT, IMAGES, noise="gaussian")
     rates: dict[str, list[float]] = {name: [] for name in OURS}
     peak_mb: dict[str, list[float]] = {name: [] for name in OURS}
@@ -66,12 +66,12 @@ def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
                 started = time.perf_counter()
                 generation(phases, next(generations))
                 rates[name].append(POPULATION / (time.perf_counter() - started))
-            # In a generation of its own and over all processes, Ray's too, as the peers do it.
+            # Memory: in another generation and over all processes, including Ray's, as the peers measure it.
             here = psutil.Process()
             with peak_memory([here, *here.children(recursive=True)]) as peaks:
                 generation(phases, next(generations))
             peak_mb[name] += peaks
-            say(f"peers: {name}, {said(spread(rates[name][-GENERATIONS:]))} members a second, {peaks[0]:.0f} MB")
+            say(f"peers: {name}, {said(spread(rates[name][-GENERATIONS:]))} members/s, {peaks[0]:.0f} MB")
         close(pool)
 
     own()
@@ -84,7 +84,7 @@ def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
             raise RunError(f"{' '.join(command)} ended with {done.returncode}")
         peer = json.loads(done.stdout.splitlines()[-1])
         rate = spread(peer["members_per_second"])
-        say(f"peers: {name}, {said(rate)} members a second, {peer['peak_mb']:.0f} MB")
+        say(f"peers: {name}, {said(rate)} members/s, {peer['peak_mb']:.0f} MB")
         version = f"{package} {peer['version'][package]}"
         own()
         beside = rates["Spartan Ray"][-2 * GENERATIONS :]
@@ -94,7 +94,7 @@ def measure_peers(folder: Path, workers: int, say: Said) -> list[Results]:
                 "version": version,
                 "members_per_second": rate,
                 "peak_mb": peer["peak_mb"],
-                # Ours just before and after it, over each of its own.
+                # Ratios of our generations just before and after to each of the peer's.
                 "ours_over_it": spread(own / their for own in beside for their in peer["members_per_second"]),
             }
         )

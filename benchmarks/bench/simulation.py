@@ -1,7 +1,7 @@
-"""More machines than there are: workers that sleep as long as a GPU would compute, and a model of a thousand.
+"""Simulates a cluster with workers that sleep instead of computing on a GPU.
 
-The dispatcher, Ray, the messages and their number are real; scoring is a sleep. Nodes are Ray nodes on this
-machine. Shapes: W workers.
+The dispatcher, Ray, and the number and size of the messages are real; only scoring is a sleep. The nodes are Ray nodes
+on this machine.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ SLOW = 3
 
 @dataclass
 class Team:
-    """A pool of sleeping workers, and what disturbs it when so many members are done."""
+    """A pool of sleeping workers, and a disturbance, called with the number of members done."""
 
     pool: Pool
-    capacity: float = 0.0  # members that the workers that are there could have scored
-    missing: float = 0.0  # workers that are there and do nothing
+    capacity: float = 0.0  # members that the present workers could have scored
+    missing: float = 0.0  # present workers that do nothing
     done: int = 0
     disturb: Any = None
     counted: float = 0.0
 
     def able(self) -> float:
-        """Workers that are there; one that is slow counts as the part of one that it is."""
+        """Return the number of working workers; a slow one counts as a fraction."""
         return len(self.pool.infos) - self.missing
 
     def advance(self, members: int, images: int) -> None:
@@ -57,7 +57,7 @@ class Team:
 
 
 def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) -> list[Results]:
-    """A generation of the population undisturbed, with slow and stopped workers, and with nodes that come and go."""
+    """Simulate a generation: undisturbed, with slow and stopped workers, and with nodes that leave and join."""
     per_node = workers // NODES
     cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": per_node + 1})
     nodes = [cluster.add_node(num_cpus=per_node) for _ in range(NODES - 1)]
@@ -117,7 +117,7 @@ def simulate(say: Said, population: int = POPULATION, workers: int = WORKERS) ->
         team.pool.broadcast_scale(None)
         scores = team.pool.evaluate(members)
         seconds = time.perf_counter() - started
-        assert np.array_equal(scores.fitness_K, members.seed_K), "every member once, in its place"
+        assert np.array_equal(scores.fitness_K, members.seed_K), "every member must be scored once, in its place"
         found.append(
             {
                 "scenario": name,

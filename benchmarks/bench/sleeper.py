@@ -1,4 +1,4 @@
-"""A worker for simulations that sleeps as long as a GPU would compute. Without torch dozens fit a machine."""
+"""A worker for simulations that sleeps instead of computing. Without torch, dozens of them fit one machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SLOW_FACTOR = 5.0
 
 
 class Sleeper:
-    """Scores by waiting; the fitness of a member is its seed, so that a result can be checked."""
+    """Sleeps to score; a member's fitness is its seed, so that results can be checked."""
 
     def __init__(self, spec: object) -> None:
         self.seconds = SECONDS_A_MEMBER
@@ -46,10 +46,10 @@ class Sleeper:
 
 
 def slow_down(worker: Sleeper) -> None:
-    """Run inside a worker: it takes several times as long from now on."""
+    """Slow this worker down by SLOW_FACTOR. Runs inside the worker."""
     worker.seconds = SECONDS_A_MEMBER * SLOW_FACTOR
 
 
 def recover(worker: Sleeper) -> None:
-    """Run inside a worker: it is as fast as the others again."""
+    """Restore the normal speed of this worker. Runs inside the worker."""
     worker.seconds = SECONDS_A_MEMBER

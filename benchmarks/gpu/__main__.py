@@ -1,7 +1,9 @@
-"""Everything about this machine's GPU in at most eight minutes: the tests that need one; kernels, scoring and gradient
-descent beside their limits and torchvision's module; whole runs whose bytes must agree. It needs this source tree, a C
-compiler, and a Python with torch, numba and torchvision; the tests and the whole runs need what the package does, Ray
-too. A phase that fails does not stop the others."""
+"""Tests and measures this machine's GPU in at most eight minutes.
+
+It runs the tests that need a GPU; measures kernels, scoring and gradient descent in comparison with their limits and
+with torchvision's module; and checks that whole runs end in the same bytes. It needs this source tree, a C compiler,
+and a Python with torch, numba and torchvision. The tests and the whole runs need all dependencies of the package,
+including Ray. A phase that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from typing import Any
 
 from gpu.figures import draw, table
 
-# What each phase runs, and seconds that it may take: eight minutes in all.
+# The command of each phase and its time limit in seconds: eight minutes in total.
 PHASES = {
     "tests": (["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"], 70),
     "bits": (["-m", "gpu.measure", "bits"], 30),
@@ -29,12 +31,12 @@ PHASES = {
     "whole": (["-m", "gpu.whole"], 130),
 }
 STOPPED = "stopped from outside"
-# A CPU may take so many times as long for a rehearsal.
+# Factor of the time limits for a rehearsal on a CPU.
 PATIENCE = 6
 
 
 def run(command: list[str], limit: float) -> tuple[str, str]:
-    """How a program ended, nothing when well, and what it printed, which is shown as it comes. A SIGTERM ends it."""
+    """Run a program and show its output. Return its failure (empty if none) and its output. A SIGTERM ends it."""
     lines: list[str] = []
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -65,7 +67,7 @@ def run(command: list[str], limit: float) -> tuple[str, str]:
 
 
 def phase(name: str, folder: Path, rehearse: bool) -> dict[str, Any]:
-    """One phase in a process of its own, since a device that has failed stays failed."""
+    """Run one phase in a process of its own, because a device stays failed in a process after an error."""
     command, limit = PHASES[name]
     limit *= PATIENCE if rehearse else 1
     out, started = folder / f"{name}.json", time.monotonic()
@@ -82,9 +84,11 @@ def phase(name: str, folder: Path, rehearse: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/gpu", description=__doc__)
-    parser.add_argument("--rehearse", action="store_true", help="all of it on a CPU, small: to see that it runs")
-    parser.add_argument("--phases", nargs="*", choices=list(PHASES), default=list(PHASES), help="some of them")
-    parser.add_argument("-o", dest="folder", type=Path, help="for gpu.json, gpu.md, gpu.png (default: benchmarks)")
+    parser.add_argument("--rehearse", action="store_true", help="run everything on a CPU, at a small size, as a check")
+    parser.add_argument(
+        "--phases", nargs="*", choices=list(PHASES), default=list(PHASES), help="phases to run (default: all)"
+    )
+    parser.add_argument("-o", dest="folder", type=Path, help="output folder (default: benchmarks)")
     arguments = parser.parse_args()
     folder = arguments.folder or Path("gpu-rehearsal" if arguments.rehearse else "benchmarks")
     with tempfile.TemporaryDirectory() as scratch:
@@ -94,13 +98,13 @@ def main() -> None:
             sys.exit(1)
         card = json.loads(about.read_text())
         if not arguments.rehearse and card["device"] == "cpu":
-            print("scripts/gpu: torch sees no GPU here; --rehearse does all of it on a CPU", file=sys.stderr)
+            print("scripts/gpu: torch finds no GPU here; --rehearse runs everything on a CPU", file=sys.stderr)
             sys.exit(2)
         results = {"card": card, "rehearsal": arguments.rehearse, "phases": {}}
         folder.mkdir(parents=True, exist_ok=True)
         for name in arguments.phases:
             results["phases"][name] = phase(name, Path(scratch), arguments.rehearse)
-            text = write(results, folder)  # as it goes, so that an end from outside leaves what was found
+            text = write(results, folder)  # after each phase, so that a kill leaves the results so far
             if results["phases"][name]["ended"] == STOPPED:
                 break
     print(text)
@@ -109,7 +113,7 @@ def main() -> None:
 
 
 def write(results: dict[str, Any], folder: Path) -> str:
-    """What was found up to now, as JSON, a table, which it returns, and a picture."""
+    """Write the results so far as JSON, a table and a picture. Return the table."""
     text = table(results)
     (folder / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "gpu.md").write_text(text + "\n")

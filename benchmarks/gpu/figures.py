@@ -1,11 +1,11 @@
-"""What `scripts/gpu` found, as tables and a picture beside the figures on paper of docs/scaling.md."""
+"""The tables and the picture of `scripts/gpu`, with the estimates of docs/scaling.md."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-# One H100, 10,000 images, bf16: the roof of its memory, and what was expected.
+# Members per second on one H100, 10,000 images, bf16: the limit of its memory bandwidth, and the estimate.
 ON_PAPER = {"roof on paper": 650.0, "expected on paper": 250.0}
 Results = dict[str, Any]
 
@@ -24,17 +24,17 @@ def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
 
 
 def table(results: Results) -> str:
-    """Everything as Markdown; of a phase that failed its last words."""
+    """Return all results as Markdown, with the last output of failed phases."""
     card, phases = results["card"], results["phases"]
     about = ", ".join(f"{name} {_number(value)}" for name, value in card.items())
-    lines = ["A rehearsal on a CPU: no figure says anything.", ""] if results["rehearsal"] else []
+    lines = ["A rehearsal on a CPU: the figures mean nothing.", ""] if results["rehearsal"] else []
     lines += [about, ""]
     lines += _table(
         ["phase", "seconds", "ended"], [[name, phase["seconds"], phase["ended"]] for name, phase in phases.items()]
     )
     figures = {name: phase["figures"] for name, phase in phases.items() if phase.get("figures")}
     lines += _table(
-        ["beside a CPU", "largest difference", "as it must be"],
+        ["compared with a CPU", "largest difference", "as required"],
         [[row["name"], row["difference"], "yes" if row["agrees"] else "NO"] for row in figures.get("bits", [])],
     )
     keys = "name", "microseconds", "gigabytes_per_second", "teraflops", "elements_per_second"
@@ -43,8 +43,8 @@ def table(results: Results) -> str:
         [[row.get(key) for key in keys] for row in figures.get("kernels", [])],
     )
     scoring = figures.get("scoring", [])
-    head = ["images", "precision", "members", "members/s", "by graphs", "over the bare pass", "by graphs"]
-    head += ["over torchvision's", "over it compiled", "same bits"]
+    head = ["images", "precision", "members", "members/s", "with graphs", "vs. bare pass", "with graphs"]
+    head += ["vs. torchvision", "vs. compiled", "same bits"]
     rows = []
     for row in (row for row in scoring if "members" in row):
         plain, graphs = row.get("plain", {}), row.get("graphs", {})
@@ -63,7 +63,7 @@ def table(results: Results) -> str:
         for way, about in row.items()
         if isinstance(about, dict)
     ]
-    lines += _table(["images", "precision", "way", "launches a member", "idle", "MB"], rows)
+    lines += _table(["images", "precision", "way", "launches per member", "idle", "MB"], rows)
     lines += [
         f"{row['cases']} images, {row['precision']}: {name}: {text}\n"
         for row in scoring
@@ -83,7 +83,7 @@ def table(results: Results) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """How near scoring comes to the bare pass, and members a second beside the figures on paper."""
+    """Draw the speed of scoring relative to the bare pass, and members per second with the estimates."""
     from matplotlib import pyplot as plt
 
     rows = [row for row in results["phases"].get("scoring", {}).get("figures") or [] if "members" in row]
@@ -98,7 +98,7 @@ def draw(results: Results, path: Path) -> None:
             if best:
                 left.plot(list(best), list(best.values()), style, color=colour, marker=".", label=f"{precision}, {way}")
     left.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    left.set(xscale="log", xlabel="images a member", ylabel="speed over the bare pass's")
+    left.set(xscale="log", xlabel="images per member", ylabel="speed relative to the bare pass")
     left.set_ylim(bottom=0)
     if rows:
         left.legend(frameon=False)
@@ -116,7 +116,7 @@ def draw(results: Results, path: Path) -> None:
         for name, rate in ON_PAPER.items():
             right.axhline(rate, color="black", linewidth=0.8, linestyle=":")
             right.annotate(name, (0, rate), textcoords="offset points", xytext=(0, 2))
-    right.set(ylabel=f"members a second, {most:,} images", title=str(results["card"]["device"]))
+    right.set(ylabel=f"members per second, {most:,} images", title=str(results["card"]["device"]))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -1,7 +1,7 @@
-"""One phase of `scripts/gpu` on this process's device, its figures as JSON: `python -m gpu.measure PHASE [--rehearse]`.
+"""Measures one phase of `scripts/gpu`, with its figures as JSON: `python -m gpu.measure PHASE FILE [--rehearse]`.
 
-It needs torch, numba and torchvision, and of this package what scores: no Ray and no configuration. Times are medians
-of repeats, each of which ends when the device is done. Shapes: K members, D parameters, N images."""
+It needs torch, numba and torchvision, and only the scoring parts of this package: no Ray and no configuration. Times
+are medians of repeats; each repeat waits for the device. Shapes: K members, D parameters, N images."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ Figures = list[dict[str, Any]]
 
 
 class Sizes:
-    """What is measured: on a GPU, and in a rehearsal as much as shows that it runs."""
+    """The sizes to measure: full on a GPU, and small in a rehearsal, which only shows that the program runs."""
 
     def __init__(self, rehearse: bool) -> None:
         self.width = 8 if rehearse else 64
-        # The largest first, which the figures on paper are of.
+        # The largest first: the estimates are for it.
         self.cases = (96, 32) if rehearse else (10_000, 2048, 512, 256)
         self.members = (2, 4) if rehearse else (16, 128, 1024)
         self.compiled = () if rehearse else (256, 2048)
-        self.seconds = 0.1 if rehearse else 0.6  # that members of one row may take at most, as far as it can be told
+        self.seconds = 0.1 if rehearse else 0.6  # estimated upper limit for the members of one row
         self.repeats = 2 if rehearse else 5
         self.update_members = 20 if rehearse else 10_000
         self.elements = 100_000 if rehearse else 11_181_642
@@ -63,7 +63,7 @@ class Sizes:
 
 
 class Bench:
-    """Rows of figures, which `out` has as they are found."""
+    """Measures on one device and writes each row of figures to `out` as it is found."""
 
     def __init__(self, rehearse: bool, out: Path) -> None:
         self.sizes = Sizes(rehearse)
@@ -73,7 +73,7 @@ class Bench:
         torch.manual_seed(0)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a row: a file that is half written would be none."""
+        """Add a row and write the file atomically."""
         self.rows.append(row)
         print(json.dumps(row), flush=True)
         half = self.out.with_suffix(".half")
@@ -82,7 +82,7 @@ class Bench:
 
     @contextlib.contextmanager
     def failing(self, row: dict[str, Any], name: str = "failed") -> Iterator[None]:
-        """What goes wrong becomes a part of a row: the others may do well."""
+        """Record a RuntimeError in the row instead of raising it, so that other measurements go on."""
         try:
             yield
         except RuntimeError as error:
@@ -94,7 +94,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], object], calls: int = 1) -> float:
-        """Of a call, the median of the repeats."""
+        """Return the seconds of one call of `work`, as the median of the repeats."""
         work()
         self.done()
         found = []
@@ -110,7 +110,7 @@ class Bench:
         return Images(torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8), torch.randint(0, 10, (count,)))
 
     def evaluator(self, cases: int, precision: Precision, graphs: bool = False) -> Evaluator:
-        """Of one network and of as many images as are scored."""
+        """Return an evaluator of one network that scores `cases` images."""
         torch.manual_seed(0)
         network, images = ResNet18(10, "imagenet", self.sizes.width), self.images(cases)
         reference = images[slice(0, 16)]
@@ -122,7 +122,7 @@ class Bench:
         return evaluator
 
     def bits(self) -> None:
-        """What the kernels compute here beside what they do on a CPU: the same bytes, for gaussian noise nearly."""
+        """Compare the kernels' results with those of a CPU: equal bytes, or a small difference for gaussian noise."""
         count = 100_003
         theta, scale, out = torch.linspace(-2, 2, count), torch.linspace(3, -1, count), torch.empty(count)
         weight_K = np.random.default_rng(0).normal(size=40).astype(np.float32)
@@ -152,7 +152,7 @@ class Bench:
             add(f"fold to {dtype}", folded, there)
 
     def kernels(self) -> None:
-        """Noise and folding beside what the device's memory and its multipliers do."""
+        """Measure noise and folding in comparison with the device's memory bandwidth and arithmetic."""
         sizes, device = self.sizes, self.device
         evaluator = self.evaluator(sizes.cases[0], "bf16")
         kernel, theta_D = evaluator.kernel, torch.randn(sizes.elements, device=device)
@@ -188,7 +188,7 @@ class Bench:
         })  # fmt: skip
 
     def scoring(self) -> None:
-        """Members beside the bare passes of the same module, folded, and of torchvision's."""
+        """Measure scoring in comparison with bare passes of the same folded module and of torchvision's module."""
         for cases in self.sizes.cases:
             for precision in PRECISIONS:
                 self._scored(cases, precision)
@@ -199,7 +199,7 @@ class Bench:
         answers: dict[int, set[bytes]] = {members: set() for members in rows}
         bare: dict[str, float] = {}
         for way in ("plain", "graphs"):
-            gc.collect()  # one network at a time, for the memory
+            gc.collect()  # hold one network at a time, to measure its memory
             self._memory()
             with self.failing(about, f"{way} failed"):
                 evaluator = self.evaluator(cases, precision, way == "graphs")
@@ -227,7 +227,7 @@ class Bench:
         self.add(about)
 
     def _bare(self, evaluator: Evaluator, cases: int, precision: Precision, about: dict[str, Any]) -> dict[str, float]:
-        """Images a second of the module alone, and of torchvision's."""
+        """Measure images per second of bare passes of our module and of torchvision's."""
         bare: dict[str, float] = {}
         network, batches = evaluator.model.module, evaluator.cases.of("fitness", WHOLE)
         with torch.inference_mode(), evaluator.fitness.ready(network):
@@ -238,7 +238,7 @@ class Bench:
         return bare
 
     def _torchvision(self, batches: Any, precision: Precision, compiled: bool) -> float:
-        """Seconds of torchvision's module on the same images, channels-last."""
+        """Return the seconds of torchvision's module on the same images, channels-last."""
         from torchvision.models import resnet18
 
         module: Any = resnet18(num_classes=10).eval().to(self.device, memory_format=torch.channels_last)
@@ -251,7 +251,7 @@ class Bench:
             return self.seconds(lambda: [module(batch[0]) for _, batch in batches])
 
     def _memory(self) -> dict[str, float]:
-        """The most that was reserved since the last call."""
+        """Return the peak of reserved GPU memory since the last call, in megabytes."""
         if self.device.type != "cuda":
             return {}
         most = torch.cuda.max_memory_reserved(self.device) / 1e6
@@ -260,8 +260,8 @@ class Bench:
         return {"megabytes": most}
 
     def _launches(self, evaluator: Evaluator) -> dict[str, float]:
-        """Kernels of a member, and the share of the time in which none runs, with the profiler beside; on a CPU
-        operations."""
+        """Return the kernels launched per member, and the share of time in which none runs, under the profiler. On a
+        CPU count operations."""
         members, on_gpu = 8, self.device.type == "cuda"
         activities = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities) as profile:
@@ -278,7 +278,7 @@ class Bench:
         return {"launches": len(spans) / members, "idle": 1 - busy / (last - spans[0][0])}
 
     def training(self) -> None:
-        """Gradient descent beside torchvision's module, both with the same optimizer."""
+        """Measure SGD in comparison with torchvision's module, both with the same optimizer."""
         images = self.images(self.sizes.sgd_images).to(self.device)
         normalise = Normaliser(MEAN, DEVIATION, self.device)
         for batch in self.sizes.batches:
@@ -298,7 +298,7 @@ class Bench:
                 self.add(row)
 
     def _sgd(self, images: Images, normalise: Normaliser, batch: int, precision: Precision, compiled: bool) -> float:
-        """Seconds of an epoch of torchvision's module."""
+        """Return the seconds of an SGD epoch with torchvision's module."""
         from torchvision.models import resnet18
 
         module: Any = resnet18(num_classes=10).train().to(self.device, memory_format=torch.channels_last)
@@ -320,14 +320,14 @@ class Bench:
 
 
 def _compiled(module: Any) -> Any:
-    """For the batch that it is called with: after another one, whatever batch it is would be compiled for all."""
+    """Compile for the batch size of the next call. Without the reset, a second size would be compiled as dynamic."""
     torch._dynamo.reset()
     return torch.compile(module, dynamic=False)
 
 
 @contextlib.contextmanager
 def arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
-    """What multiplies, as a fitness sets it."""
+    """Set the arithmetic of a precision, as a fitness does."""
     products: Literal["ieee", "tf32"] = "tf32" if precision == "tf32" else "ieee"
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     with half, float32_products(products):
@@ -339,8 +339,8 @@ def pairs(members: int) -> Members:
 
 
 def card() -> dict[str, Any]:
-    """The device, and what runs on it."""
-    # Triton's launchers are compiled by it.
+    """Return the facts about the device and the software on it."""
+    # Triton compiles its launchers with it.
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "none"
     versions = {"torch": torch.__version__, "numpy": np.__version__, "C compiler": compiler}
     with contextlib.suppress(ImportError):
@@ -359,7 +359,7 @@ def card() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="gpu.measure", description=__doc__)
     parser.add_argument("phase", choices=("card", "bits", "kernels", "scoring", "training"))
-    parser.add_argument("out", type=Path, help="a file for the figures")
+    parser.add_argument("out", type=Path, help="file for the figures")
     parser.add_argument("--rehearse", action="store_true", help="at a small size")
     arguments = parser.parse_args()
     if arguments.phase == "card":
@@ -373,7 +373,7 @@ def main() -> None:
 
 
 def _is_wrong(row: dict[str, Any]) -> bool:
-    """Whether something of ours failed or differs; what stands beside it may fail."""
+    """Return whether our own code failed or differs. Failures of what it is compared with do not count."""
     return any(row.get(name) is False for name in ("agrees", "same_bits")) or any(
         name in row for name in ("failed", "plain failed", "graphs failed")
     )

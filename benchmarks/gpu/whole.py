@@ -1,5 +1,7 @@
-"""Whole runs with driver and worker on this machine's one GPU: `python -m gpu.whole FILE [--rehearse]`. Two runs, one
-that is stopped and goes on, one by CUDA graphs, and a replay of every generation must end in the same bytes."""
+"""Checks whole runs with driver and worker on this machine's one GPU: `python -m gpu.whole FILE [--rehearse]`.
+
+Two equal runs, one that is stopped and resumed, one with CUDA graphs, and a replay of every generation must end in the
+same bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# A program may take.
+# Time limit of a program.
 SECONDS = 150.0
 
 
@@ -35,7 +37,8 @@ class Runs:
         )
 
     def finish(self, process: subprocess.Popen[bytes], wanted: int = 0) -> str:
-        """What it printed. Raises RuntimeError with its last lines when it ends otherwise than wanted."""
+        """Return the output of a process. Raises RuntimeError, with its last lines, if its exit code is not
+        `wanted`."""
         try:
             text = process.communicate(timeout=SECONDS)[0].decode()
         except subprocess.TimeoutExpired:
@@ -53,15 +56,16 @@ class Runs:
         return (self.folder / "runs" / name / "final.safetensors").read_bytes()
 
     def stopped(self, name: str) -> bytes:
-        """Of a run that ends after half of its epochs and goes on to the whole: where an interrupt comes depends on how
-        fast a machine is."""
+        """Return the weights of a run that ends after half of its epochs and is resumed. It is not interrupted, because
+        the place of an interrupt would depend on the speed of the machine."""
         epochs = int(self.flags[self.flags.index("--run.epochs") + 1])
         self.finish(self.command("train", "--run.name", name, *self.flags, "--run.epochs", str(epochs // 2)))
         self.finish(self.command("resume", str(self.folder / "runs" / name), "--run.epochs", str(epochs)))
         return self.weights(name)
 
     def compared(self, out: Path) -> None:
-        """Whether each way of running ends in the bytes of the first, or what went wrong; written as it is found."""
+        """Check whether each way of running ends in the bytes of the first run. Write the findings to `out` one by
+        one."""
         started = time.monotonic()
         first = self.train("first")
         seconds = time.monotonic() - started
@@ -87,7 +91,7 @@ class Runs:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="gpu.whole", description=__doc__)
-    parser.add_argument("out", type=Path, help="a file for what was found")
+    parser.add_argument("out", type=Path, help="file for the findings")
     parser.add_argument("--rehearse", action="store_true", help="at a small size, without a GPU")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

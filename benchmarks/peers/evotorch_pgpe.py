@@ -1,11 +1,11 @@
-"""EvoTorch's PGPE on an NEProblem with an actor a core, as its documentation proposes for large populations.
+"""EvoTorch's PGPE on an NEProblem with one actor per core, as its documentation suggests for large populations.
 
-`distributed=True` (its default is False) is the faster of its two ways on idle cores: an actor draws its share of the
-population itself and returns a gradient, where otherwise the driver draws all members and sends them. It computes
-something else: fitnesses are ranked within each actor's share, so that the result depends on the number of actors.
-PGPE also adapts a standard deviation for each parameter, which the other peers do not. All else is EvoTorch's default:
-antithetic pairs, centered ranks, ClipUp. Runs in the environment that `setup` makes; with one worker EvoTorch uses no
-actor.
+`distributed=True` (default: False) is the faster of its two modes on idle cores: each actor draws its share of the
+population and returns a gradient. In the other mode the driver draws all members and sends them. The results differ:
+in the distributed mode fitnesses are ranked within each actor's share, so they depend on the number of actors. PGPE
+also adapts a standard deviation for each parameter, which the other peers do not. Everything else is EvoTorch's
+default: antithetic pairs, centered ranks, ClipUp. It runs in the environment that `setup` makes. With one worker
+EvoTorch uses no actor.
 """
 
 from __future__ import annotations

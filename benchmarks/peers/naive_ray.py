@@ -1,8 +1,8 @@
-"""Evolution strategies on Ray as one writes them first: every descendant is made on the driver and sent whole.
+"""A first, naive version of evolution strategies on Ray: the driver makes every descendant and sends it whole.
 
-The driver draws float32 noise for each member and keeps it for the update, and calls the actors in turn with the
-state dict of the member's parameters; they answer with its fitness. What Ray is sent are NumPy arrays, which it passes
-through shared memory without a copy on arrival. Rewards are z-scored; the update is thread_pool_es's.
+The driver draws float32 noise for each member and keeps it for the update. It calls the actors in turn with the state
+dict of a member's parameters; they return its fitness. The state dicts are NumPy arrays, which Ray passes through
+shared memory without copying them on arrival. Fitnesses are z-scored; the update is that of thread_pool_es.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Worker:
 
     def score(self, descendant: Arrays) -> float:
         state = {name: torch.from_numpy(array) for name, array in descendant.items()}
-        self.network.load_state_dict(state, strict=False)  # the buffers stay
+        self.network.load_state_dict(state, strict=False)  # keeps the buffers
         return self.fitness(self.network)
 
 
 def sample(parent: State) -> State:
-    """Normal noise of one member."""
+    """Draw the normal noise of one member."""
     return {name: torch.randn_like(tensor) for name, tensor in parent.items()}
 
 
 def descend(parent: State, noise: State, sigma: float) -> Arrays:
-    """The parent plus sigma * noise."""
+    """Return the parent plus sigma * noise."""
     return {name: torch.add(tensor, noise[name], alpha=sigma).numpy() for name, tensor in parent.items()}
 
 
@@ -58,7 +58,7 @@ def main() -> None:
 
     def generation() -> None:
         noise_K, calls = [], []
-        for member in range(arguments.population):  # the first ones are scored while the next are drawn
+        for member in range(arguments.population):  # drawing overlaps with scoring
             noise_K.append(sample(parent))
             calls.append(workers[member % len(workers)].score.remote(descend(parent, noise_K[member], SIGMA)))
         update(parent, noise_K, ray.get(calls), LR, SIGMA)

@@ -1,10 +1,9 @@
-"""The ES code that the article took (staturecrane/PyTorch-ES), written anew from a description of it, not copied.
+"""The ES code that the article uses (staturecrane/PyTorch-ES), rewritten from a description, not copied.
 
-Faithful: float64 normal noise for all K members is drawn first and kept; a pool of threads scores a deep copy of the
-network plus sigma * noise for each; rewards are z-scored; for each tensor the K noises are stacked, multiplied by the
-scores, and lr / (K sigma) times that is added. Where the description is silent the faster way is taken: NumPy's
-newer generator, and a matrix-vector product for the sum.
-"""
+As in the original, float64 normal noise for all K members is drawn first and kept. A pool of threads scores, for each
+member, a deep copy of the network plus sigma * noise. Rewards are z-scored. For each tensor the K noises are stacked
+and multiplied by the scores, and lr / (K sigma) times the sum is added. Where the description leaves a choice, the
+faster option is used: NumPy's newer generator, and a matrix-vector product for the sum."""
 
 from __future__ import annotations
 
@@ -18,18 +17,18 @@ from numpy.typing import NDArray
 from torch import nn
 from work import LR, SIGMA, Fitness, initial_network, measure, parse_arguments, zscore
 
-Noise = list[NDArray[np.float64]]  # of one member, by tensor
+Noise = list[NDArray[np.float64]]  # one member's noise, by tensor
 
 
 def sample(network: nn.Module, population: int, random: np.random.Generator) -> list[Noise]:
-    """Normal noise for every parameter of every member."""
+    """Draw normal noise for every parameter of every member."""
     shapes = [tuple(tensor.shape) for tensor in network.parameters()]
     return [[random.standard_normal(shape) for shape in shapes] for _ in range(population)]
 
 
 @torch.no_grad()
 def descend(network: nn.Module, noise: Noise, sigma: float) -> nn.Module:
-    """A copy of the network plus sigma * noise."""
+    """Return a copy of the network plus sigma * noise."""
     descendant = copy.deepcopy(network)
     for tensor, unit in zip(descendant.parameters(), noise, strict=True):
         tensor.add_(torch.from_numpy(sigma * unit).float())

@@ -1,9 +1,10 @@
-"""The work that every peer does, and what it is measured by.
+"""The work that every peer does, and its measurement.
 
-The network is torchvision's ResNet18 with 10 classes as it is initialised, in evaluation mode and PyTorch's default
-memory layout, in which no peer is slower than in channels-last; a descendant's fitness is minus its mean cross-entropy
-on the same 32x32 images for all. A worker computes with one thread; the driver may use as many as there are workers,
-which wait for it.
+The network is torchvision's ResNet18 with 10 classes and its initial weights, in evaluation mode and PyTorch's default
+memory layout, in which no peer is slower than in channels-last. A descendant's fitness is minus its mean cross-entropy
+on 32x32 images, the same for all peers. A worker computes with one thread. The driver may use as many threads as there
+are workers, because the workers wait for it.
+
 Shapes: K members, N images, C colours, H x W pixels.
 """
 
@@ -34,20 +35,20 @@ BATCH = 256
 
 
 def parse_arguments(description: str | None) -> argparse.Namespace:
-    """The size of the work; the driver's threads are set by it."""
+    """Parse the size of the work, and set the driver's threads to the number of workers."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--workers", type=int, default=2, help="processes or threads, a core each")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes or threads, one per core")
     parser.add_argument("--population", type=int, default=16)
     parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--generations", type=int, default=3, help="timed ones, after one that is not")
+    parser.add_argument("--generations", type=int, default=3, help="number of timed generations, after one warm-up")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.workers)
     return arguments
 
 
 def start_ray(workers: int) -> None:
-    """A Ray of this program alone."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # of its workers: torch has read the driver's
+    """Start a Ray for this program alone."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # for its workers; the driver's torch has read it already
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(
         address="local", num_cpus=workers, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
@@ -55,8 +56,8 @@ def start_ray(workers: int) -> None:
 
 
 def initial_network() -> nn.Module:
-    """The parent, the same in every process. The generator stays as it was: EvoTorch's actors, which build it, draw
-    members from it."""
+    """Return the parent, the same in every process. The state of torch's global generator does not change: EvoTorch's
+    actors build the network and draw members from this generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network: nn.Module = torchvision.models.resnet18(num_classes=10)
@@ -64,7 +65,7 @@ def initial_network() -> nn.Module:
 
 
 class Fitness:
-    """Minus the mean cross-entropy of a network on images of a fixed seed."""
+    """Fitness: minus the mean cross-entropy of a network on random images of a fixed seed."""
 
     def __init__(self, images: int) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -79,7 +80,7 @@ class Fitness:
 
 
 def zscore(fitness_K: list[float]) -> NDArray[np.float64]:
-    """(f - mean) / std, with the population's own std."""
+    """Return (f - mean) / std, with the standard deviation over the population (ddof = 0)."""
     score_K: NDArray[np.float64] = (np.array(fitness_K) - np.mean(fitness_K)) / np.std(fitness_K)
     return score_K
 
@@ -87,9 +88,10 @@ def zscore(fitness_K: list[float]) -> NDArray[np.float64]:
 def measure(
     name: str, packages: list[str], arguments: argparse.Namespace, generation: Callable[[], float | None]
 ) -> None:
-    """Time generations, which return the seconds of their scoring where that is a part of its own; print it as JSON.
+    """Time generations and print the result as JSON. A generation may return the seconds of its scoring, if that is a
+    separate part.
 
-    Memory is that of one more generation, because looking at it takes a tenth of a core."""
+    Memory is measured in one more generation, because watching it takes a tenth of a core."""
     generation()
     rates, scoring_rates = [], []
     for _ in range(arguments.generations):
@@ -111,7 +113,7 @@ def measure(
 
 
 def peak_memory_mb(work: Callable[[], object]) -> tuple[float, float]:
-    """The peaks, in 10^6 bytes, of this process with all that descend from it, and of it alone, during the work."""
+    """Do the work. Return the peak memory of this process with all its descendants, and of it alone, in 10^6 bytes."""
     peak_mb = peak_driver_mb = 0.0
     here, done = psutil.Process(), threading.Event()
 
@@ -132,7 +134,7 @@ def peak_memory_mb(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def pss_mb(process: psutil.Process) -> float:
-    """Its memory, shared pages counted in equal parts by those that share them; 0 when it has ended."""
+    """Return the memory of a process in 10^6 bytes (PSS: shared pages are divided equally). 0 if it has ended."""
     with suppress(psutil.NoSuchProcess):
         return float(process.memory_full_info().pss) / 1e6
     return 0.0

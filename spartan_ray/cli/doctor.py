@@ -1,4 +1,4 @@
-"""`spartan doctor`: whether a run would start here, and what it would run on."""
+"""`spartan doctor`: check whether a run would start here, and show what it would run on."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from spartan_ray.run.config import Config
 
 
 class Doctor:
-    """Says how one thing after another is."""
+    """Runs checks and prints one line for each; `fine` turns False when one fails."""
 
     def __init__(self, say: Callable[[str], None] = print) -> None:
         self.say, self.fine = say, True
 
     def check(self, name: str, look: Callable[[], str]) -> bool:
-        """Say what `look` finds, or why it raised InputError or RunError; whether all is well."""
+        """Print what `look` returns, or the InputError or RunError that it raised. Return whether the check passed."""
         try:
             self.say(f"ok  {name}: {look()}")
         except (InputError, RunError) as error:
@@ -33,7 +33,8 @@ class Doctor:
 
 
 def diagnose(config: Config, say: Callable[[str], None] = print) -> bool:
-    """Whether a run with this configuration would start, with a line for each thing that it needs."""
+    """Check everything that a run with this configuration needs, print a line per check, and return whether it would
+    start."""
     import ray
 
     doctor = Doctor(say)
@@ -42,7 +43,7 @@ def diagnose(config: Config, say: Callable[[str], None] = print) -> bool:
 
     def join() -> str:
         if ray.is_initialized():
-            return "this process's own"
+            return "the one that this process is connected to"
         leave.append(join_ray(config.cluster.address))
         token = "with its token" if os.environ.get("RAY_AUTH_MODE") == "token" else "without a token"
         return f"{ray.get_runtime_context().gcs_address}, {token}"
@@ -69,7 +70,7 @@ def _look_at_nodes(config: Config, doctor: Doctor) -> None:
         found = examined(node, config.evolution.noise)
         if found.objections:
             raise InputError(f"{found}: {found.objections}")
-        return f"{found}; versions and noise are the same as here"
+        return f"{found}; same versions and noise as here"
 
     for node in nodes:
         has = node["Resources"]
@@ -79,16 +80,16 @@ def _look_at_nodes(config: Config, doctor: Doctor) -> None:
     def workers() -> str:
         cluster = resolve_cluster(config.cluster, [node["Resources"] for node in nodes], grows())
         count, each = room_for(cluster).workers, described(worker_resources(cluster))
-        more = "; an autoscaler starts nodes for those that do not fit now" if grows() else ""
-        driver = f"a driver of {cluster.driver_cpus} CPUs and {cluster.driver_gpus:g} GPUs"
-        return f"{count} of {each} each, beside {driver}{more}"
+        more = "; the autoscaler adds nodes for workers that do not fit now" if grows() else ""
+        driver = f"a driver with {cluster.driver_cpus} CPUs and {cluster.driver_gpus:g} GPUs"
+        return f"{count} with {each} each, and {driver}{more}"
 
     def paths() -> str:
         on_node(nodes[0], check_paths, config, True)
         root = "" if config.data.name == "digits" else f" in {config.data.root}"
         if config.data.name not in ("digits", "folder"):
-            root += ", which is read, or downloaded, when a run starts"
-        return f"run.out {config.run.out} can be written; data {config.data.name}{root}"
+            root += ", read or downloaded when a run starts"
+        return f"run.out {config.run.out} is writable; data {config.data.name}{root}"
 
     doctor.check("workers", workers)
     doctor.check("paths", paths)

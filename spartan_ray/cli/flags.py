@@ -1,4 +1,4 @@
-"""The flags of the command line: one for each field of the configuration, that overrides a base."""
+"""Command-line flags: one per configuration field, which overrides the base configuration."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from spartan_ray.run.config import Config
 from spartan_ray.run.loading import load_config, override, preset_names
 from spartan_ray.section import Section, is_url, perhaps
 
-DEST = "field "  # what the names of fields begin with among the parsed arguments
+DEST = "field "  # prefix of configuration fields among the parsed arguments
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are InputErrors of one line."""
+    """An argparse parser that reports errors as one-line InputErrors."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """argparse's own keeps quiet about output that nobody reads."""
+        """Print, and raise on a write error: argparse would ignore a closed pipe."""
         print(message, end="", file=file, flush=True)
 
 
@@ -38,7 +38,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def add_fields(parser: argparse.ArgumentParser, shown: Iterable[str] = Config.model_fields) -> None:
-    """Add a flag for each field. The help shows those of the sections and fields that are named."""
+    """Add a flag for every field. `--help` shows only the sections and fields named in `shown`."""
     default = Config()
     for section in Config.model_fields:
         values: Section = getattr(default, section)
@@ -50,26 +50,26 @@ def add_fields(parser: argparse.ArgumentParser, shown: Iterable[str] = Config.mo
             said = _help(info, value, flag) if {section, f"{section}.{name}"} & set(shown) else argparse.SUPPRESS
             if isinstance(value, bool):
                 group.add_argument(f"--{flag}", action="store_true", help=said, **options)
-                group.add_argument(f"--{_off(flag)}", action="store_false", help=argparse.SUPPRESS, **options)
+                group.add_argument(f"--{off(flag)}", action="store_false", help=argparse.SUPPRESS, **options)
             else:
-                group.add_argument(f"--{flag}", metavar=_metavar(info), help=said, **options)
+                group.add_argument(f"--{flag}", metavar=metavar(info), help=said, **options)
 
 
 def _help(info: FieldInfo, value: Any, flag: str) -> str:
-    text = (info.description or "").rstrip(".").replace("%", "%%")
+    text = " ".join((info.description or "").split()).rstrip(".").replace("%", "%%")
     if isinstance(value, bool):
-        return f"{text} (default: {f'on; --{_off(flag)} turns it off' if value else 'off'})"
+        return f"{text} (default: {f'on; --{off(flag)} turns it off' if value else 'off'})"
     return text if value is None or "(default" in text else f"{text} (default: {value})"
 
 
-def _off(flag: str) -> str:
-    """The flag that turns a field off."""
+def off(flag: str) -> str:
+    """Return the flag that turns a boolean field off."""
     section, name = flag.split(".")
     return f"{section}.no-{name}"
 
 
-def _metavar(info: FieldInfo) -> str:
-    """What may be given: the choices, or the kind of value."""
+def metavar(info: FieldInfo) -> str:
+    """Return the choices of a field, or the type of its value."""
     names: list[str] = []
     kinds = [info.annotation]
     while kinds:
@@ -89,18 +89,18 @@ def _metavar(info: FieldInfo) -> str:
 
 
 def take_fields(base: Config, arguments: argparse.Namespace) -> Config:
-    """A configuration with the fields that flags name replaced. Raises InputError for a value that cannot be used."""
+    """Return `base` with the fields given as flags replaced. Raises InputError for an invalid value."""
     return override(base, given_fields(arguments))
 
 
 def given_fields(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The fields that flags name, by section."""
+    """Return the fields given as flags, by section."""
     given: dict[str, dict[str, Any]] = {}
     for dest, value in vars(arguments).items():
         if dest.startswith(DEST):
             section, name = dest.removeprefix(DEST).split(".")
             fields = type(getattr(Config(), section)).model_fields
-            # Of a field that may have no value `none` says so, unless that is a value of its own.
+            # `none` clears a field that may be None, unless 'none' is one of its own values.
             none = value in ("none", "None") and _may_be_none(fields[name])
             given.setdefault(section, {})[name] = None if none else value
     return given
@@ -111,7 +111,7 @@ def _may_be_none(info: FieldInfo) -> bool:
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
-    """Raises InputError for the first argument that nobody takes, with the nearest flag that there is."""
+    """Raises InputError for the first unknown argument and suggests the nearest known flag."""
     if not unknown:
         return
     first = unknown[0].split("=")[0]
@@ -124,19 +124,19 @@ def refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that make a configuration: a base, and what overrides it."""
+    """Add --config, the base configuration, and a flag for every field that overrides it."""
     presets = ", ".join(preset_names())
-    parser.add_argument("--config", metavar="NAME|FILE", help=f"a preset ({presets}), a YAML file, or a run folder")
+    parser.add_argument("--config", metavar="NAME|FILE", help=f"base: preset ({presets}), YAML file or run folder")
     add_fields(parser)
 
 
 def take_config(arguments: argparse.Namespace) -> Config:
-    """The base that was chosen, with what flags replace."""
+    """Return the chosen base configuration with the fields given as flags replaced."""
     return take_fields(load_config(arguments.config) if arguments.config else Config(), arguments)
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The paths of a configuration as they are here: the driver may run in another directory."""
+    """Make the local paths of a configuration absolute, because the driver may run in another directory."""
     run, data, parent = config.run, config.data, config.parent
     if not is_url(run.out):
         run = run.model_copy(update={"out": str(Path(run.out).absolute())})

@@ -1,11 +1,11 @@
-"""Shows how far a run is."""
+"""Shows the progress of a run."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 REFRESH_SECONDS = 0.5
-# Seconds between plain lines within a phase.
+# Seconds between two plain lines within a phase.
 LINE_SECONDS = 15.0
 
 
-# Is called with each row of metrics.jsonl.
+# Called with each row of metrics.jsonl.
 Callback = Callable[[dict[str, Any]], object]
 
 
 def follow(supervisor: Any, console: Console, callbacks: Sequence[Callback] = ()) -> None:
-    """Show the run's progress until it ends: a live bar in a terminal, plain lines elsewhere."""
+    """Show the run's progress until it ends: a live bar in a terminal or notebook, plain lines elsewhere. Call each of
+    `callbacks` with every new row of metrics.jsonl."""
     show = _live_bar(console) if console.is_terminal or _in_notebook(console) else _plain_lines(console)
     with show as update:
         ended = False
@@ -33,21 +34,22 @@ def follow(supervisor: Any, console: Console, callbacks: Sequence[Callback] = ()
 
 
 def say(console: Console, supervisor: Any, callbacks: Sequence[Callback] = ()) -> None:
-    """Print what the run has said, each line taken away when it is out: an interrupt loses none."""
+    """Print the lines and rows that the run has sent. Remove each only once it is printed, so that an interrupt loses
+    none."""
     while supervisor.unsaid:
         said = supervisor.unsaid[0]
-        line = said if isinstance(said, str) else _row_line(said, supervisor.config.run.epochs)
-        _print(console, line)
+        line = said if isinstance(said, str) else row_line(said, supervisor.config.run.epochs)
+        print_line(console, line)
         supervisor.unsaid.popleft()
         for callback in callbacks if isinstance(said, dict) else ():
             callback(said)
 
 
-def _print(console: Console, line: str) -> None:
+def print_line(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _row_line(row: dict[str, Any], epochs: int) -> str:
+def row_line(row: Mapping[Any, Any], epochs: int) -> str:
     from spartan_ray.report.tables import effect, number
 
     line = (
@@ -67,7 +69,7 @@ def _row_line(row: dict[str, Any], epochs: int) -> str:
 
 @contextlib.contextmanager
 def _live_bar(console: Console) -> Iterator[Any]:
-    """A bar for the run and one for its phase."""
+    """Show one bar for the run and one for its current phase."""
     columns = (
         TextColumn("{task.description:22}"),
         BarColumn(bar_width=None),
@@ -94,13 +96,13 @@ def _live_bar(console: Console) -> Iterator[Any]:
 
 
 def _in_notebook(console: Console) -> bool:
-    """Whether a live bar can be shown in a notebook."""
+    """Return whether this is a notebook that can show a live bar."""
     return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
 
 
 @contextlib.contextmanager
 def _plain_lines(console: Console) -> Iterator[Any]:
-    """A line now and then, for logs."""
+    """Print a line every LINE_SECONDS, for logs."""
     last = time.monotonic()
 
     def update(state: Any) -> None:
@@ -110,7 +112,7 @@ def _plain_lines(console: Console) -> Iterator[Any]:
         last = time.monotonic()
         left = (time.time() - state.started) / state.done * (state.total - state.done)
         rate = f", {_rate(state):.0f} images/s" if state.images else ""
-        _print(
+        print_line(
             console,
             f"epoch {state.epoch}/{state.epochs} {state.phase}: {state.done}/{state.total} {state.unit}{rate}, "
             f"{left:.0f} s left",
@@ -124,7 +126,7 @@ def _rate(state: Any) -> float:
 
 
 def summarise(state: Any) -> None:
-    """Print the table of a run that ended, and where it lies."""
+    """Print the final table of a finished run and the path of its folder."""
     import pandas as pd
 
     from spartan_ray.report.tables import SHORT, final_table, markdown

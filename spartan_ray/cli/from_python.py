@@ -1,4 +1,4 @@
-"""`spartan train` from Python or a notebook."""
+"""`spartan_ray.train`: run `spartan train` from Python or a notebook."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ FINAL = "final.safetensors"
 
 @dataclass(frozen=True)
 class Result:
-    """A run that ended."""
+    """The result of a finished run."""
 
     path: Path | str
-    """Its folder, or its URL."""
+    """The run folder, or its URL."""
     metrics: pd.DataFrame
-    """A row an epoch: the lines of metrics.jsonl."""
+    """One row per epoch: the lines of metrics.jsonl."""
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """The state dict of the network at the end."""
+        """The state dict of the final network."""
         from safetensors.torch import load_file
 
         from spartan_ray.run.place import reading
@@ -48,7 +48,7 @@ class Result:
 
     @property
     def best_epoch(self) -> int:
-        """The epoch of the highest validation accuracy, the first of several."""
+        """The epoch with the highest validation accuracy, the first one on a tie."""
         best = self.metrics["validation_accuracy"].to_numpy().argmax()
         return int(self.metrics["epoch"].iloc[best])
 
@@ -60,25 +60,32 @@ def train(
     callbacks: Sequence[Callback] = (),
     **sections: Any,
 ) -> Result:
-    """Run what `spartan train` runs, to its end.
+    """Do the same run as `spartan train` and wait for its end.
+
+    The run uses the Ray that this process is connected to. If there is none, it joins the one of `cluster.address` or
+    RAY_ADDRESS, or starts a new local Ray. An interrupted run ends with a checkpoint; `spartan resume` continues it.
+
+    Example::
 
         result = spartan_ray.train("quickstart", run={"epochs": 10}, evolution={"population": 200})
         result.metrics.plot(x="epoch", y="test_accuracy")
 
-    config      a preset, a YAML file, a run folder, or sections of fields as in a file (default: the defaults)
-    progress    show a progress bar in a terminal or a notebook, lines elsewhere
-    callbacks   functions that are called in this process with each row of `metrics`, a dict, as its epoch ends; what
-                one raises ends the run
-    sections    fields that override those of the config: run, data, parent, evolution, cluster. A network or strategy
-                of your own is named: parent={"model": "my_module:Net"}
+    Args:
+        config: Base configuration: the name of a preset, the path of a YAML file or run folder, a `Config`, or a dict
+            of sections as in a file. Default: the default of every field.
+        progress: Show a progress bar in a terminal or a notebook, and plain lines elsewhere.
+        callbacks: Functions called in this process with each row of the metrics, a dict, when its epoch ends. An
+            exception in a callback ends the run.
+        **sections: Dicts of fields that override `config`: `run`, `data`, `parent`, `evolution`, `cluster`. Name a
+            network or a strategy of your own: `parent={"model": "my_module:Net"}`.
 
-    The Result has the run's folder (`path`), a row an epoch (`metrics`), the state dict at the end (`weights`) and
-    `best_epoch`, by validation accuracy.
+    Returns:
+        The run folder, the metrics and the weights.
 
-    Runs on the Ray that this process is connected to, else on that of `cluster.address` or RAY_ADDRESS, else on a new
-    one of this machine. Interrupted, the run ends with a checkpoint: `spartan resume` goes on.
-
-    Raises InputError for what cannot be used, by the name of the field, and RunError for a run that cannot go on."""
+    Raises:
+        InputError: A wrong setting or input.
+        RunError: The run cannot continue.
+    """
     import ray
     from ray.exceptions import RayError, RayTaskError
 
@@ -96,7 +103,7 @@ def train(
         if not ray.is_initialized():
             if ray_address(chosen.cluster.address)[0] == "local":
                 check_paths(chosen, new=place is None)
-                room_seconds = 0.0  # nothing joins it
+                room_seconds = 0.0  # no node will join a local Ray
             leave = join_ray(chosen.cluster.address)
         supervisor = Supervisor(chosen, place, room_seconds)
         try:
@@ -123,7 +130,7 @@ def train(
 
 
 def _result(place: str) -> Result:
-    """Of a run that has ended."""
+    """Read the Result of a finished run."""
     from spartan_ray.report.reading import read_run
     from spartan_ray.run.place import in_report, reading
 

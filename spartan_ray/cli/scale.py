@@ -1,4 +1,4 @@
-"""`spartan scale`: what larger populations make of saved parents."""
+"""`spartan scale`: measure how much larger populations improve trained parents."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 import pandas as pd
 
 from spartan_ray.errors import InputError
-from spartan_ray.run.checkpoint import write_whole
+from spartan_ray.run.files import write_whole
 from spartan_ray.run.place import lock_folder
 
 
 def scale(arguments: argparse.Namespace) -> int:
-    """Score what is missing, and write what there is."""
+    """Score the missing members, write the tables and pictures, and return the exit code."""
     folder: Path = arguments.folder
     for population in arguments.populations:
         if population < 2 or population % 2:
-            raise InputError(f"--populations {population}: mirrored pairs: even, and at least 2")
+            raise InputError(f"--populations {population}: must be even, for mirrored pairs, and at least 2")
     if arguments.draws < 1:
-        raise InputError(f"--draws {arguments.draws}: at least 1")
+        raise InputError(f"--draws {arguments.draws}: must be at least 1")
     if not arguments.tables and not arguments.runs:
         raise InputError("scale: name a run, or give --tables")
     if not arguments.tables:
@@ -56,7 +56,7 @@ def _score(arguments: argparse.Namespace, folder: Path) -> None:
         raise InputError(f"-o {folder}: cannot be made: {error.strerror}") from None
     lock = lock_folder(folder / "scores")
     leave = join_ray(arguments.address)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # replaces Ray's handler
     try:
         for parent in parents:
             parent.baselines()
@@ -69,7 +69,7 @@ def _score(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def write_tables(folder: Path) -> None:
-    """README.md and pictures, from rows.jsonl."""
+    """Write README.md and the pictures from rows.jsonl."""
     from spartan_ray.study.scale import read_rows
     from spartan_ray.study.scale_tables import draw, write_up
 

@@ -1,4 +1,4 @@
-"""`spartan study`: the runs of a study that are missing, and its tables and pictures."""
+"""`spartan study`: do the missing runs of a study and write its tables and pictures."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from spartan_ray.cli.flags import given_fields, with_absolute_paths
 from spartan_ray.cli.train import check_paths
 from spartan_ray.distributed.address import ray_address
 from spartan_ray.errors import InputError
-from spartan_ray.run.checkpoint import write_whole
+from spartan_ray.run.files import write_whole
 from spartan_ray.run.place import lock_folder
 from spartan_ray.run.setup import make_strategy
 from spartan_ray.study.plan import Planned, Study, load_study, planned_runs
 from spartan_ray.study.rows import Rows
 
-# What a study says of the `run` section itself.
+# Fields of the `run` section that the study sets for each run.
 OF_STUDY = {"seed", "name", "out", "resume"}
 
 
 def run_study(arguments: argparse.Namespace) -> int:
-    """Run what is missing, and write what there is; 1 if a run failed."""
+    """Do the missing runs and write the tables and pictures. Return 1 if a run failed, else 0."""
     study, given = load_study(arguments.file), given_fields(arguments)
     for name in OF_STUDY & given.get("run", {}).keys():
         raise InputError(f"--run.{name}: a study gives each run its own")
@@ -45,10 +45,10 @@ def run_study(arguments: argparse.Namespace) -> int:
         with lock_folder(folder / "runs"):
             try:
                 failed = _run(study, missing, rows, folder / "runs")
-            finally:  # also of a study that was interrupted
+            finally:  # also when the study is interrupted
                 write_tables(study, runs, rows, folder)
                 count = sum(rows.has(run) for run in runs)
-                print(f"{count} of {len(runs)} runs are done; the same command goes on with the others", flush=True)
+                print(f"{count} of {len(runs)} runs are done; repeat the command to do the others", flush=True)
     else:
         write_tables(study, runs, rows, folder)
     print(f"{folder / 'README.md'}", flush=True)
@@ -58,7 +58,7 @@ def run_study(arguments: argparse.Namespace) -> int:
 
 
 def _check(missing: list[Planned]) -> None:
-    """Answer what is wrong with a cell before Ray starts. Raises InputError that begins with its name."""
+    """Check the cells before Ray starts. Raises InputError, which begins with the cell's name, for a wrong one."""
     local = ray_address(missing[0].config.cluster.address)[0] == "local"
     seen = set()
     for run in missing:
@@ -84,7 +84,7 @@ def _run(study: Study, missing: list[Planned], rows: Rows, folder: Path) -> list
         rows.add(run, read_run(place), place)
 
     leave = None if ray.is_initialized() else join_ray(missing[0].config.cluster.address)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # replaces Ray's handler
     try:
         return Runner(folder.absolute(), study.at_once, ended, lambda text: print(text, flush=True)).run(missing)
     finally:
@@ -93,7 +93,7 @@ def _run(study: Study, missing: list[Planned], rows: Rows, folder: Path) -> list
 
 
 def write_tables(study: Study, runs: list[Planned], rows: Rows, folder: Path) -> None:
-    """README.md and the pictures, from the rows that there are."""
+    """Write README.md and the pictures from the existing rows."""
     from spartan_ray.study.pictures import draw
     from spartan_ray.study.tables import write_up
 

@@ -1,4 +1,4 @@
-"""`spartan submit`: a run as a job of a Ray that is running, which needs neither this package nor its repository."""
+"""`spartan submit`: submit a run as a job to a running Ray cluster, where this package need not be installed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from spartan_ray.run.loading import dump_config, named_code
 from spartan_ray.section import is_url
 
 ADDRESS = "http://127.0.0.1:8265"
-# Of what is sent to the nodes with the job.
+# Patterns of files that are not sent with the job.
 EXCLUDED = ["__pycache__", "*.pyc", ".git", ".venv"]
 CONFIG = "spartan-submitted.yaml"
 
 
 def submit(config: Config, address: str | None, code: Path | None, follow: bool) -> int:
-    """Submit a run, and say its id and how to go on; with `follow` show what it prints, and answer its exit code."""
+    """Submit a run as a job, and print its id and how to follow, stop and continue it. With `follow`, show its output
+    and return its exit code. Raises InputError if the job cannot be submitted."""
     _refuse_paths(config)
     if named_code(config) and code is None:
         raise InputError(f"{named_code(config)[0][1]} is code of your own: give its folder with --code")
@@ -33,7 +34,7 @@ def submit(config: Config, address: str | None, code: Path | None, follow: bool)
 
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     with tempfile.TemporaryDirectory() as folder:
-        # What runs is this configuration, whatever becomes of the file that it was read from.
+        # Send the resolved configuration: later changes to the file that it came from have no effect.
         if code:
             shutil.copytree(code, folder, ignore=shutil.ignore_patterns(*EXCLUDED), dirs_exist_ok=True)
         (Path(folder) / CONFIG).write_text(dump_config(config))
@@ -49,7 +50,7 @@ def submit(config: Config, address: str | None, code: Path | None, follow: bool)
             raise InputError(f"--address {address}: {one_line(str(error))}") from None
     print(f"{job}: submitted")
     print(f"follow:  ray job logs --address {address} --follow {job}\nstop:    ray job stop --address {address} {job}")
-    print("go on:   submit it again, if this one has --run.resume auto, or resume the run folder that it prints")
+    print("resume:  submit it again if it has --run.resume auto, else resume the run folder that it prints")
     if not follow:
         return 0
 
@@ -58,7 +59,7 @@ def submit(config: Config, address: str | None, code: Path | None, follow: bool)
             print(text, end="", flush=True)
 
     asyncio.run(show())
-    while not (info := client.get_job_info(job)).status.is_terminal():  # its last lines come before its end
+    while not (info := client.get_job_info(job)).status.is_terminal():  # the log ends before the job does
         time.sleep(0.5)
     if info.status == JobStatus.SUCCEEDED:
         return 0
@@ -66,7 +67,7 @@ def submit(config: Config, address: str | None, code: Path | None, follow: bool)
 
 
 def _refuse_paths(config: Config) -> None:
-    """Raises InputError for a path that would be another one on the cluster."""
+    """Raises InputError for a relative path, which would mean another place on the cluster."""
     paths = {"run.out": config.run.out}
     if config.data.name != "digits":
         paths["data.root"] = config.data.root or ""

@@ -1,4 +1,4 @@
-"""`spartan train` and `spartan resume`: a run from its start, or its last checkpoint, to its end."""
+"""`spartan train` and `spartan resume`: run training to its end, from the start or from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from spartan_ray.run.config import Config
 from spartan_ray.run.loading import load_run_config, named_code, refuse_changes, refuse_code
 from spartan_ray.section import is_url
 
-# Seconds that Ray may take to start, and a stopping run to stop.
+# Seconds to wait for Ray to start, and for a run to stop.
 START_SECONDS = 300.0
 STOP_SECONDS = 30.0
-# Seconds that a run which was just killed may take to let go of its folder.
+# Seconds to wait for a run that was just killed to release its folder's lock.
 LOCK_PATIENCE = 3.0
-# What Ray sets in the environment of a job.
+# Environment variable that Ray sets in a job.
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-# What the path of a Ray job's working directory has in it.
+# Part of the path of a Ray job's working directory.
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
 
 
 def resume_run(arguments: argparse.Namespace) -> int:
-    """`spartan resume`: go on from the last checkpoint."""
+    """`spartan resume`: continue a run from its last checkpoint, and return the exit code."""
     from spartan_ray.run.place import reading
 
     with reading(arguments.run, lambda name: name == "config.yaml") as folder:
@@ -50,8 +50,8 @@ def resume_run(arguments: argparse.Namespace) -> int:
 
 
 def begun(config: Config) -> tuple[str | None, bool]:
-    """The place where a run is to go on that `run.resume` may have begun, if there is one, and whether it is finished.
-    Raises InputError where it cannot go on with this configuration."""
+    """Return the folder or URL of the existing run that `run.resume` continues, or None, and whether that run is
+    finished. Raises InputError if it cannot continue with this configuration."""
     from spartan_ray.run.place import exists
 
     place = f"{config.run.out}/{config.run.name}"
@@ -61,8 +61,8 @@ def begun(config: Config) -> tuple[str | None, bool]:
 
 
 def is_finished(place: str, config: Config) -> bool:
-    """Whether nothing is left to do of a run with this configuration, which is said. Raises InputError where it cannot
-    go on with it."""
+    """Return whether a run is finished under this configuration, and print so if it is. Raises InputError if it cannot
+    continue with this configuration."""
     from spartan_ray.run.checkpoint import is_empty, latest_checkpoint
     from spartan_ray.run.place import last_epoch, lock_folder, reading
     from spartan_ray.run.record import is_over
@@ -70,12 +70,12 @@ def is_finished(place: str, config: Config) -> bool:
     with reading(place, last_epoch(place)) as folder:
         if config.run.resume == "auto" and is_empty(folder):
             return False
-        with lock_folder(folder, LOCK_PATIENCE):  # a run in progress is said before Ray starts
+        with lock_folder(folder, LOCK_PATIENCE):  # reports a run in progress before Ray starts
             warnings: list[str] = []
             try:
                 checkpoint, metrics = latest_checkpoint(folder, warnings.append)
             except InputError:
-                if is_url(place):  # the driver looks at the earlier ones
+                if is_url(place):  # the driver will try earlier checkpoints
                     return False
                 for warning in warnings:
                     print(warning)
@@ -84,7 +84,7 @@ def is_finished(place: str, config: Config) -> bool:
     before = checkpoint.loop.config
     refuse_changes(place, before, config)
     if config.cluster.cpus_per_worker != before.cluster.cpus_per_worker:
-        print("cluster.cpus_per_worker is another one now: the bits of the scores depend on it")
+        print("cluster.cpus_per_worker has changed: the bits of the scores depend on it")
     rows = [json.loads(line) for line in metrics.splitlines()]
     if not is_over(rows, config.run) or not has_ended:
         return False
@@ -94,7 +94,8 @@ def is_finished(place: str, config: Config) -> bool:
 
 
 def run(config: Config, folder: str | None = None) -> int:
-    """Run the driver on Ray, from the checkpoint in a folder if there is one, and show its progress."""
+    """Run the driver on Ray and show its progress. Continue from the checkpoint in `folder` if it is given. Return the
+    exit code."""
     if folder is None and JOB_FOLDER in config.run.out:
         print(
             f"run.out {config.run.out}: this is the working directory of a Ray job, which Ray may delete once the job "
@@ -112,7 +113,7 @@ def run(config: Config, folder: str | None = None) -> int:
     print("starting Ray" if address == "local" else f"joining the Ray at {address}", flush=True)
     with watchdog("the start of Ray", START_SECONDS, "its logs are in /tmp/ray/session_latest/logs"):
         start_ray(address, named_by)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # over Ray's own
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # replaces Ray's handler
     supervisor = None
     try:
         supervisor = Supervisor(config, folder, ROOM_SECONDS if address != "local" else 0.0)
@@ -136,7 +137,7 @@ def run(config: Config, folder: str | None = None) -> int:
         hint = "" if isinstance(error.cause, Diverged) else f"; {_how_to_go_on(supervisor.folder)}"
         print(f"spartan: {error.cause}{hint}", file=sys.stderr)
         return 1
-    except RunError as error:  # of the supervisor
+    except RunError as error:  # raised by the supervisor
         known = supervisor.folder if supervisor else None
         raise RunError(f"{error}; {_how_to_go_on(known)}") from None
     except RayError as error:
@@ -145,7 +146,7 @@ def run(config: Config, folder: str | None = None) -> int:
         allowed = f"cluster.driver_restarts {config.cluster.driver_restarts}"
         print(f"spartan: the driver was lost {lost} x ({allowed}): {reason}; {_how_to_go_on(known)}", file=sys.stderr)
         return 1
-    except BrokenPipeError as error:  # nobody reads what is printed
+    except BrokenPipeError as error:  # nobody reads the output
         known = supervisor.folder if supervisor else None
         print(f"spartan: {error.strerror}; {_how_to_go_on(known)}", file=sys.stderr)
         raise
@@ -156,7 +157,7 @@ def run(config: Config, folder: str | None = None) -> int:
 
 
 def _stop(supervisor: Any, console: Console) -> None:
-    """End a run, or leave it at its last checkpoint when the user does not wait, and say how to go on."""
+    """Stop a run and print how to continue it. A second interrupt leaves it at its last checkpoint."""
     from ray.exceptions import RayError, RayTaskError
 
     try:
@@ -170,7 +171,7 @@ def _stop(supervisor: Any, console: Console) -> None:
             print(f"stopped after epoch {len(progress.rows)}; {_how_to_go_on(progress.folder)}", flush=True)
     except RayTaskError:
         raise
-    except (RayError, RunError):  # what was sent to the whole group ended the driver too
+    except (RayError, RunError):  # a signal to the whole process group ended the driver too
         print(f"stopped; {_how_to_go_on(supervisor.folder)}", flush=True)
     except KeyboardInterrupt:
         print(f"stopped at once; {_how_to_go_on(supervisor.folder)}", flush=True)
@@ -179,7 +180,7 @@ def _stop(supervisor: Any, console: Console) -> None:
 def _how_to_go_on(folder: str | None) -> str:
     if not folder:
         return "there is no run folder yet"
-    # Within a job what is meant is another one, and no Ray of its own.
+    # Inside a Ray job, the way to continue is another job, not a local command.
     command = "a job of: python -m spartan_ray" if JOB_CONFIG in os.environ else "spartan"
     return f"go on with{':' * (command == 'spartan')} {command} resume {folder}"
 
@@ -189,8 +190,8 @@ def _first_line(error: Exception) -> str:
 
 
 def check_paths(config: Config, new: bool) -> None:
-    """Answer a wrong path or name before Ray starts, where the driver will run on this machine. A run that goes on
-    has its folder, and its weights in its checkpoint."""
+    """Raises InputError for a wrong path or name, before Ray starts. Call it on the machine that will run the driver.
+    Give `new` as False for a run that continues: it has its folder, and its weights are in its checkpoint."""
     if new and is_url(config.run.out):
         from spartan_ray.run.storage import Store
 

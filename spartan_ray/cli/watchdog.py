@@ -1,4 +1,4 @@
-"""Ends a process that is stuck in a call that hears no signal."""
+"""Ends a process that is stuck in a call that ignores signals."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from collections.abc import Iterator
 
 import psutil
 
-# Seconds that Python gets to act on a signal, and after which the user is told what is waited for.
+# Seconds that Python gets to react to a signal, and seconds until the user is told what takes long.
 HEED_SECONDS, SLOW_SECONDS = 3.0, 20.0
 
 
 @contextlib.contextmanager
 def watchdog(what: str, seconds: float, where: str) -> Iterator[None]:
-    """End this process and its children if the block takes longer than so many seconds, with exit code 1 and a line
-    that says where to look, or if it does not heed a signal, with 130.
+    """End this process and its children if the block takes longer than `seconds` or does not react to a signal.
 
-    `ray.init` waits in C, where Python's handlers do not run, and without end for a worker that died as it started.
-    For the main thread."""
+    After a timeout the exit code is 1, and the message names `what` took long and `where` to look. After an ignored
+    signal the exit code is 130. `ray.init` needs this: it waits in C, where Python's signal handlers do not run, and it
+    waits indefinitely for a worker that died while starting. Use it in the main thread only."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     ended = threading.Event()
@@ -42,7 +42,7 @@ def watchdog(what: str, seconds: float, where: str) -> Iterator[None]:
         print(f"spartan: {what} took longer than {seconds:g} s: {where}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    # Written to when the signal arrives, by the interpreter's own C.
+    # The interpreter's C code writes to this pipe when a signal arrives.
     before = signal.set_wakeup_fd(writing)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -1,5 +1,6 @@
-"""Whether a Ray can be joined at an address, and in one line why not: Ray itself tries a wrong address for minutes,
-and says of a wrong token that nothing answers."""
+"""Check whether a Ray can be joined at an address, and explain in one line why not.
+
+Ray itself retries a wrong address for minutes, and reports a wrong token as a server that does not answer."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Any
 
 from spartan_ray.errors import InputError
 
-# Seconds for a connection, for an answer of Ray, and for a server to show that it speaks HTTP.
+# Timeouts in seconds: to connect, to get an answer from Ray, and to find out whether a server speaks HTTP.
 CONNECT_SECONDS = 2.0
 ANSWER_SECONDS = 4.0
 HTTP_SECONDS = 2.0
@@ -22,12 +23,14 @@ EXPECTED = (
     "expected host:port of a Ray's GCS (the port is usually 6379), ray://host:port of its Ray Client server "
     "(usually 10001), auto or local"
 )
-HTTP = "that speaks HTTP, as the dashboard's port does, which is for `ray job submit`"
-CLUSTER_TOKEN = "the cluster's is what `ray get-auth-token` prints on its head node"
+HTTP = "this port speaks HTTP; use the dashboard's address with `ray job submit`"
+CLUSTER_TOKEN = "`ray get-auth-token` on the head node prints the cluster's token"
 
 
 def ray_address(flag: str | None) -> tuple[str, str]:
-    """The address of the Ray to join, or `local`, and what named it. As in Ray, RAY_ADDRESS says what `auto` is."""
+    """Return the address of the Ray to join, or `local`, and the name of the setting that it comes from.
+
+    As in Ray, RAY_ADDRESS applies if the flag is missing or `auto`."""
     variable = os.environ.get("RAY_ADDRESS")
     if variable and flag in (None, "", "auto"):
         return variable, "RAY_ADDRESS"
@@ -35,8 +38,8 @@ def ray_address(flag: str | None) -> tuple[str, str]:
 
 
 def check_address(address: str, named_by: str) -> str:
-    """The address to give to `ray.init`; that of `auto` is looked up. Raises InputError, within ten seconds, when no
-    Ray there takes this process in."""
+    """Return the address to give to `ray.init`, with `auto` resolved. Raises InputError, within ten seconds, if no
+    Ray there accepts this process."""
     label = f"{named_by} {address}"
     if address == "auto":
         return check_address(_address_here(label), f"{label},")
@@ -46,7 +49,7 @@ def check_address(address: str, named_by: str) -> str:
     if not parts or int(parts["port"]) > 65535:
         raise InputError(f"{label}: not an address: {EXPECTED}")
     host, port = parts["host"].strip("[]"), int(parts["port"])
-    try:  # before Ray is imported, which takes longer
+    try:  # first, because importing Ray takes longer
         socket.create_connection((host, port), CONNECT_SECONDS).close()
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -66,7 +69,7 @@ def check_address(address: str, named_by: str) -> str:
 
 
 def _address_here(label: str) -> str:
-    """The address of a Ray that runs on this machine."""
+    """Return the address of a Ray that runs on this machine. Raises InputError if there is none."""
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray._private.services import canonicalize_bootstrap_address
 
@@ -74,14 +77,15 @@ def _address_here(label: str) -> str:
         address = canonicalize_bootstrap_address("auto")
     except ConnectionError:
         raise InputError(
-            f"{label}: no Ray runs on this machine: start one with `ray start --head`, or say local for the run's own"
+            f"{label}: no Ray runs on this machine: start one with `ray start --head`, or use local to start one for "
+            "this run"
         ) from None
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for `auto`, and only for it
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does, for `auto` only
     return str(address)
 
 
 def _check_client_server(target: str) -> None:
-    """Call a Ray Client server, which takes in whoever has its token."""
+    """Call a Ray Client server. It accepts any process that has its token."""
     from ray.core.generated.ray_client_pb2 import ClusterInfoRequest, ClusterInfoType
     from ray.core.generated.ray_client_pb2_grpc import RayletDriverStub
 
@@ -90,7 +94,7 @@ def _check_client_server(target: str) -> None:
 
 
 def _check_gcs(target: str) -> None:
-    """Call a GCS, which takes in who has its token and runs on one of its nodes."""
+    """Call a GCS. It accepts a process that has its token and runs on one of its nodes."""
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
     from ray._private.services import canonicalize_bootstrap_address, find_node_ids
     from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
@@ -98,7 +102,7 @@ def _check_gcs(target: str) -> None:
 
     here = [GetAllNodeInfoRequest.NodeSelector(node_id=bytes.fromhex(node)) for node in find_node_ids()]
     nodes_here = GetAllNodeInfoRequest(node_selectors=here, limit=1)
-    # For 127.0.0.1 Ray takes another address of this machine, and so it must be here.
+    # Ray replaces 127.0.0.1 with another address of this machine, so do the same here.
     with _channel(canonicalize_bootstrap_address(target)) as channel:
         answer, asked_for_token = _answer(NodeInfoGcsServiceStub(channel).GetAllNodeInfo, nodes_here)
     if not here or not answer.node_info_list:
@@ -106,7 +110,7 @@ def _check_gcs(target: str) -> None:
             "this machine is not a node of that Ray: submit a job (`ray job submit`), or give the address of its "
             "Ray Client server, ray://host:port (usually 10001)"
         )
-    if is_token_auth_enabled() and not asked_for_token:  # its workers could not call this process
+    if is_token_auth_enabled() and not asked_for_token:  # its workers would be unable to call this process
         raise InputError(
             "that Ray has no token, and RAY_AUTH_MODE is token here: start it with RAY_AUTH_MODE=token too, "
             "or export RAY_AUTH_MODE=disabled here"
@@ -114,7 +118,8 @@ def _check_gcs(target: str) -> None:
 
 
 def _answer(call: Any, request: Any) -> tuple[Any, bool]:
-    """What a server answers, and whether it asked for the token."""
+    """Return the answer of a server, and whether it asked for the token. Raises InputError if this process lacks
+    a valid token."""
     import grpc
 
     try:
@@ -126,9 +131,11 @@ def _answer(call: Any, request: Any) -> tuple[Any, bool]:
         token = _token()
         if not token:
             mode = os.environ.get("RAY_AUTH_MODE") or "not set"
-            raise InputError(f"RAY_AUTH_MODE is {mode} here: export RAY_AUTH_MODE=token, with it in {_token_place()}")
+            raise InputError(
+                f"RAY_AUTH_MODE is {mode} here: export RAY_AUTH_MODE=token and put the token in {_token_place()}"
+            )
     except InputError as error:
-        raise InputError(f"that Ray wants a token, and {error}: {CLUSTER_TOKEN}") from None
+        raise InputError(f"that Ray requires a token, and {error}: {CLUSTER_TOKEN}") from None
     try:
         return call(request, timeout=ANSWER_SECONDS, metadata=token), True
     except grpc.RpcError as error:
@@ -138,7 +145,7 @@ def _answer(call: Any, request: Any) -> tuple[Any, bool]:
 
 
 def check_token() -> None:
-    """Raises InputError when a Ray that is started here would have to do with a token that is none."""
+    """Raise InputError if a Ray that is started here would find no valid token."""
     from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
     from ray.exceptions import AuthenticationError
 
@@ -151,7 +158,8 @@ def check_token() -> None:
 
 
 def _token() -> list[tuple[str, str]]:
-    """The token as the metadata of a call; nothing where RAY_AUTH_MODE is not token."""
+    """Return the token as the metadata of a call; empty unless RAY_AUTH_MODE is token. Raises InputError if the token
+    is missing or invalid."""
     from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
     from ray.exceptions import AuthenticationError
 
@@ -159,13 +167,13 @@ def _token() -> list[tuple[str, str]]:
         headers = get_auth_headers_if_auth_enabled({})
     except AuthenticationError:
         raise InputError(f"there is none in {_token_place()}") from None
-    if not all(value.isascii() and value.isprintable() for value in headers.values()):  # gRPC aborts the process
-        raise InputError(f"what is in {_token_place()} has characters that are not printable ASCII")
+    if not all(value.isascii() and value.isprintable() for value in headers.values()):  # gRPC would abort the process
+        raise InputError(f"the token in {_token_place()} has characters that are not printable ASCII")
     return list(headers.items())
 
 
 def _token_place() -> str:
-    """Where Ray looks for the token."""
+    """Return where Ray looks for the token."""
     if os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return "RAY_AUTH_TOKEN"
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -173,7 +181,7 @@ def _token_place() -> str:
 
 
 def _channel(target: str | None) -> Any:
-    """A gRPC channel as Ray opens it, but without the token."""
+    """Open a gRPC channel as Ray does, but without the token."""
     import grpc
     from ray._common.tls_utils import load_certs_from_env
     from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS

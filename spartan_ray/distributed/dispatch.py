@@ -1,7 +1,8 @@
-"""Covers a range with tasks on workers that fail, hang, come and go. Knows no Ray: a transport carries the tasks.
+"""Cover a range with tasks on workers that may fail, hang, join and leave.
 
-A worker that dies, hangs or fails costs what was queued on it, which others do again, and what is late is done
-twice; since a task's result depends on nothing but its range, the outcome is the same to the bit.
+Does not depend on Ray: a transport carries the tasks. If a worker dies, hangs or fails, other workers repeat the tasks
+that were queued on it. A late task runs a second time on an idle worker. The result of a task depends on its range
+alone, so the outcome is the same bit for bit.
 """
 
 from __future__ import annotations
@@ -19,36 +20,38 @@ from spartan_ray.distributed.slots import End, Slot, Task, may_do
 from spartan_ray.distributed.spans import Blame, Range, Span
 from spartan_ray.errors import RunError
 
-# Tasks on a worker: one that runs and one that is ready when it ends.
+# Tasks queued per worker: one that runs, and one that is ready when it ends.
 QUEUED_PER_WORKER = 2
-# What fails alone so many times is given up.
+# Failures of a span of the smallest size after which it is given up.
 TRIES = 3
-# Failures in a row, for each worker of the pool, after which the fault is not a worker's.
+# Consecutive failures per worker of the pool after which the workers are not to blame, and the run stops.
 FAILURES_PER_WORKER = 3
-# A worker that is gone is replaced at once; if the new one goes too, after so many seconds, doubled each time.
+# A lost worker is replaced at once. If its replacement is lost too, wait BACKOFF_SECONDS before the next one. Double
+# the wait each time, up to LONGEST_BACKOFF_SECONDS.
 BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 1.0, 30.0
-# A task is late after so many seconds more than so many times its usual: idle workers then do it too.
+# A task is late after LATE_SECONDS plus LATE_FACTOR times its usual duration. Idle workers then run it as well.
 LATE_SECONDS, LATE_FACTOR = 2.0, 3.0
-# A worker hangs after cluster.task_timeout more than so many times the usual.
+# A worker hangs after cluster.task_timeout plus this many times the usual duration of its task.
 HANG_FACTOR = 10.0
-# After so long a start the user is told what is waited for.
+# Seconds of waiting for workers after which the user is told.
 SLOW_START_SECONDS = 30.0
-# And again after so many more seconds.
+# Seconds until the user is told again.
 SAY_SECONDS = 60.0
-# How long to wait for a result, how often to look after the workers, and to look for nodes that came or went.
+# Seconds to wait for a result, between checks of the workers, and between checks for nodes that joined or left.
 POLL_SECONDS = 0.5
 TEND_SECONDS = 0.1
 NODES_SECONDS = 5.0
 
 
 class PoolError(RunError):
-    """The workers cannot do the work; the message says why."""
+    """The workers cannot do the work. The message says why."""
 
 
 class Dispatcher:
-    """The workers of a pool and what they have to do. `note` takes one-line messages for the user, `advance` is called
-    again and again and may raise to end the run, after which the dispatcher is to be closed. `refuse` says why a
-    worker that joins cannot be had, or nothing."""
+    """The workers of a pool and their tasks.
+
+    `note` takes one-line messages for the user. `advance` is called again and again, and may raise to end the run;
+    then close the dispatcher. `refuse` returns why a worker that joins is refused, or an empty string."""
 
     def __init__(
         self,
@@ -62,24 +65,24 @@ class Dispatcher:
         self.cluster = cluster
         self.note, self.advance, self.refuse = note, advance, refuse
         self.room = transport.room(0, 0)
-        self.size = self.able = self.room.workers  # workers that are to be there, and that can have work
+        self.size = self.able = self.room.workers  # workers wanted, and workers that can take tasks
         self.slots: list[Slot] = []
-        self.tasks: dict[Any, Task] = {}  # in flight, by their references
-        self.refused: list[str] = []  # nodes, one for each worker that was refused there
+        self.tasks: dict[Any, Task] = {}  # in flight, by reference
+        self.refused: list[str] = []  # the node of each refused worker
         self.counts: dict[str, float] = {"retries": 0, "late_results": 0}
         self.failures_in_a_row = 0
         self.blame = Blame()
         self.last_reason = ""
         now = transport.now()
-        self.nodes_seen = self.tend_at = now  # when the nodes were last looked at, and the workers are next
-        self.began = now  # to cover a range
-        self.looked = now  # whether a task had ended, or when to cover a range was begun
-        self.progress = now  # something was last done
-        self.manned = now  # a worker was last there
+        self.nodes_seen = self.tend_at = now  # when nodes were last checked, and workers will be next
+        self.began = now  # when the current range began
+        self.looked = now  # when it was last checked whether a task had ended
+        self.progress = now  # when work was last completed
+        self.manned = now  # when a worker was last present
         self.covering = self.had_workers = False
-        self.said_unmanned = -math.inf  # when it was last said that none is there
+        self.said_unmanned = -math.inf  # when the user was last told that there are no workers
         self.places = self.size
-        # Workers to be started: when, in which place, after how many failures there.
+        # Workers to start: when, in which place, and after how many failures there.
         self.starts = [(now, place, 0) for place in range(self.size)]
 
     @property
@@ -88,7 +91,7 @@ class Dispatcher:
         return [slot.info for slot in list(self.slots) if slot.info]
 
     def wait_until_joined(self) -> None:
-        """Return when every worker has joined or was refused, or after a while with those that have."""
+        """Wait until every worker has joined or was refused. After a while, settle for `cluster.least_workers`."""
         deadline = self.transport.now() + SLOW_START_SECONDS
         while self.starts or any(slot.info is None for slot in self.slots):
             self._collect()
@@ -110,13 +113,13 @@ class Dispatcher:
     def cover(
         self, range_: Range, is_finite: Callable[[Any], bool], give_up: Callable[[int, str], Any]
     ) -> Iterator[tuple[Slot, Span, Any]]:
-        """Do a range in spans, in any order; yield each span's worker and result once.
+        """Cover a range in spans, in any order. Yield the worker, the span and the result of each span once.
 
-        A span that failed is done again in parts of the smallest size, elsewhere if it can be; one that fails
-        in that size TRIES times has the result that `give_up(start, reason)` returns. A result that is
-        not finite counts where a second worker, if there is one, agrees; if that one's is finite the first worker has
-        to show again that it computes the same noise."""
-        # Nobody has looked after the workers since the last range, and some may have answered, or died, meanwhile.
+        A failed span is repeated in parts of the smallest size, on other workers if possible. A part that fails TRIES
+        times gets the result of `give_up(start, reason)`. If a result is not finite, a second worker, if there is one,
+        computes it again. If that result is not finite either, `range_.either` combines the two. If it is finite, it
+        counts, and the first worker has to show again that it computes the same noise."""
+        # Nobody has checked the workers since the last range. Some may have answered or died meanwhile.
         self.began = self.progress = self.manned = self.transport.now()
         self.covering = True
         self._look_who_is_late()
@@ -127,8 +130,8 @@ class Dispatcher:
         while range_.left:
             self._dispatch(range_)
             if range_.waiting and not self.tasks and not self.starts and self.infos:
-                # The one who is left was contradicted before, and is not believed alone: ask another one.
-                self._replace(self.slots[0], Lost("it is alone, and what it says was wrong before"))
+                # The only worker left was contradicted before and is not trusted alone: replace it.
+                self._replace(self.slots[0], Lost("it is the only worker left, and its result was contradicted"))
             ended = deque(self._collect())
             while ended:
                 end = ended.popleft()
@@ -163,10 +166,10 @@ class Dispatcher:
         self.covering = False
 
     def _dispatch(self, range_: Range) -> None:
-        """Queue spans on the workers that have joined, the idle ones first; where nothing is left to queue,
-        idle workers take what is late on others."""
+        """Queue spans on the workers that have joined, idle ones first. If no span is left to queue, give idle workers
+        the late tasks of others."""
         there = [slot for slot in self.slots if slot.info and not slot.late]
-        # One whose node is about to go ends what it has, unless nobody else is there.
+        # A worker on a draining node only finishes its tasks, unless all workers are on such nodes.
         fit = [slot for slot in there if slot.info and slot.info.node not in self.room.leaving] or there
         self.able = len(fit)
         for queued in range(QUEUED_PER_WORKER):
@@ -197,7 +200,7 @@ class Dispatcher:
         self.tasks[task.reference] = task
 
     def _look_who_is_late(self) -> None:
-        """Mark the workers whose work is late. Unknown, and so not late, before anything like it was done."""
+        """Mark the workers whose work is late. No worker is late while the usual duration is unknown."""
         now = self.transport.now()
         for slot in self.slots:
             doing = slot.tasks[0].range if slot.tasks else None
@@ -205,20 +208,20 @@ class Dispatcher:
             slot.late = now - slot.since > LATE_SECONDS + LATE_FACTOR * usual
 
     def _collect(self) -> list[End]:
-        """Wait for something to end, or a moment, and look after the workers; the tasks that ended."""
+        """Check the workers, wait briefly for a task to end, and return the tasks that ended."""
         ended = self._tend()
-        # Without tasks it is a worker that is waited for, which is to be started.
+        # Without tasks, this waits until a worker is due to start.
         ready = self.transport.wait(list(self.tasks), 0 if ended else POLL_SECONDS)
         self.looked = self.transport.now()
         self.advance(0, 0)
         return ended + self._receive(ready)
 
     def _receive(self, ready: list[Any]) -> list[End]:
-        """The tasks behind references that are ready."""
+        """Take the results of references that are ready. Return the tasks that ended."""
         ended = []
         for reference in ready:
             if reference not in self.tasks:
-                continue  # lost with its worker, a reference ago
+                continue  # removed with its worker, at an earlier reference
             task = self.tasks[reference]
             try:
                 result = self.transport.result(reference)
@@ -229,7 +232,7 @@ class Dispatcher:
         return ended
 
     def _took(self, task: Task, result: Any) -> list[End]:
-        """A task's result has come."""
+        """Record the result of a task. Return the tasks that ended."""
         now, slot = self.transport.now(), task.slot
         if task.range:
             task.range.seconds += now - slot.since
@@ -244,8 +247,8 @@ class Dispatcher:
         return self._welcome(slot, result)
 
     def _tend(self) -> list[End]:
-        """Start the workers that are due, drop those that hang, follow the nodes that come and go. Raises
-        PoolError when nothing was done for too long."""
+        """Start the workers that are due, replace those that hang, and follow the nodes that join and leave. Return the
+        tasks that ended. Raises PoolError if no workers are left, or none made progress for too long."""
         now = self.transport.now()
         if now < self.tend_at:
             return []
@@ -269,7 +272,7 @@ class Dispatcher:
             if slot.tasks and (slot.info or slot.doubted):
                 doing = slot.tasks[0].range
                 usual = doing.expected(slot.tasks[0].span) if doing else 0.0
-                # An answer may wait where nobody has looked since.
+                # Time in which nobody checked for answers does not count: one may have been waiting.
                 if now - slot.since - slot.unwatched > self.cluster.task_timeout + HANG_FACTOR * usual:
                     ended += self._fail(
                         slot, Failed(f"no answer for {self.cluster.task_timeout:g} s or more (cluster.task_timeout)")
@@ -277,12 +280,12 @@ class Dispatcher:
         return ended
 
     def _look_for_progress(self, now: float) -> None:
-        """Raises PoolError when no worker got anything done for too long. What one is at counts, for as long as it
-        is not taken to hang: it may be long work."""
+        """Raise PoolError if no worker completed anything for too long. The time since the oldest running task began
+        does not count: it may be long work, and a worker that hangs is replaced elsewhere."""
         joined = self.infos
         if joined:
             self.manned, self.had_workers, self.said_unmanned = now, True, -math.inf
-        # The first worker is waited for without end, where none has failed: nodes may be on their way.
+        # Wait indefinitely for the first worker, unless one has failed: nodes may be on their way.
         for_room = not self.had_workers and not self.last_reason
         if for_room or (joined and not self.covering):
             self.progress = now
@@ -298,16 +301,16 @@ class Dispatcher:
                 raise PoolError(reason)
             until = "" if for_room else f", for {timeout:g} s at most (cluster.worker_timeout)"
             each = described(worker_resources(self.cluster))
-            self.note(f"no worker is there: waiting for room for {self.size} of {each} each{until}")
+            self.note(f"no workers: waiting for room for {self.size} workers with {each} each{until}")
 
     def _follow_nodes(self) -> None:
-        """Start workers where there is new room, give up waiting for room that is gone."""
+        """Start workers where there is new room, and drop starting workers whose room is gone."""
         starting = [slot for slot in self.slots if not slot.info and not slot.doubted]
         leaving = self.room.leaving
         self.room = self.transport.room(len(self._staying()) - len(starting), len(starting))
         held = sum(slot.info.node in self.room.leaving - leaving for slot in self.slots if slot.info)
         if held:
-            self.note(f"workers whose nodes are about to go, and that get no more work: {held}")
+            self.note(f"workers on draining nodes, which get no more work: {held}")
         self.size = self.room.workers
         wanted = self.size - sum(node in self.room.up for node in self.refused)
         staying = len(self._staying())
@@ -320,14 +323,15 @@ class Dispatcher:
             self._remove(slot)
 
     def _staying(self) -> list[Slot]:
-        """The workers but for those whose nodes are about to go."""
+        """Return the workers that are not on draining nodes."""
         return [slot for slot in self.slots if not (slot.info and slot.info.node in self.room.leaving)]
 
     def _welcome(self, slot: Slot, info: WorkerInfo) -> list[End]:
-        """Let a worker in that computes as this process does; the tasks of one that did so no longer."""
+        """Accept a worker that computes as this process does, or refuse it. Return the tasks that ended with a worker
+        that had joined before and is now refused."""
         odd = self.refuse(info)
         if slot.doubted:
-            if odd:  # what it has answered, and was not looked at yet, ends with it
+            if odd:  # its answers that were not read yet are dropped too
                 return self._replace(slot, Failed(odd))
             self.note(f"{info} computes the right noise: the fitness differs between workers")
         elif odd:
@@ -338,34 +342,34 @@ class Dispatcher:
         devices = {info.device for info in self.infos}
         if devices and info.device not in devices:
             others = ", ".join(sorted(devices))
-            self.note(f"{info} is not like the others ({others}): bits depend on who scores what")
+            self.note(f"{info} is unlike the others ({others}): bits of scores depend on the worker")
         slot.info = info
         self.transport.joined(slot.worker, info.node)
-        # Node by node: what carries the tasks may send those of a node together.
+        # Sort by node: the transport may send the tasks of a node together.
         self.slots = sorted(self.slots, key=lambda slot: (slot.info is None, slot.info.node if slot.info else ""))
         return []
 
     def _doubt(self, slot: Slot, other: Slot) -> None:
-        """Of two workers one scores what the other cannot: let it join again, which shows whether its noise is still
-        right. If it is, it is the fitness that differs."""
+        """Make a worker join again whose result was not finite where another worker's was. This shows whether its noise
+        is still right. If it is, the fitness differs between workers."""
         if slot in self.slots and slot.info and not slot.doubted:
-            self.note(f"{slot.info} returned NaN where {other.info} does not: its noise is looked at again")
+            self.note(f"{slot.info} returned NaN where {other.info} does not: its noise is checked again")
             slot.doubted, slot.info = slot.info, None
             self._add(Task(slot, self.transport.submit(slot.worker, "join"), None, Span(0, 0)))
 
     def _fail(self, slot: Slot, error: Lost | Failed) -> list[End]:
-        """Replace a worker that failed or is gone at what it was doing; its tasks, which end with it."""
+        """Blame the running task, and replace a worker that failed or was lost. Return its tasks, which end with it."""
         if slot in self.slots:
             self._hold_against_its_work(slot, error)
         return self._replace(slot, error)
 
     def _replace(self, slot: Slot, error: Lost | Failed) -> list[End]:
-        """Take another worker in its place; the tasks that it had."""
+        """Remove a worker and start another one in its place. Return the tasks that it had."""
         if slot not in self.slots:
             return []
         self.last_reason = str(error)
         if isinstance(error, Failed):
-            self.progress = self.transport.now()  # the number of failures has a limit of its own
+            self.progress = self.transport.now()  # failures have a limit of their own
             self.failures_in_a_row += 1
             if self.failures_in_a_row >= FAILURES_PER_WORKER * (self.size + bool(self.infos)):
                 raise PoolError(f"the workers fail one after another; the last one: {error}") from error
@@ -376,7 +380,7 @@ class Dispatcher:
         return self._remove(slot, error)
 
     def _hold_against_its_work(self, slot: Slot, error: Lost | Failed) -> None:
-        """Hold the end of a worker against what it was doing."""
+        """Count the end of a worker against the task that it was running."""
         task, now = slot.tasks[0] if slot.tasks else None, self.transport.now()
         if not task or not task.range:
             self.blame.deaths_elsewhere += 1
@@ -387,12 +391,12 @@ class Dispatcher:
             task.span.failures += alone
             return
         if now - slot.since > LONGEST_BACKOFF_SECONDS:
-            self.progress = now  # it was long at work, and not waited for
-        # One that was not heard of since the range began may have been dead before it was asked.
+            self.progress = now  # it was working for long, not waiting
+        # A worker that has not answered since the range began may have died before it got the task.
         self.blame.died_at(task.span, alone and slot.heard > self.began, slot.heard, now)
 
     def _remove(self, slot: Slot, error: Exception | None = None) -> list[End]:
-        """Take a worker out of the pool; the tasks that it had."""
+        """Remove a worker from the pool. Return the tasks that it had."""
         self.slots.remove(slot)
         self.transport.kill(slot.worker)
         for task in slot.tasks:
@@ -401,5 +405,5 @@ class Dispatcher:
 
 
 def backoff(failures: int) -> float:
-    """Seconds before a worker is replaced in a place where so many failed before it without a success."""
+    """Return the seconds to wait before replacing a worker, after `failures` consecutive failures in its place."""
     return min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** (failures - 1)) if failures else 0.0

@@ -1,4 +1,4 @@
-"""What a node of a Ray is like, found out by a task on it."""
+"""Examine a node of a Ray by running a task on it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from spartan_ray.noise.fingerprint import fingerprint
 from spartan_ray.noise.kernels import kernel_for
 from spartan_ray.noise.portable import PortableKernel
 
-# Seconds that a node may take to start a process that imports torch.
+# Seconds to wait for a node, which has to start a process that imports torch.
 SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A node, and why a worker on it would be refused; nothing if it would not."""
+    """A node, and why a worker on it would be refused (empty if it would be accepted)."""
 
     host: str
     device: str
@@ -36,7 +36,7 @@ class Examined:
 
 
 def examine(noise: NoiseKind) -> WorkerInfo:
-    """What a worker in this process would say of itself."""
+    """Return the WorkerInfo that a worker in this process would send."""
     device = claim_device(None)
     kernel = kernel_for(noise, device)
     name = f"cpu {torch.backends.cpu.get_cpu_capability()}"
@@ -47,14 +47,14 @@ def examine(noise: NoiseKind) -> WorkerInfo:
 
 
 def examined(node: dict[str, Any], noise: NoiseKind) -> Examined:
-    """A node of `ray.nodes()`. Raises InputError when it does not answer."""
+    """Examine a node of `ray.nodes()`. Raises InputError if it does not answer."""
     info = on_node(node, examine, noise, gpu=bool(node["Resources"].get("GPU")))
     return Examined(info.host, info.device, objections(info, noise))
 
 
 def on_node(node: dict[str, Any], function: Any, *arguments: Any, gpu: bool = False) -> Any:
-    """What a function answers in a process on a node, which sees a GPU if it is to. Raises InputError when nothing
-    comes."""
+    """Run a function in a process on a node and return its result. With `gpu` the process sees a GPU. Raises
+    InputError if the function fails or does not return in time."""
     place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     task: Any = ray.remote(function).options(
         num_cpus=0, num_gpus=0.01 if gpu else 0, scheduling_strategy=place, max_retries=0

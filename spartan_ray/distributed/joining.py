@@ -1,4 +1,4 @@
-"""What a worker says of itself when it joins, and what must agree with the driver's."""
+"""The information that a worker sends when it joins, and its comparison with the driver's own."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from spartan_ray.origin import sources
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """What a worker says of itself when it joins."""
+    """The information that a worker sends when it joins."""
 
     host: str
-    node: str  # Ray's name of it
+    node: str  # Ray's ID of the node
     pid: int
     device: str
     threads: int
@@ -27,7 +27,7 @@ class WorkerInfo:
     versions: dict[str, str]
 
     def record(self) -> dict[str, str | int]:
-        """What goes into environment.json."""
+        """Return the entry of this worker in environment.json."""
         return {"host": self.host, "pid": self.pid, "device": self.device, "threads": self.threads}
 
     def __str__(self) -> str:
@@ -36,14 +36,14 @@ class WorkerInfo:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What the bits of a score may depend on: of the package itself a digest of its sources, since a node may
-    have another one installed."""
+    """Return the versions that the bits of a score may depend on. The version of this package is a digest of its
+    sources, because a node may have another copy installed."""
     found = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "numba")}
     return found | {"spartan-ray": f"sources {sources()}"}
 
 
 def objections(info: WorkerInfo, noise: NoiseKind) -> str:
-    """Why a worker would not compute as this process does; nothing if it would."""
+    """Return why a worker would compute differently from this process; empty if it would not."""
     ours = versions()
     odd = [f"{name} {info.versions[name]}, here {ours[name]}" for name in ours if info.versions[name] != ours[name]]
     if not fingerprint_agrees(noise, info.fingerprint):

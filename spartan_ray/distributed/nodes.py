@@ -1,4 +1,4 @@
-"""What a Ray says of its nodes: what they have, what is free, which will go, and whether there will be more."""
+"""The nodes of a Ray: their resources, how much is free, which nodes are about to leave, and whether more can start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ray.experimental.internal_kv import _internal_kv_get, internal_kv_get_gcs_c
 
 from spartan_ray.distributed.placement import Resources, holds
 
-# What Ray's autoscaler calls the nodes that it did not start, and cannot start again.
+# Prefix of the types that Ray's autoscaler gives to nodes that it did not start and cannot start again.
 BY_HAND = "node_"
 STATUS_SECONDS = 10
 
@@ -23,18 +23,18 @@ Found = TypeVar("Found")
 
 
 def nodes_here_first() -> list[dict[str, Any]]:
-    """The nodes of the Ray that are up, this one first."""
+    """Return the nodes of the Ray that are alive, the node of this process first."""
     here = ray.get_runtime_context().get_node_id()
     return sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here)
 
 
 def leaving_nodes() -> set[str]:
-    """The nodes that are about to be taken away, as spot instances are."""
+    """Return the IDs of the draining nodes, which are about to be taken away, such as spot instances."""
     return _within(_leaving_nodes)
 
 
 def free_resources() -> list[Resources]:
-    """What is free on each node that stays."""
+    """Return the free resources of each node that is not draining."""
     return _within(_free_resources)
 
 
@@ -44,12 +44,13 @@ def grows() -> bool:
 
 
 def is_impossible(wanted: Resources) -> bool:
-    """Whether no node has so much, and the autoscaler cannot start one that has."""
+    """Whether no node has the wanted resources, and the autoscaler cannot start one that has them."""
     return _within(_is_impossible, wanted)
 
 
 def _within(look: Callable[..., Found], *arguments: Any) -> Found:
-    """What a function finds in a process of the Ray: a Ray Client is none, and has no connection to what knows it."""
+    """Return the result of `look`, called in a process of the Ray. A Ray Client is not one: it has no connection to the
+    GCS, so a task calls `look`."""
     if not ray.util.client.ray.is_connected():
         return look(*arguments)
     task: Any = ray.remote(look)
@@ -67,7 +68,7 @@ def _free_resources() -> list[Resources]:
 
 
 def _grows() -> bool:
-    # The nodes of the second version say their type, the first one writes down which types it has.
+    # With the autoscaler's second version the nodes report their type. The first version stores a list of its types.
     if any(node.ray_node_type_name for node in _status().cluster_resource_state.node_states):
         return True
     written = json.loads(_internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS) or "{}")
@@ -76,7 +77,8 @@ def _grows() -> bool:
 
 
 def _is_impossible(wanted: Resources) -> bool:
-    # It calls what has to wait for a node of a full cluster the same: there the nodes that are up would hold it.
+    # The autoscaler also reports requests as infeasible that only wait for room in a full cluster. A node that is up
+    # could hold those.
     if any(holds(node["Resources"], wanted) for node in nodes_here_first()):
         return False
     infeasible = _status().autoscaling_state.infeasible_resource_requests

@@ -1,7 +1,7 @@
-"""The workers of a run: what they hold, and the things that they do. Shapes: D parameters, K members.
+"""The workers of a run: the data that they hold and the work that they do. Shapes: D parameters, K members.
 
-Each covers a range with tasks: members 0..K-1 with chunks to score, elements 0..D-1 with slices of the update.
-`dispatch.py` is the one engine for all, a transport carries the tasks: Ray's, or a scripted one of the tests.
+All work covers a range with tasks: members 0..K-1 in chunks to score, elements 0..D-1 in slices of the update.
+`dispatch.py` runs all of it. A transport carries the tasks: the one of Ray, or a scripted one in the tests.
 """
 
 from __future__ import annotations
@@ -28,17 +28,21 @@ from spartan_ray.engine.strategies.requests import WHOLE, CaseSet, Members, Part
 from spartan_ray.engine.subspace import Basis
 from spartan_ray.noise.contract import NoiseKind
 
-# A case of work of which nothing is known takes no longer than this, and ten times that, or its worker hangs.
+# Assumed seconds per case of work whose duration is unknown. Its worker hangs after cluster.task_timeout plus ten times
+# that.
 SLOW_CASE_SECONDS = 0.1
-# Of members that take equally long: their cases, the part of them or how many of their own, whether some are left.
+# Members that take equally long: the set of cases, the part of it, the number of own cases, and whether some members
+# may be rejected early.
 Kind = tuple[CaseSet, Part, int | None, bool]
-# What a worker answers: scores, what the fitness raised by member, the seconds to load what was new and to score.
+# The answer of a worker: scores, errors of the fitness by member, seconds to load new data, and seconds to score.
 Answer = tuple[Scores, dict[int, str], float, float]
 
 
 class Pool:
-    """The workers of a run. `note` takes one-line messages for the user, `advance` the members
-    and images that are done as they come in; it may raise to end the run, after which the pool is to be closed."""
+    """The workers of a run.
+
+    `note` takes one-line messages for the user. `advance` takes the numbers of members and cases that were completed,
+    as they come in. It may raise to end the run; then close the pool."""
 
     def __init__(
         self,
@@ -58,12 +62,12 @@ class Pool:
         self.counts = self.dispatcher.counts
         self.counts |= {"broadcast_seconds": 0.0, "members_failed": 0}
         self.keys = itertools.count(1)
-        self.parent: tuple[int, Any]  # the last broadcast of each and its key
+        self.parent: tuple[int, Any]  # key and reference of the last broadcast, here and below
         self.scale: tuple[int, Any]
         self.basis: tuple[int, Any] = 0, None
-        self.paces: dict[Kind, float] = {}  # seconds a member, in the last answer of each kind
-        self.seconds_per_noise = 0.0  # an element of one noise vector, in the last update
-        self.seconds_each: dict[str, float] = {}  # of an item, in the last `each` of a method
+        self.paces: dict[Kind, float] = {}  # seconds per member, in the last answer of each kind
+        self.seconds_per_noise = 0.0  # seconds per element of one noise vector, in the last update
+        self.seconds_each: dict[str, float] = {}  # seconds per item, in the last `each` of a method
 
     @property
     def infos(self) -> list[WorkerInfo]:
@@ -80,7 +84,7 @@ class Pool:
         return {info.device for info in self.infos}
 
     def wait_until_joined(self) -> None:
-        """Return when every worker has joined or was refused, or after a while with those that have."""
+        """Wait until every worker has joined or was refused. After a while, settle for `cluster.least_workers`."""
         self.dispatcher.wait_until_joined()
 
     def close(self) -> None:
@@ -88,15 +92,15 @@ class Pool:
         self.dispatcher.close()
 
     def broadcast(self, parent: ParentState) -> None:
-        """Make this the parent of the members that are evaluated from here on."""
+        """Set the parent of the members that are evaluated from now on."""
         self.parent = self._put(parent)
 
     def broadcast_scale(self, scale: Scale) -> None:
-        """Make this the scale of what is added to the parent."""
+        """Set the scale of the perturbations."""
         self.scale = self._put(scale)
 
     def broadcast_basis(self, basis: Basis | None) -> None:
-        """Make this the subspace of the noise; None is the whole space."""
+        """Set the subspace of the noise. None is the whole space."""
         self.basis = self._put(basis)
 
     def _put(self, value: ParentState | Scale | Basis | None) -> tuple[int, Any]:
@@ -113,10 +117,13 @@ class Pool:
         part: Part = WHOLE,
         own: int | None = None,
     ) -> Scores:
-        """The scores of every member on a part of the cases, or on its own; one that can no longer exceed the threshold
-        is left. A member that no worker can score has NaN, or ends the run as `cluster.on_member_error` says."""
+        """Return the scores of all members on a part of the cases, or on `own` cases that each seed draws from them.
+
+        A member that can no longer exceed the threshold may be rejected early. A member that no worker can score gets
+        NaN. Raises RunError instead if `cluster.on_member_error` is stop, or if that member is the parent or its
+        update."""
         keys, sent = zip(self.parent, self.scale, self.basis, strict=True)
-        found: list[tuple[int, Scores]] = []  # from which member on; the later one counts
+        found: list[tuple[int, Scores]] = []  # first member and scores; later entries count
         slowest_load = 0.0
 
         def submit(worker: Any, start: int, stop: int) -> Any:
@@ -148,7 +155,7 @@ class Pool:
                 if seconds:
                     self.paces[kind] = slot.paces[kind] = seconds / len(span)
                 for k, reason in failed.items():
-                    if tries == TRIES or not seconds:  # raised on so many workers, or killed them
+                    if tries == TRIES or not seconds:  # raised on TRIES workers, or killed them
                         self._give_up(members, span.start + k, reason)
                     else:
                         failed_on = [*span.failed_on, slot.place]
@@ -162,7 +169,7 @@ class Pool:
         fitness_K, cases_K = np.full(len(members), math.nan), np.zeros(len(members), np.int64)
         for start, scores in found:
             rows = slice(start, start + len(scores))
-            if scores.mean_KM.shape[1]:  # else nothing is known of them
+            if scores.mean_KM.shape[1]:  # else no worker could score them
                 mean_KM[rows] = scores.mean_KM
             fitness_K[rows], cases_K[rows] = scores.fitness_K, scores.cases_K
         return Scores(mean_KM, fitness_K, cases_K)
@@ -174,8 +181,8 @@ class Pool:
     def weighted_sum(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
     ) -> NDArray[np.float32]:
-        """Elements [start, stop) of sum_k weight_k * noise_k, float32, computed by the workers in one slice each, or by
-        as many as pay."""
+        """Return elements [start, stop) of sum_k weight_k * noise_k in float32. Each worker computes one slice, or only
+        as many workers as make it faster. Raises PoolError if a slice fails on three workers."""
         size_D, first = stop - start, start
         seeds, weights = self.transport.put(seed_K), self.transport.put(weight_K)
         usual = self.seconds_per_noise * len(seed_K) * size_D or math.inf
@@ -201,7 +208,7 @@ class Pool:
         return sum_D
 
     def share(self, value: Any) -> Any:
-        """What stands for a value among the arguments of `each`."""
+        """Put a value where each node gets it once. Return its stand-in for the arguments of `each`."""
         return self.transport.put(value)
 
     def each(
@@ -214,13 +221,14 @@ class Pool:
         is_finite: Callable[[Any], bool] = lambda answer: True,
         give_up: Callable[[str], Any] | None = None,
     ) -> list[Any]:
-        """What `method(items, *shared)` of the workers' evaluators answers for each of some items, in their order. Each
-        forwards so many cases; a task has so many items `at_once`, or as many as one of members. An answer that is not
-        finite is asked of a second worker too; what fails on three workers has the answer that `give_up` makes of the
-        reason, or raises PoolError."""
+        """Call `method(items, *shared)` on the workers' evaluators. Return one answer per item, in their order.
+
+        Each item forwards `cases` cases. A task has `at_once` items; by default its size is chosen as for members. If
+        an answer is not finite, a second worker computes it too. An item that fails on three workers gets the answer
+        `give_up(reason)`. Raises PoolError for such an item if there is no `give_up`."""
         answers: list[Any] = [None] * len(items)
         known = self.seconds_each.get(method)
-        # What nothing is known of may take long, as an epoch does, and is not taken to hang before.
+        # Work of unknown duration may take long, as an epoch does. It must not be mistaken for a worker that hangs.
         usual = cases * SLOW_CASE_SECONDS if known is None else known
 
         def submit(worker: Any, start: int, stop: int) -> Any:
@@ -248,11 +256,11 @@ class Pool:
         return answers
 
     def could_not_score(self, member: Members, reason: str) -> None:
-        """Say that an offspring is the worst, or end the run."""
+        """Report that an offspring could not be scored and is the worst. Raises RunError if the run must stop."""
         self._give_up(member, 0, reason, tries=1)
 
     def _pace(self, kind: Kind) -> float | None:
-        """Seconds a member of the workers that are there, on average."""
+        """Return the mean seconds per member of the current workers (harmonic), or None if unknown."""
         paces = [slot.paces[kind] for slot in self.dispatcher.slots if kind in slot.paces]
         return len(paces) / sum(1 / pace for pace in paces) if paces else None
 
@@ -261,11 +269,11 @@ class Pool:
             return self.cluster.chunk
         pace, answers = pace or self.paces.get(kind), self.transport.answers_per_second("evaluate")
         size = chunk_size(left, members, self.dispatcher.able, pace, answers, slot.paces.get(kind))
-        return -(-size // self.batch_members) * self.batch_members  # a pass costs the same for fewer
+        return -(-size // self.batch_members) * self.batch_members  # a pass with fewer members costs the same
 
 
 def _either(first: Answer, second: Answer) -> Answer:
-    """The second answer, with the first one's scores of the members that are finite there alone."""
+    """Return the second answer, with the scores of the first one for members that are finite only there."""
     one, (two, failed, to_load, to_score) = first[0], second
     better_K: NDArray[np.bool_] = np.logical_and(
         np.isfinite(one.mean_KM).all(axis=1), ~np.isfinite(two.mean_KM).all(axis=1)

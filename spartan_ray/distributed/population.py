@@ -1,4 +1,4 @@
-"""A population in this process, or on the workers of a Ray."""
+"""`spartan_ray.Population`: scores members in this process, or on Ray workers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ from spartan_ray.noise.contract import NoiseKind
 
 
 class Population(population.Population):
-    """A parent network and its descendants, which this process scores or the workers of a Ray.
+    """A parent network and its descendants, scored in this process or on Ray workers.
+
+    `step` runs one evolve phase and changes the network in place. The result has the same bits whether this process
+    or workers score the members. It is a context manager: leaving it calls `close`.
+
+    Example::
 
         with Population(network, accuracy, cases=len(images), workers=2) as population:
             for _ in range(20):
                 outcome = population.step(EvolutionStrategies(population=1000))
-
-    `step` runs one evolve phase and moves the network in place, to the same bits wherever it is scored."""
+    """
 
     def __init__(
         self,
@@ -52,32 +56,52 @@ class Population(population.Population):
         cluster: Cluster | None = None,
         note: Callable[[str], None] = population.LOG.warning,
     ) -> None:
-        """`fitness` is a Fitness, or a function of a network and case numbers (N) that returns one number a case (N)
-        or M statistics a case (N x M), with `cases` the number of cases. Higher is better.
+        """Build the population and start its workers, if any.
 
-        workers          "local": this process, without Ray; a number, or "auto" (one a GPU, or one a CPU core): Ray
-                         actors, of the Ray that this process is connected to, else of the one that RAY_ADDRESS names,
-                         else of a new one on this machine, which ends with `close`
-        seed             of the noise, and of the cases that a generation draws
-        noise            uniform, gaussian, rademacher
-        mutate           what evolution moves: all, batchnorm, no-batchnorm, classifier, biases, a pattern of
-                         parameter names, or several of these with commas between them; the noise of a member is as
-                         long as what is moved
-        subspace         directions that members differ in: none, the whole space; random:m; trajectory:m, the steps
-                         between the parents that `remember` was called for; guided:m, gradients and the whole space in
-                         equal parts (Guided ES). Each is a vector as long as what is moved in the memory of a node
-        fitness_cases    how many cases score a generation, and `confirm_cases` how many others choose a length or
-                         confirm; by default all cases, in equal shares
-        gradient         `gradient(network, generation)` calls backward on the loss that random gradients descend; by
-                         default that of the fitness on `gradient_cases` of the cases that score the generation
-        factory          makes the network anew, with any parameters, where a copy of it would be larger
-        threads          torch's CPU threads while a descendant is scored; the bits depend on it
-        batch_members    descendants of a pass: faster for small networks, where `torch.func.vmap` can run the fitness;
-                         the bits depend on it
-        cluster          more settings of the workers: GPUs, timeouts, chunks, address
-        note             takes one-line messages; by default they are warnings of the logger `spartan_ray`
+        Args:
+            network: The parent. Its parameters keep their memory, so that an optimizer of them stays valid. Those that
+                evolution moves must be float32, bfloat16 or float16.
+            fitness: A `Fitness`, or a function `fitness(network, case_N)` that returns one number per case, shape
+                (N,), or M statistics per case, shape (N, M). With a function, the fitness of a network is the mean of
+                the first statistic over the cases. Higher is better.
+            cases: Number of cases. Required if `fitness` is a function; a `Fitness` has its own.
+            workers: "local" scores in this process, without Ray. A number starts as many Ray actors. "auto" starts one
+                per free GPU, or one per free CPU core if there are no GPUs. The workers run on the Ray that this
+                process is connected to, else on that of `cluster.address` or RAY_ADDRESS, else on a new local Ray,
+                which `close` shuts down.
+            seed: Seed of the noise, and of the cases drawn for each generation: at least 0, less than 2**63.
+            noise: Distribution of the noise: "uniform" in [-1, 1), "gaussian" (standard normal), or "rademacher"
+                (-1 or 1).
+            mutate: Parameters that evolution moves: "all", "batchnorm", "no-batchnorm", "classifier" (the last layer),
+                "biases", a shell pattern of parameter names, or several of these separated by commas. The noise of a
+                member has one element per parameter that is moved.
+            subspace: Directions in which members differ: "none" (the whole space), "random:m" (m random directions),
+                "trajectory:m" (the last m steps between calls of `remember`), or "guided:m" (m gradients, plus the
+                whole space with half of the variance: Guided ES, Maheswaranathan et al., arXiv 1806.10230). Each
+                direction takes 4 bytes per moved parameter on every node. A subspace cannot be combined with
+                `RandomGradients` or with a relative sigma.
+            fitness_cases: Number of cases that score a generation, drawn anew for each. None: an equal share of the
+                cases that the other sets leave, so all cases if there is no other set.
+            confirm_cases: Number of further cases for each of the sets "search" and "confirm", if the strategy uses
+                them. None: an equal share, as for `fitness_cases`.
+            gradient: A function `gradient(network, generation)` that calls `backward` on the loss whose gradient
+                `RandomGradients` and the subspace "guided" use. None: `Fitness.loss` on `gradient_cases` of the fitness
+                cases.
+            gradient_cases: Number of cases of that default gradient, or all fitness cases if there are fewer.
+            factory: A function that builds the network, with any parameters. Workers then receive this function
+                instead of a copy of the network, which may be larger.
+            threads: CPU threads of torch while a member is scored. The bits of the result depend on it.
+            batch_members: Members scored per forward pass. More than 1 is faster for small networks and needs a fitness
+                that `torch.func.vmap` can run. The bits of the result depend on it.
+            cluster: Further settings of the workers: GPUs, timeouts, members per task, Ray's address. Its `workers` and
+                `cpus_per_worker` must have their defaults or agree with `workers` and `threads`.
+            note: A function that receives one-line messages. Default: warnings of the logger `spartan_ray`.
 
-        Raises InputError for what cannot be used, by its name."""
+        Raises:
+            InputError: A setting cannot be used, the network or the fitness cannot be sent to workers, or Ray does
+                not answer. The message names the setting.
+            RunError: The workers do not start.
+        """
         settings: dict[str, Any] = {
             "cases": cases, "seed": seed, "noise": noise, "mutate": mutate, "subspace": subspace,
             "fitness_cases": fitness_cases, "confirm_cases": confirm_cases,
@@ -117,7 +141,7 @@ class Population(population.Population):
         try:
             transport = RelayTransport(spec, resolved)
         except (TypeError, AttributeError, pickle.PicklingError) as error:
-            # Ray's own text begins with all that was to be sent.
+            # Ray's own message begins with the whole object that was to be sent.
             reason = one_line(str(error.__cause__ or error))[:300]
             raise InputError(f"the network or the fitness cannot be sent to workers: {reason}") from error
         pool = Pool(transport, resolved, spec.noise, note, lambda members, cases: None, spec.batch_members)
@@ -125,7 +149,9 @@ class Population(population.Population):
         return pool
 
     def close(self) -> None:
-        """End the workers, and the Ray if it was started for them. The network keeps its parameters."""
+        """Stop the workers. Shut Ray down if this population started it, or leave it if this population joined it.
+
+        The network keeps its parameters."""
         super().close()
         self._end_ray()
 

@@ -1,4 +1,4 @@
-"""What carries tasks to workers, as the dispatcher sees it: Ray, or a scripted one of the tests."""
+"""The transport that carries tasks to workers, as the dispatcher sees it: Ray, or a scripted one in the tests."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any, Protocol
 
 
 class Lost(Exception):
-    """A worker's process was killed, or cannot be reached. That says nothing of its work."""
+    """A worker's process was killed or cannot be reached. Its work is not necessarily at fault."""
 
 
 class Failed(Exception):
-    """What a worker's own code raised, at its start or in its work."""
+    """A worker's own code raised an exception, during its start or its work."""
 
 
 @dataclass
 class Room:
-    """What the Ray has room for: how many workers there are to be now, the names of the nodes that are up, and those
-    of them that are about to go."""
+    """The room in a Ray: the number of workers that the run should have now, the IDs of the nodes that are up, and the
+    IDs of those that are draining."""
 
     workers: int
     up: set[str]
@@ -25,40 +25,40 @@ class Room:
 
 
 class Transport(Protocol):
-    """What starts the workers and carries tasks to them. A reference stands for an answer that is to come."""
+    """Starts workers and carries tasks to them. A reference stands for an answer that is still to come."""
 
     def start(self) -> tuple[Any, Any]:
-        """A new worker, and the reference of the WorkerInfo that it sends when it is there."""
+        """Start a worker. Return it, and the reference of the WorkerInfo that it sends when it has started."""
 
     def joined(self, worker: Any, node: str) -> None:
-        """A worker is there, on a node of this name."""
+        """Take note that a worker has joined, on the node with this ID."""
 
     def answers_per_second(self, method: str) -> float:
-        """How many answers of a method can be heard, with some to spare."""
+        """Return how many answers of a method can be received per second, with some to spare."""
 
     def wait(self, references: list[Any], seconds: float) -> list[Any]:
-        """The references that are ready, as soon as one is, or none after so many seconds."""
+        """Return ready references as soon as there is one, or an empty list after this many seconds."""
 
     def put(self, value: Any) -> Any:
-        """What stands for a value in the arguments of tasks: it is sent to each node once."""
+        """Return a stand-in for a value in the arguments of tasks. The value is sent to each node once."""
 
     def submit(self, worker: Any, method: str, *arguments: Any) -> Any:
-        """Have a worker do something after what it has to do already; the reference of its answer."""
+        """Queue a method call on a worker, behind its other tasks. Return the reference of the answer."""
 
     def result(self, reference: Any) -> Any:
-        """The answer behind a reference that is ready. Raises Lost or Failed."""
+        """Return the answer of a reference that is ready. Raises Lost or Failed."""
 
     def kill(self, worker: Any) -> None:
-        """End a worker, in whatever state it is."""
+        """End a worker, whatever its state."""
 
     def end(self, workers: list[Any]) -> None:
-        """End workers that have nothing to do."""
+        """End idle workers."""
 
     def now(self) -> float:
-        """Seconds on a clock that never goes back."""
+        """Return the seconds of a monotonic clock."""
 
     def room(self, workers: int, starting: int) -> Room:
-        """What there is room for, with so many workers that have joined and so many that have not."""
+        """Return the room for workers, given that `workers` have joined and `starting` have not."""
 
     def impossible(self) -> str:
-        """Why there will never be room for a worker; nothing where there may be."""
+        """Return why there will never be room for a worker; empty if there may be."""

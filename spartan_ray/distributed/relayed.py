@@ -1,7 +1,8 @@
-"""Workers with a relay on each node of a large Ray: the driver sends a node's tasks together, and hears answers so.
+"""Workers with a relay on each node of a large Ray: the driver sends and receives the tasks of a node together.
 
-A call of Ray costs its caller about a millisecond, whatever it carries. Everything else is as without relays: who does
-what, and what follows when a worker is lost, is the dispatcher's. What a lost relay had is asked of its workers again.
+A call of Ray costs its caller about a millisecond, whatever it carries. Everything else works as without relays: the
+dispatcher assigns the tasks and handles lost workers. If a relay is lost, its unanswered tasks are sent to the workers
+again, directly.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from spartan_ray.distributed.relay import RELAYED_METHOD, SPEAK_SECONDS, Relay, 
 from spartan_ray.distributed.transport import ANSWERS_PER_SECOND, RayTransport, actor_name
 from spartan_ray.distributed.worker import Worker
 
-# With fewer nodes the driver is fast enough; with fewer workers on each there is little to send together.
+# Minimum number of nodes, and of workers per node. With fewer nodes the driver is fast enough; with fewer workers per
+# node there is little to send together.
 RELAYED_NODES, WORKERS_PER_NODE = 8, 4
-# Seconds of waiting after which a relay hangs that has said nothing, not even that it has nothing to say.
+# Seconds of waiting after which a relay that has returned nothing, not even an empty list, is taken to hang.
 SILENT_SECONDS = 3 * SPEAK_SECONDS
-# The answers that are counted on then.
+# Answers per second that the driver can receive through relays.
 RELAYED_ANSWERS_PER_SECOND = 3000.0
 
 
 @dataclass(eq=False)
 class Ticket:
-    """The reference of an answer that comes through a relay, or directly if that is lost."""
+    """The reference of an answer that comes through a relay, or directly if the relay is lost."""
 
     worker: Any
     arguments: tuple[Any, ...]
@@ -41,22 +43,22 @@ class Ticket:
 
 @dataclass(eq=False)
 class Node:
-    """What the driver knows of a node."""
+    """The driver's record of a node."""
 
     name: str
-    workers: dict[Any, int] = field(default_factory=dict)  # and their numbers
+    workers: dict[Any, int] = field(default_factory=dict)  # their numbers
     relay: Any = None
-    up: bool = False  # it has answered
+    up: bool = False  # the relay has answered
     listening: int = 0  # calls of `exchange` in flight
-    heard: float = 0.0  # when the first of them was sent, or the relay last spoke
-    unknown: dict[int, Any] = field(default_factory=dict)  # workers that the relay has not heard of
+    heard: float = 0.0  # when the first of them was sent, or the relay last answered
+    unknown: dict[int, Any] = field(default_factory=dict)  # workers that the relay does not know yet
     unsent: list[Sent] = field(default_factory=list)
     unanswered: dict[int, Ticket] = field(default_factory=dict)
 
 
 class RelayTransport(RayTransport):
-    """Workers as Ray actors, with a relay on each node where there are so many nodes or more, with so many workers on
-    each, or more, on average."""
+    """Workers as Ray actors, with a relay on each node if there are at least `least_nodes` nodes, with at least
+    `workers_per_node` workers each on average."""
 
     def __init__(
         self,
@@ -72,12 +74,12 @@ class RelayTransport(RayTransport):
         self.numbers = itertools.count()
         self.nodes: dict[str, Node] = {}
         self.node_of: dict[Any, Node] = {}  # by worker
-        self.calls: dict[Any, Node] = {}  # of relays, in flight, by their references
+        self.calls: dict[Any, Node] = {}  # to relays, in flight, by reference
         self.looked = self.now()  # when `wait` last ended
 
     @property
     def relayed(self) -> bool:
-        """Whether relays pay."""
+        """Whether there are enough nodes and workers for relays."""
         return self.least_nodes <= len(self.nodes) <= len(self.node_of) / self.workers_per_node
 
     def answers_per_second(self, method: str) -> float:
@@ -101,7 +103,7 @@ class RelayTransport(RayTransport):
             name=actor_name(self.name, "relay"), num_cpus=0, scheduling_strategy=there, enable_task_events=False
         )
         node.relay = relay.remote(self.name)
-        # It is used once it has answered: its process takes its time to start.
+        # The relay is used once it has answered, because its process takes time to start.
         self.calls[node.relay.answer.remote()] = node
 
     def submit(self, worker: ActorHandle[Any], method: str, *arguments: Any) -> Any:
@@ -124,18 +126,18 @@ class RelayTransport(RayTransport):
     def wait(self, references: list[Any], seconds: float) -> list[Any]:
         now = self.now()
         for node in self.nodes.values():
-            node.heard += max(0.0, now - max(self.looked, node.heard))  # nobody has listened since
+            node.heard += max(0.0, now - max(self.looked, node.heard))  # leave out the time in which nobody listened
             if node.unsent or (node.unanswered and not node.listening):
                 self._exchange(node)
         tickets = [reference for reference in references if isinstance(reference, Ticket)]
         if any(ticket.answered for ticket in tickets):
             seconds = 0.0
-        # By what Ray is to be asked for.
+        # Tickets by the Ray reference that answers them.
         ticket_of = {ticket.direct: ticket for ticket in tickets if ticket.direct}
         calls = set(self.calls)
         asked = [*(reference for reference in references if not isinstance(reference, Ticket)), *ticket_of, *calls]
         ready = super().wait(asked, seconds)
-        if ready and calls and seconds:  # what others have answered meanwhile costs no more
+        if ready and calls and seconds:  # take all that is ready; it costs no more
             ready = super().wait(asked, 0)
         for reference in ready:
             if reference in calls:
@@ -148,10 +150,10 @@ class RelayTransport(RayTransport):
         return direct + [ticket for ticket in tickets if ticket.answered]
 
     def _hear(self, call: Any) -> None:
-        """Take what a call of a relay has answered."""
+        """Take the answer of a call to a relay."""
         node = self.calls.pop(call, None)
         if node is None:
-            return  # lost, a call ago
+            return  # its relay was dropped at an earlier call
         try:
             answers = super().result(call)
         except (Lost, Failed):
@@ -162,17 +164,17 @@ class RelayTransport(RayTransport):
             return
         node.listening, node.heard = node.listening - 1, self.now()
         for number, answer in answers:
-            if ticket := node.unanswered.pop(number, None):  # else its worker was killed since
+            if ticket := node.unanswered.pop(number, None):  # else its worker was killed meanwhile
                 ticket.answered, ticket.answer = True, answer
 
     def _go_without(self, node: Node) -> None:
-        """A relay is gone, or hangs, and with it what its workers have answered."""
+        """Drop a relay that is lost or hangs, and repeat its unanswered tasks on the workers directly."""
         tickets, worked = list(node.unanswered.values()), node.up
         self._forget_relay(node)
         node.unknown = {number: worker for worker, number in node.workers.items()}
         for ticket in tickets:
             ticket.direct = super().submit(ticket.worker, RELAYED_METHOD, *ticket.arguments)
-        if worked:  # else its node may be gone, or has no room: until another worker joins
+        if worked:  # else its node may be gone or full: try again when another worker joins
             self._start_relay(node)
 
     def _forget_relay(self, node: Node) -> None:

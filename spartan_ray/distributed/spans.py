@@ -1,4 +1,4 @@
-"""The book of a range that tasks cover: what waits, what runs, what is done. Knows nothing of Ray."""
+"""The bookkeeping of a range that tasks cover: which spans wait, run or are done. Does not depend on Ray."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-# An automatic chunk is long against Ray's overhead of a task, and short against a generation ...
+# Duration of an automatic chunk: long compared with Ray's overhead per task, short compared with a generation ...
 CHUNK_SECONDS = 2.0
-# ... but no shorter than what keeps the driver from more answers a second than it can take. A generation that lasts
-# less than so many rounds, in each of which every worker is told once, is told in one.
+# ... but long enough that the driver can receive all answers. In one round every worker is sent one task. A generation
+# that lasts less than this many rounds is sent in one round.
 ONE_ROUND = 3.0
 
 
 def workers_worth(seconds: float, workers: int, answers_per_second: float) -> int:
-    """How many of the workers are worth an answer each, for work that one would do in so many seconds: n workers
-    take seconds / n, and n / answers_per_second to be told and heard."""
+    """Return how many workers to use for work that takes one worker this many seconds. n workers compute for
+    seconds / n, and take n / answers_per_second to send the tasks and receive the answers."""
     return max(1, int(min(workers, math.sqrt(seconds * answers_per_second))))
 
 
@@ -29,20 +29,21 @@ def chunk_size(
     answers_per_second: float,
     own_seconds: float | None = None,
 ) -> int:
-    """Members of a worker's next chunk, when so many of all are left; it may take other seconds a member than the
-    workers do on average. Chunks shrink towards the end, so that the workers finish together. 1 where nothing is known
-    of the speed.
+    """Return the number of members in the next chunk of a worker, when `left` of all `members` are left.
 
-    A short generation is told in one round: each worker is told 1 / answers_per_second later than the one before, and
-    has so much less to do. With sizes that shrink by d from n to m, what is left is (n^2 - m^2) / 2d: so n follows from
-    what is left."""
+    `seconds_per_member` is the average of the workers, `own_seconds` that of this worker. Chunks shrink towards the
+    end, so that the workers finish together. If the speed is unknown the size is 1.
+
+    A short generation is sent in one round. Each worker gets its task 1 / answers_per_second later than the one before,
+    and so gets that much less work. If sizes shrink from n to m in steps of d, the work left is (n^2 - m^2) / 2d. This
+    gives n."""
     if seconds_per_member is None:
         return 1
     seconds_per_member = max(seconds_per_member, 1e-9)
     round_ = workers / answers_per_second
     share, rest = members * seconds_per_member / workers, left * seconds_per_member
     if share < ONE_ROUND * round_:
-        last = max(0.0, share - round_ / 2)  # 0: not all workers are worth an answer
+        last = max(0.0, share - round_ / 2)  # 0: not all workers get a task
         seconds = math.sqrt(last**2 + 2 * rest / answers_per_second)
     else:
         seconds = min(max(rest / (4 * workers), round_), max(CHUNK_SECONDS, round_))
@@ -55,13 +56,13 @@ class Span:
 
     start: int
     stop: int
-    copies: int = 0  # workers that have it now
-    failed_on: list[int] = field(default_factory=list)  # places in the pool whose worker ended at it
-    suspected: bool = False  # a worker was killed at it, or at the whole that it is a part of
-    failures: int = 0  # that are held against it, in the smallest size
-    died: float = -math.inf  # when a worker was last killed at it ...
-    others: int | None = None  # ... and how many there had been that were killed elsewhere
-    unconfirmed: Any = None  # a worker whose result was not finite ...
+    copies: int = 0  # number of workers that have it now
+    failed_on: list[int] = field(default_factory=list)  # places in the pool whose worker ended while running it
+    suspected: bool = False  # a worker was killed while running it, or the span that it was a part of
+    failures: int = 0  # held against it, at the smallest size
+    died: float = -math.inf  # when a worker was last killed while running it ...
+    others: int | None = None  # ... and how many had been killed elsewhere by then
+    unconfirmed: Any = None  # the worker whose result was not finite ...
     doubtful: Any = None  # ... and that result
     done: bool = False
 
@@ -69,7 +70,7 @@ class Span:
         return self.stop - self.start
 
     def parts(self, smallest: int) -> list[Span]:
-        """What failed, in its smallest parts."""
+        """Split a failed span into parts of the smallest size."""
         if len(self) <= smallest:
             return [self]
         starts = range(self.start, self.stop, smallest)
@@ -81,21 +82,22 @@ class Range:
     """A range that is being covered."""
 
     submit: Callable[[Any, int, int], Any]
-    next_size: Callable[[Any, int], int]  # for a worker, when so many elements wait
+    next_size: Callable[[Any, int], int]  # for a worker, given the number of elements that wait
     waiting: deque[Span]
     left: int  # elements that are not done
-    smallest: int  # elements of a task that can fail no smaller
-    either: Callable[[Any, Any], Any] = lambda first, second: second  # of two results what is finite in one
-    seconds: float = 0.0  # that so many elements took
+    smallest: int  # elements of a task that is not split further
+    either: Callable[[Any, Any], Any] = lambda first, second: second  # combine two results that are not finite
+    seconds: float = 0.0  # taken so far by this many elements:
     elements: int = 0
 
     def expected(self, span: Span) -> float:
-        """Seconds that a span should take, 0 if nothing is known."""
+        """Return the seconds that a span should take; 0 if unknown."""
         return self.seconds * len(span) / max(self.elements, 1)
 
     def put_back(self, spans: list[Span], running: bool) -> None:
-        """What is to be done again comes first; but what may have killed a worker comes last, since others would wait
-        for the next one, and one suspect after another, so that each is found out soon."""
+        """Queue spans that have to be repeated. They come first, unless they may have killed a worker: such suspects
+        come last, because the tasks queued behind them would wait for the next worker. A suspect that was running is
+        repeated before the other suspects, so that each one is settled soon."""
         place = next((place for place, span in enumerate(self.waiting) if span.suspected), len(self.waiting))
         if not spans[0].suspected:
             place = 0
@@ -105,7 +107,8 @@ class Range:
             self.waiting.insert(place, span)
 
     def take(self, worker: Any, accepts: Callable[[Span], bool]) -> Span | None:
-        """The next span that a worker accepts: a fresh one is cut to its size, one that was tried stays as it is."""
+        """Return the next span that a worker accepts, or None. A fresh span is cut to the size for this worker. A span
+        that was tried before keeps its size."""
         for span in self.waiting:
             if not accepts(span):
                 continue
@@ -122,20 +125,20 @@ class Range:
 
 @dataclass
 class Blame:
-    """Whether it is a span that kills workers. A killed process is no evidence, unless it dies at the same span again
-    and again, and none dies elsewhere meanwhile."""
+    """Decides whether a span kills its workers. One killed process is no evidence. Repeated deaths at the same span
+    are, if no worker dies elsewhere meanwhile."""
 
-    deaths_elsewhere: int = 0  # of workers at nothing that is suspected
+    deaths_elsewhere: int = 0  # of workers that ran nothing suspected
 
     def died_at(self, span: Span, evidence: bool, heard: float, now: float) -> None:
-        """A worker that last answered at `heard` was killed at a span. It is no evidence where it may have died
-        before, or where the span is more than the smallest."""
+        """Record that a worker that last answered at `heard` was killed while running a span. This is no evidence if
+        the worker may have died before, or if the span is larger than the smallest size."""
         span.suspected = True
         if not evidence:
             self.deaths_elsewhere += 1
-        elif heard > span.died:  # else it may have died with the last one
+        elif heard > span.died:  # else it may have died together with the last one
             if span.others is None:
-                self.deaths_elsewhere += 1  # to all others
+                self.deaths_elsewhere += 1  # as seen from all other spans
             elif span.others != self.deaths_elsewhere:
                 span.failures = 0
             span.failures += 1

@@ -1,4 +1,4 @@
-"""Joins a Ray, or starts one of this machine."""
+"""Join a Ray, or start one on this machine."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from spartan_ray.errors import InputError
 
 
 def reach_ray(flag: str | None) -> tuple[str, str]:
-    """The address of the Ray that a flag or RAY_ADDRESS names, which answers, or `local`; and what named it. Ray and
-    torch take seconds to import: a wrong address is answered before. Raises InputError."""
+    """Return the address of the Ray that a flag or RAY_ADDRESS names, or `local`, and the name of that setting.
+
+    Raises InputError if that Ray does not answer. A wrong address is refused before Ray and torch are imported, which
+    takes seconds."""
     address, named_by = ray_address(flag)
     if address == "local":
         make_token()
-    # It warns of what protects the user: the token.
+    # This logger warns about the token, which protects the user.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     return (address if address == "local" else check_address(address, named_by)), named_by
 
 
 def start_ray(address: str, named_by: str) -> None:
-    """Join the Ray at an address, or start one of this machine that takes nobody in without its token."""
+    """Join the Ray at an address, or start one on this machine. That one accepts nobody without the token, unless the
+    user turned tokens off. Raises InputError if Ray fails."""
     import ray
     from ray.exceptions import RayError
 
@@ -43,7 +46,7 @@ def start_ray(address: str, named_by: str) -> None:
 
 
 def read_token_mode() -> None:
-    """Have Ray read again what it read of its token when it was imported, which may be long ago."""
+    """Make Ray read its token settings again. It read them when it was imported, which may be long ago."""
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
@@ -51,8 +54,8 @@ def read_token_mode() -> None:
 
 
 def join_ray(flag: str | None) -> Callable[[], None]:
-    """Join the Ray that a flag or RAY_ADDRESS names, or start one; what leaves it, or ends it, with the environment as
-    it was before."""
+    """Join the Ray that a flag or RAY_ADDRESS names, or start one. Return a function that leaves or ends it and removes
+    the RAY_ environment variables that were added since."""
     before = dict(os.environ)
     start_ray(*reach_ray(flag))
 
@@ -68,8 +71,8 @@ def join_ray(flag: str | None) -> Callable[[], None]:
 
 
 def make_token() -> None:
-    """Turn Ray's token authentication on for a local Ray, unless the user chose, and let nobody else read the
-    token: Ray itself leaves that to the umask."""
+    """Turn on Ray's token authentication for a local Ray, unless RAY_AUTH_MODE is set. Make the token file readable by
+    its owner alone: Ray itself leaves that to the umask. Raises InputError if the token cannot be stored or used."""
     if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
         return
     if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
@@ -82,5 +85,5 @@ def make_token() -> None:
                 os.close(file)
             path.chmod(0o600)
         except OSError as error:
-            raise InputError(f"{path}: Ray's token cannot be kept there: {error.strerror}") from None
+            raise InputError(f"{path}: cannot store Ray's token there: {error.strerror}") from None
     check_token()

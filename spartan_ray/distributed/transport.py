@@ -1,4 +1,4 @@
-"""Workers as Ray actors: what carries the tasks of a pool."""
+"""Workers as Ray actors: the transport that carries the tasks of a pool."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from spartan_ray.distributed.protocol import Room
 from spartan_ray.distributed.relay import lost_or_failed, named_task
 from spartan_ray.distributed.worker import Worker
 
-# A driver with a core of its own hears more than that.
+# Answers per second that the driver can receive; with a core of its own it can receive more.
 ANSWERS_PER_SECOND = 800.0
-# Seconds that actors may take to end before they are killed.
+# Seconds to wait for actors to end before they are killed.
 LEAVE_SECONDS = 5.0
 
 
 def leave(actors: list[ActorHandle[Any]]) -> None:
-    """Let idle actors end as what is done: one that is killed looks like a failure to who operates the Ray."""
+    """Let idle actors end normally. An actor that is killed looks like a failure to the operator of the Ray."""
     ended: list[Any] = [actor.__ray_terminate__.remote() for actor in actors]
     if ended:
         ray.wait(ended, num_returns=len(ended), timeout=LEAVE_SECONDS)
@@ -33,13 +33,13 @@ def leave(actors: list[ActorHandle[Any]]) -> None:
 
 
 def actor_name(name: str, kind: str) -> str:
-    """What Ray's dashboard shows an actor by; one that replaces another needs another name."""
+    """Return a unique name for an actor, shown in Ray's dashboard. A replacement needs another name."""
     return f"spartan:{name}:{kind}:{secrets.token_hex(4)}"
 
 
 def room_for(cluster: Cluster, workers: int = 0, starting: int = 0) -> Room:
-    """What there is room for beside the driver, which runs, with so many workers that have joined and so many that
-    have not."""
+    """Return the room for workers beside the running driver, given that `workers` have joined and `starting` have
+    not."""
     nodes, leaving = nodes_here_first(), leaving_nodes()
     staying = [node["Resources"] for node in nodes if node["NodeID"] not in leaving]
     size = pool_size(cluster, staying, free_resources(), workers, starting, grows())
@@ -47,8 +47,8 @@ def room_for(cluster: Cluster, workers: int = 0, starting: int = 0) -> Room:
 
 
 class RayTransport:
-    """Workers as Ray actors. `worker` is their class, which is made from a specification; `name` is what Ray's
-    dashboard shows them and their tasks by."""
+    """Workers as Ray actors. `worker` is their class, constructed from `spec`. Ray's dashboard shows the actors and
+    their tasks under `name`."""
 
     def __init__(self, spec: object, cluster: Cluster, worker: type[Any] = Worker, name: str = "population") -> None:
         self.spec = ray.put(spec)

@@ -21,7 +21,7 @@ from spartan_ray.noise.fingerprint import fingerprint
 
 
 def claim_device(threads: int | None) -> torch.device:
-    """Set this process up, at its start, for the device that Ray assigned to it."""
+    """Set up this process, at its start, for the device that Ray assigned to it. Return the device."""
     return set_up(threads, gpu=bool(ray.get_runtime_context().get_accelerator_ids().get("GPU")))
 
 
@@ -50,8 +50,9 @@ class Worker:
         part: Part,
         own: int | None,
     ) -> tuple[Scores, dict[int, str], float, float]:
-        """The members' scores, what the fitness raised for some, and the seconds it took to load what is new of
-        parent, scale and basis, and to score them. The keys say which these are."""
+        """Return the members' scores, the errors of the fitness by member, and the seconds to load and to score.
+
+        The keys identify the parent, the scale and the basis. Only those that are new are loaded."""
         start = time.perf_counter()
         if keys[0] != self.keys[0]:
             self.evaluator.load(parent)
@@ -65,7 +66,7 @@ class Worker:
         return scores, failed, loaded - start, time.perf_counter() - loaded
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What a method of the evaluator answers."""
+        """Call a method of the evaluator and return its answer."""
         return getattr(self.evaluator, method)(*arguments)
 
     def accumulate(

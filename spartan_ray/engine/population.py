@@ -1,4 +1,4 @@
-"""Population: a parent, what its descendants are scored by, and what evaluates them.
+"""`Population`: a parent, the fitness of its descendants, and the executor that scores them.
 
 Shapes: D parameters, T parameter tensors, K members, N cases, U seeds.
 """
@@ -38,15 +38,21 @@ from spartan_ray.errors import Diverged, InputError
 from spartan_ray.noise.contract import NoiseKind
 from spartan_ray.noise.kernels import kernel_for
 
-# Cases of the gradient, if there are so many.
+# Number of cases of the gradient, if there are at least as many.
 GRADIENT_CASES = 512
 LOG = logging.getLogger("spartan_ray")
 
 
 class Population(Phase):
-    """A parent network and its descendants. `step` runs one evolve phase and moves the network in place.
+    """A parent network and its descendants. `step` runs one evolve phase and changes the network in place.
 
-    Descendants are functions of the seed, so that they are scored wherever there is room and cost nothing to send."""
+    A descendant is a function of the parent and a seed. Any process can therefore rebuild and score it, and only seeds
+    are sent.
+
+    Attributes:
+        generation: Number of the last generation; 0 before the first.
+        closed: Whether `close` was called.
+    """
 
     def __init__(
         self,
@@ -68,29 +74,41 @@ class Population(Phase):
         executor: Callable[[EvaluatorSpec], Executor] | None = None,
         note: Callable[[str], None] = LOG.warning,
     ) -> None:
-        """`fitness` is a Fitness, or a function of a network and case numbers (N) that returns one number a case (N)
-        or M statistics a case (N x M), with `cases` the number of cases. A network's parameters keep their memory; a
-        FlatModel's are used as they are, where evolution moves all of them, and its evaluators are made by the
-        `factory`.
+        """Build the population, and its executor if one is given.
 
-        mutate           what evolution moves: all, batchnorm, no-batchnorm, classifier, biases, a pattern of
-                         parameter names, or several of these with commas between them
-        subspace         directions that members differ in: none, the whole space; random:m; trajectory:m, the steps
-                         between the parents that were remembered; guided:m, gradients and the whole space in equal
-                         parts (Maheswaranathan et al., arXiv 1806.10230). Each is a vector as long as what is moved in
-                         the memory of every evaluator
-        fitness_cases    how many cases score a generation, and `confirm_cases` how many others choose a length or
-                         confirm; by default all cases, in equal shares
-        gradient         `gradient(network, generation)` calls backward on the loss that random gradients descend; by
-                         default that of the fitness on `gradient_cases` of the cases that score the generation
-        factory          makes the network anew, with any parameters, where a copy of it would be larger
-        threads          torch's while descendants are scored
-        batch_members    descendants of a pass: faster for small networks, where `torch.func.vmap` can run the fitness;
-                         the bits depend on it
-        executor         makes what evaluates descendants; by default it is this process
-        note             takes one-line messages; by default they are warnings of the logger `spartan_ray`
+        Args:
+            network: The parent. The parameters of a module keep their memory. A `FlatModel` is used as it is if
+                `mutate` is "all"; it needs a `factory`.
+            fitness: A `Fitness`, or a function `fitness(network, case_N)` that returns one number per case, shape
+                (N,), or M statistics per case, shape (N, M). Higher is better.
+            cases: Number of cases. Required if `fitness` is a function; a `Fitness` has its own.
+            seed: Seed of the noise, and of the cases drawn for each generation: at least 0, less than 2**63.
+            noise: Distribution of the noise: "uniform" in [-1, 1), "gaussian" (standard normal), or "rademacher"
+                (-1 or 1).
+            mutate: Parameters that evolution moves: "all", "batchnorm", "no-batchnorm", "classifier" (the last layer),
+                "biases", a shell pattern of parameter names, or several of these separated by commas.
+            subspace: Directions in which members differ: "none" (the whole space), "random:m" (m random directions),
+                "trajectory:m" (the last m steps between calls of `remember`), or "guided:m" (m gradients, plus the
+                whole space with half of the variance: Guided ES, Maheswaranathan et al., arXiv 1806.10230). Each
+                direction takes 4 bytes per moved parameter in the memory of every evaluator.
+            fitness_cases: Number of cases that score a generation, drawn anew for each. None: an equal share of the
+                cases that the other sets leave.
+            confirm_cases: Number of further cases for each of the sets "search" and "confirm", if the strategy uses
+                them. None: an equal share, as for `fitness_cases`.
+            gradient: A function `gradient(network, generation)` that calls `backward` on the loss whose gradient
+                `RandomGradients` and the subspace "guided" use. None: `Fitness.loss` on `gradient_cases` of the fitness
+                cases.
+            gradient_cases: Number of cases of that default gradient, or all fitness cases if there are fewer.
+            factory: A function that builds the network, with any parameters. None: evaluators copy the network.
+            threads: CPU threads of torch while members are scored. None leaves torch's setting unchanged.
+            batch_members: Members scored per forward pass. More than 1 is faster for small networks and needs a fitness
+                that `torch.func.vmap` can run. The bits of the result depend on it.
+            executor: A function that builds the executor from an `EvaluatorSpec`. None: score in this process.
+            note: A function that receives one-line messages. Default: warnings of the logger `spartan_ray`.
 
-        Raises InputError for what cannot be used."""
+        Raises:
+            InputError: A setting cannot be used. The message names it.
+        """
         fitness = as_fitness(fitness, cases)
         refuse(batch_members < 1, f"batch_members ({batch_members}) must be at least 1")
         refuse(
@@ -113,8 +131,8 @@ class Population(Phase):
         device = model.theta_D.device
         spec = EvaluatorSpec(factory, fitness, noise, threads, batch_members, mutate, model.layout)
         kernel, directions = kernel_for(noise, device), parse_subspace(subspace)
-        # In this process the update is scored, which is not worth sending.
-        pool = executor(spec) if executor else None  # first, since workers take their time to start
+        # This process scores the update, because sending it would cost more.
+        pool = executor(spec) if executor else None  # first, because workers take a while to start
         here = LocalExecutor(spec, device, note)
         super().__init__(
             model,
@@ -132,10 +150,23 @@ class Population(Phase):
         self.generation, self.closed = 0, False
 
     def step(self, strategy: Strategy, generation: int | None = None) -> Outcome:
-        """One evolve phase: the network moves as the strategy says. Returns the account of it.
+        """Run one evolve phase. The strategy decides how the network changes.
 
-        Generations are numbered from 1; what a generation draws is a function of the seed and its number. Raises
-        Diverged when the parent's own fitness is not finite. After an error all is as it was before the phase."""
+        After an error, the network and the population are as they were before the phase.
+
+        Args:
+            strategy: `EvolutionStrategies`, `RandomGradients`, or a strategy of your own.
+            generation: Number of the phase. Default: the last one plus 1, beginning with 1. All random choices of a
+                phase are functions of the population's seed and this number.
+
+        Returns:
+            The outcome: members, fitnesses, weights, and the parent's fitness before and after.
+
+        Raises:
+            InputError: The strategy or one of its requests cannot be used, or the population is closed.
+            Diverged: The fitness of the parent is not finite. A subclass of `RunError`.
+            RunError: The parent or its update cannot be scored, or the workers are lost.
+        """
         refuse(
             isinstance(strategy, type) or not isinstance(strategy, Strategy),
             f"{strategy!r:.60} is no strategy: it needs population, case_sets and generation(seed, number)",
@@ -170,7 +201,7 @@ class Population(Phase):
         return outcome
 
     def _run(self, phase: Generation) -> Outcome:
-        """Answer what a phase asks until it ends."""
+        """Answer the requests of a phase until it ends, and return its outcome."""
         answer = None
         while True:
             try:
@@ -192,10 +223,25 @@ class Population(Phase):
         scale: Literal["rms", "gradient"] | None = None,
         generation: int | None = None,
     ) -> Scores:
-        """The scores of members of the parent as it is now, of the parent itself by default, on all cases or on those
-        given. `scale` is what their strategy multiplies noise by, with the gradient of a generation. To score a member
-        of a phase again, be where the phase began and give its cases and its number:
-        `population.score(outcome.members[3:4], case_N, generation=7)`."""
+        """Score the current parent, or members that descend from it, on any cases.
+
+        To score a member of an earlier phase again, restore the parent of that phase and pass its cases and its
+        number: `population.score(outcome.members[3:4], case_N, generation=7)`.
+
+        Args:
+            members: Members to score. Default: the parent alone.
+            case_N: Numbers of the cases, shape (N,). Default: all cases.
+            scale: Scale of the noise of these members: None (1), "rms" (of each parameter tensor), or "gradient" (the
+                parent's, as in the given generation).
+            generation: Number of the generation whose gradient, and random numbers of the fitness, are used. Default:
+                the last one.
+
+        Returns:
+            One row per member: the means of the statistics, the fitness, and the number of cases.
+
+        Raises:
+            InputError: A case number is out of range, or the population is closed.
+        """
         refuse(self.closed, "the population is closed: its workers have ended")
         case_N = np.arange(self.fitness.cases) if case_N is None else np.asarray(case_N)
         outside = (case_N < 0) | (case_N >= self.fitness.cases)
@@ -207,8 +253,13 @@ class Population(Phase):
             return self.score_members(Score(members))
 
     def gradient_norms(self) -> torch.Tensor:
-        """The norm of the gradient of each of the network's parameters, whether evolution moves it or not, on the same
-        cases every time: float64, in the order of `parameters()`."""
+        """Return the norm of the gradient of each parameter tensor of the network, also of those not evolved.
+
+        Every call uses the same cases, so that the norms before and after a phase can be compared.
+
+        Returns:
+            Float64, one value per tensor, in the order of `parameters()`. 0 for a parameter without a gradient.
+        """
         module, self.case_sets = self.model.module, {"fitness": np.arange(self.fitness.cases)}
         with keeping_modes(module), keeping_gradients(module):
             self.gradient(module, 0)
@@ -216,9 +267,13 @@ class Population(Phase):
             return torch.stack([zero if p.grad is None else norm_tensor(p.grad) for p in module.parameters()])
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next generations depend on beside the settings and the network, whose own `state_dict` is to be
-        kept too: the number of the last generation, the parents that were remembered, the moments of the optimizer of
-        the estimate, and the parameters in float32 where the network's are in half precision."""
+        """Return the state that the next generations depend on. Save the `state_dict` of the network with it.
+
+        Returns:
+            A dict: the number of the last generation, the remembered parents, the moments of the strategy's optimizer,
+            and a float32 copy of the evolved parameters if the network is in half precision. The settings are not
+            included.
+        """
         return {
             "generation": self.generation,
             "trajectory": [theta_D.clone() for theta_D in self.subspace.trajectory] if self.subspace else [],
@@ -227,7 +282,11 @@ class Population(Phase):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken, with the network as it was there."""
+        """Continue exactly from a saved state. Restore the network's own `state_dict` before this call.
+
+        Args:
+            state: The result of `state_dict`.
+        """
         self.generation = state["generation"]
         if self.subspace:
             self.subspace.trajectory.clear()
@@ -240,7 +299,7 @@ class Population(Phase):
             self.model.write()
 
     def close(self) -> None:
-        """End the workers. The network keeps its parameters."""
+        """Stop the workers. The network keeps its parameters."""
         self.closed = True
         self.executor.close()
 
@@ -251,8 +310,13 @@ class Population(Phase):
         self.close()
 
     def remember(self) -> None:
-        """Take the parent as it is now for a point of the trajectory, whose last steps span the subspace
-        `trajectory:m`: to be called after each epoch, or each so many steps."""
+        """Add the current parent to the trajectory, whose last m steps span the subspace "trajectory:m".
+
+        Call it after each epoch, or every N training steps.
+
+        Raises:
+            InputError: The subspace is not a trajectory.
+        """
         if self.subspace is None or self.subspace.kind != "trajectory":
             raise InputError("remember is for a subspace trajectory:m")
         self.model.read()

@@ -1,98 +1,126 @@
-"""The report: pictures, report.md and report.html."""
+"""The report: charts, report.md and report.html."""
 
 from __future__ import annotations
 
-import base64
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from spartan_ray.errors import InputError
 from spartan_ray.report.reading import RunRecord, unique_frames
+from spartan_ray.report.settings import changed, differing
 from spartan_ray.report.tables import evolve_table, final_table, markdown
-from spartan_ray.section import Section
-
-PICTURES = {
-    "train_loss": "train loss",
-    "validation_accuracy": "validation accuracy",
-    "test_accuracy": "test accuracy",
-}
 
 
-SEARCH_CAPTION = "gain in fitness along the update"
-PARENTS_CAPTION = "fitness of the parents: the best, their mean, and from the worst to the best"
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the report: its file's name, its title, what it shows, and what draws it."""
+
+    name: str
+    title: str
+    about: str
+    draw: Callable[[Any], None]
+
+
+def charts(runs: list[RunRecord]) -> tuple[list[Chart], list[Chart]]:
+    """Return the charts of the runs over their epochs, and those of their evolve phases."""
+    from spartan_ray.report import plots
+
+    frames = unique_frames(runs)
+    for frame in frames.values():
+        frame["overfitting"] = frame["test_loss"].astype(float) - frame["train_loss"].astype(float)
+    epochs = [
+        Chart(name, title, about, plots.draw_measure(frames, name, label))
+        for name, title, label, about in (
+            ("validation_accuracy", "Validation accuracy", "validation accuracy", "On images that nobody trained on."),
+            ("test_accuracy", "Test accuracy", "test accuracy", "The test split chooses nothing."),
+            ("train_loss", "Train loss", "train loss", "On a fixed sample of the SGD split."),
+            ("overfitting", "Overfitting", "test loss - train loss", "Test loss minus train loss."),
+        )
+    ]
+    budget = "The images that gradients and scores took, in millions."
+    epochs.append(Chart("budget", "Test accuracy over images forwarded", budget, plots.draw_budget(frames)))
+
+    phases = []
+    colour = plots.colours(frames)
+    for (name, frame), run in zip(frames.items(), runs, strict=True):
+        if run.members:
+            about = f"{name}: how the members of each phase scored, and the parent before (line) and after (dot)."
+            draw = plots.draw_members(frame, run.members, colour[name])
+            phases.append(Chart(f"members-{name}", "Fitness of the members", about, draw))
+    if any(_has(frame, "search_ratios") for frame in frames.values()):
+        about = (
+            "The gain in fitness for each length that step search tried, on images that did not choose the direction."
+        )
+        about += " Later phases are darker."
+        phases.append(Chart("step_search", "Search along the update", about, plots.draw_search(frames)))
+    if any(len(plots.other_images(frame)) for frame in frames.values()):
+        about = "The gain of each phase on the images that scored its members (hollow) and on other images (filled)."
+        phases.append(Chart("confirmed", "Scored and confirmed", about, plots.draw_confirmed(frames)))
+    if any(_has(frame, "parents") for frame in frames.values()):
+        about = "From the worst parent to the best; dashed is their mean."
+        phases.append(Chart("parents", "Fitness of the parents", about, plots.draw_parents(frames)))
+    return epochs, phases
+
+
+def _has(frame: pd.DataFrame, column: str) -> bool:
+    return column in frame and bool(frame[column].notna().any())
 
 
 def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
-    """Write the pictures, report.md and report.html (self-contained); returns their paths."""
+    """Write the charts as PNG files, report.md and report.html, which needs no other file. Return their paths."""
     import jinja2
 
-    from spartan_ray.report.plots import draw_measure, draw_parents, draw_search
+    from spartan_ray.report.plots import NARROW, WIDE, png, svg
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"-o {folder}: not a folder to write to: {error.strerror}") from None
+    over_epochs, of_phases = charts(runs)
     frames = unique_frames(runs)
-    pictures = {measure: folder / f"{measure}.png" for measure in PICTURES}
-    for measure, path in pictures.items():
-        draw_measure(frames, measure, PICTURES[measure], path)
-    more: dict[str, Path] = {}  # by their captions
-    for column, caption, draw, name in (
-        ("search_ratios", SEARCH_CAPTION, draw_search, "step_search.png"),
-        ("parents", PARENTS_CAPTION, draw_parents, "parents.png"),
-    ):
-        if any(column in frame and frame[column].notna().any() for frame in frames.values()):
-            more[caption] = folder / name
-            draw(frames, caption, more[caption])
     final, phases = final_table(frames), evolve_table(frames)
+    pictures = []
+    for chart in (*over_epochs, *of_phases):
+        pictures.append(folder / f"{chart.name}.png")
+        png(chart.draw, pictures[-1])
 
     text = f"# {', '.join(frames)}\n\n{markdown(final)}\n"
-    text += "\n".join(f"![{PICTURES[measure]}]({path.name})" for measure, path in pictures.items())
+    text += "\n".join(f"![{chart.title}]({chart.name}.png)" for chart in over_epochs)
     if len(phases):
         text += f"\n\n## Evolve phases\n\n{markdown(phases)}"
-    text += "".join(f"\n![{caption}]({path.name})" for caption, path in more.items())
+        text += "".join(f"\n![{chart.title}]({chart.name}.png)" for chart in of_phases)
     report = folder / "report.md"
     report.write_text(text + "\n")
+
+    def drawn(chart: Chart) -> dict[str, str]:
+        return {
+            "title": chart.title,
+            "about": chart.about,
+            "wide": svg(chart.draw, WIDE[0]),
+            "narrow": svg(chart.draw, NARROW[0]),
+        }
 
     template = (resources.files("spartan_ray.report") / "page.html.j2").read_text()
     page = folder / "report.html"
     page.write_text(
         jinja2.Template(template, autoescape=True).render(
             names=list(frames),
-            setups=[(name, _setup(run)) for name, run in zip(frames, runs, strict=True)],
-            pictures=[(PICTURES[measure], _inline(path)) for measure, path in pictures.items()],
-            final=final.to_html(index=False, border=0),
-            phases=phases.to_html(index=False, border=0) if len(phases) else "",
-            more=[(caption, _inline(path)) for caption, path in more.items()],
+            final=final,
+            over_epochs=[drawn(chart) for chart in over_epochs],
+            of_phases=[drawn(chart) for chart in of_phases],
+            phases=phases,
+            differing=differing(dict(zip(frames, runs, strict=True))),
+            changed={name: changed(run) for name, run in zip(frames, runs, strict=True)},
+            machines={name: _machine(run) for name, run in zip(frames, runs, strict=True)},
         )
     )
-    return [*pictures.values(), *more.values(), report, page]
+    return [*pictures, report, page]
 
 
-def _inline(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
-
-
-def _setup(run: RunRecord) -> str:
-    """The run in a line."""
-    data, parent, evolution = run.config.data, run.config.parent, run.config.evolution.resolved()
-    text = f"{data.name}{_changed(data, exclude={'name', 'root', 'download'})}; seed {run.config.run.seed}; "
-    esgd = evolution.strategy == "esgd"
-    text += f"{parent.model}" + ("" if esgd else f", {parent.optimizer} at lr {parent.lr:g}")
-    text += _changed(parent, exclude={"model", "optimizer", "lr", "threads"})
-    if evolution.strategy != "none":
-        text += f"; {evolution.strategy} every {evolution.every} epochs: {evolution.population} members"
-        text += f" of {evolution.parents} parents" * esgd
-        text += f" by {evolution.fitness}" + f", accept {evolution.accept}" * bool(evolution.accept)
-        text += f", lr {evolution.lr:g}" if evolution.lr and evolution.step == "lr" else ""
-        text += _changed(
-            evolution, exclude={"strategy", "every", "population", "fitness", "accept", "lr", "wave", "parents"}
-        )
-    return f"{text}; {run.environment.processor}, torch {run.environment.versions.get('torch')}"
-
-
-def _changed(section: Section, exclude: set[str]) -> str:
-    """The fields of a section that do not have their default, but for some."""
-    default = type(section)().model_dump(exclude=exclude)
-    values = section.model_dump(exclude=exclude)
-    return "".join(f", {name} {value}" for name, value in values.items() if value != default[name])
+def _machine(run: RunRecord) -> str:
+    return f"{run.environment.processor}, torch {run.environment.versions.get('torch')}"

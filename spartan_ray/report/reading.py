@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spartan_ray.errors import InputError
 from spartan_ray.run.config import Config
+from spartan_ray.run.journal import read_journal
 from spartan_ray.run.loading import load_run_config, refuse_links
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -122,10 +125,13 @@ class RunRecord:
     config: Config
     metrics: pd.DataFrame
     environment: Environment
+    members: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    """Fitness of the members of each evolve phase that has a journal, by epoch."""
 
 
-def read_run(folder: Path) -> RunRecord:
-    """Read a run folder. Raises InputError naming the file that is missing or unreadable."""
+def read_run(folder: Path, journals: bool = False) -> RunRecord:
+    """Read a run folder, with the fitness of its members if `journals`. Raises InputError naming the file that is
+    missing or unreadable."""
     refuse_links(folder)
     path, rows = folder / "metrics.jsonl", []
     try:
@@ -154,7 +160,12 @@ def read_run(folder: Path) -> RunRecord:
         raise InputError(f"{folder / 'metrics.jsonl'}: no epoch has ended")
     config, frame = load_run_config(folder), pd.DataFrame(rows)
     frame.attrs["epochs"] = config.run.epochs
-    return RunRecord(folder.resolve().name, config, frame, environment)
+    members = {}
+    for epoch in frame.loc[frame["kind"] == "evolve", "epoch"] if journals else ():
+        path = folder / "journal" / f"{epoch:06d}.npz"
+        if path.exists():
+            members[int(epoch)] = read_journal(path)["fitness"]
+    return RunRecord(folder.resolve().name, config, frame, environment, members)
 
 
 def unique_frames(runs: list[RunRecord]) -> dict[str, pd.DataFrame]:

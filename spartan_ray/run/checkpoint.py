@@ -1,22 +1,20 @@
-"""Checkpoints: all that the rest of a run depends on, as safetensors and JSON.
+"""Checkpoints: everything that the rest of a run depends on, as safetensors and JSON.
 
-    epoch-000010.safetensors             the network's state dict
-    epoch-000010.optimizer.safetensors   the tensors of the state dict of the parent's optimizer
-    epoch-000010.evolution.safetensors   those of the optimizer that makes updates of the estimated gradient
-    epoch-000010.average.safetensors     the moving average of the weights, if there is one
-    epoch-000010.json                    the rest of both, and of the run
-    epoch-000010.sha256                  the checksums of these files, as sha256sum has them
+    epoch-000010.safetensors             state dict of the network
+    epoch-000010.optimizer.safetensors   tensors of the state dict of the parent's optimizer; esgd: of all parents'
+    epoch-000010.evolution.safetensors   tensors of the state dict of the evolution optimizer; esgd: all parents
+    epoch-000010.average.safetensors     moving average of the weights, if there is one
+    epoch-000010.json                    the rest of the optimizers' state dicts, and of the state of the run
+    epoch-000010.sha256                  checksums of these files, in the format of sha256sum
 
-A checkpoint is its checksums, written last: without them, or when one is wrong, there is none. There are no states of
-random generators to keep: every draw is a function of the seed and a counter (epoch, step), which the JSON has.
+The checksums are written last. If they are missing or one is wrong, the checkpoint does not count. There is no state of
+random generators to keep: every draw is a function of the seed and a counter (epoch, step), which is in the JSON.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,42 +28,43 @@ from safetensors.torch import load, save
 
 from spartan_ray.engine.moments import TensorDict, load_optimizer
 from spartan_ray.engine.population import Population
-from spartan_ray.errors import InputError, RunError
+from spartan_ray.errors import InputError
 from spartan_ray.run.config import Config
+from spartan_ray.run.files import write_whole
 
 PARTS = ("network", "optimizer", "evolution", "average")
-# Without these a checkpoint still serves replay; only a resume needs the parent's optimizer.
+# The parts that replay needs. Only a resume needs the parent's optimizer.
 REPLAY_PARTS = ("network", "evolution", "average")
 
 
 class CheckpointError(Exception):
-    """A checkpoint is missing, torn or changed; one line that names the file."""
+    """A checkpoint is missing, torn or changed. The message is one line that names the file."""
 
 
 class MetricsState(BaseModel):
-    """metrics.jsonl as it was."""
+    """The size in bytes and the SHA-256 of metrics.jsonl at a checkpoint."""
 
     bytes: Annotated[int, Field(ge=0)]
     sha256: str
 
 
 class Loop(BaseModel):
-    """What a checkpoint's JSON says."""
+    """The content of a checkpoint's JSON file."""
 
     model_config = ConfigDict(strict=True)
 
     epoch: Annotated[int, Field(ge=0)]
-    """That has ended; 0 is the start of the run."""
+    """Last finished epoch; 0 is the start of the run."""
     generation: int
-    """The last evolve phase."""
+    """Epoch of the last evolve phase; 0 if there was none."""
     steps: Annotated[int, Field(ge=0)]
-    """Of gradient descent."""
+    """Steps of gradient descent so far."""
     device: str
-    """Kind of device that the driver has: bits differ between kinds."""
+    """Device type of the driver, such as cpu or cuda. Bits differ between types."""
     data: str
-    """Digest of all images in their order."""
+    """Digest of all images, in order."""
     optimizers: dict[str, dict[str, Any]]
-    """What the state dicts of the optimizers have beside tensors."""
+    """State dicts of the optimizers, without their tensors."""
     metrics: MetricsState
     config: Config
 
@@ -74,7 +73,7 @@ class Loop(BaseModel):
 class Checkpoint:
     """The state of a run after an epoch."""
 
-    tensors: dict[str, TensorDict]  # by part
+    tensors: dict[str, TensorDict]  # by part, see PARTS
     loop: Loop
 
     @property
@@ -82,35 +81,14 @@ class Checkpoint:
         return self.loop.epoch
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash it is whole or as it was. Raises RunError when it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
-
-
 def save_weights(path: Path, state: TensorDict, description: str) -> None:
     """Write a state dict. `description` becomes its metadata."""
-    # One key, since safetensors writes several in any order and equal runs are equal files.
+    # Use a single key: safetensors writes several in any order, and equal runs must give equal files.
     write_whole(path, save(state, metadata={"spartan": description}))
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint into the folder. Raises RunError, with the ones before it as they were."""
+    """Write a checkpoint into the folder. Raises RunError if it cannot be written; earlier checkpoints stay intact."""
     lines = ""
 
     def write(part: str, content: bytes) -> str:
@@ -125,7 +103,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(folder: Path, epoch: int, parts: tuple[str, ...] = PARTS) -> Checkpoint:
-    """Read and verify the checkpoint of an epoch. Raises CheckpointError."""
+    """Read and verify the checkpoint of an epoch. Raises CheckpointError if it is missing, torn or changed."""
     checksums, path = _path(folder, epoch, "checksums"), _path(folder, epoch, "loop")
     lines = _read(checksums).decode(errors="replace").splitlines()
 
@@ -143,7 +121,7 @@ def load_checkpoint(folder: Path, epoch: int, parts: tuple[str, ...] = PARTS) ->
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise CheckpointError(f"{path}: not a checkpoint of this version: {where}: {problem['msg']}") from None
-    except (ValueError, RecursionError, InputError) as error:  # the last of the configuration in it
+    except (ValueError, RecursionError, InputError) as error:  # InputError comes from the configuration in it
         raise CheckpointError(f"{path}: not a checkpoint of this version: {error}") from None
     tensors = {}
     for part in parts:
@@ -158,10 +136,11 @@ def load_checkpoint(folder: Path, epoch: int, parts: tuple[str, ...] = PARTS) ->
 def latest_checkpoint(
     run: Path, warn: Callable[[str], None], behind: Callable[[Config], int] = lambda config: 1
 ) -> tuple[Checkpoint, bytes]:
-    """The last checkpoint of a run folder that is intact, and metrics.jsonl as it was then; `warn` takes a
-    line for each that is not. `behind` says of how many epochs the networks are needed, the checkpoint's the last.
+    """Return the last intact checkpoint of a run folder, and the content of metrics.jsonl at that epoch.
 
-    Raises InputError when there is none."""
+    `behind` returns the number of latest epochs whose networks the run needs to continue, the checkpoint's included;
+    they must be intact too. `warn` gets a message for each checkpoint that cannot be used. Raises InputError if there
+    is no intact one."""
     for epoch in reversed(epochs_kept(run / "checkpoints")):
         try:
             checkpoint = load_checkpoint(run / "checkpoints", epoch)
@@ -174,8 +153,8 @@ def latest_checkpoint(
 
 
 def is_empty(run: Path) -> bool:
-    """Whether a run folder has nothing of a run: it was lost before its first checkpoint. Raises InputError for one
-    that has had more, and has no checkpoint any more."""
+    """Return whether a run folder holds no results, because the run was lost before its first checkpoint. Raises
+    InputError if it holds results but no checkpoint."""
     if epochs_kept(run / "checkpoints"):
         return False
     for name in ("metrics.jsonl", "final.safetensors"):
@@ -185,7 +164,7 @@ def is_empty(run: Path) -> bool:
 
 
 def epochs_kept(folder: Path) -> list[int]:
-    """The epochs that have a checkpoint, in order."""
+    """Return the epochs that have a checkpoint, in ascending order."""
     if not folder.is_dir():
         return []
     names = (re.fullmatch(r"epoch-(\d{6,18})\.sha256", path.name) for path in folder.iterdir())
@@ -193,18 +172,19 @@ def epochs_kept(folder: Path) -> list[int]:
 
 
 def prune(folder: Path, epoch: int, keep: int, keep_for_replay: Callable[[int], bool]) -> None:
-    """Delete all but the last `keep` checkpoints up to an epoch, and those after it, which a run that went on
-    from there does not count on. Of one that replay needs only the parent's optimizer goes."""
+    """Delete checkpoints that are no longer needed: all but the last `keep` up to `epoch`, and all after it, which are
+    left over if a run continued from an earlier epoch. If replay needs an older checkpoint, delete only the tensors of
+    the parent's optimizer."""
     kept = epochs_kept(folder)
     older = [number for number in kept if number <= epoch][:-keep]
     for number in older + [number for number in kept if number > epoch]:
         parts = ("optimizer",) if number < epoch and keep_for_replay(number) else ("checksums", "loop", *PARTS)
-        for part in parts:  # the checksums first, since a checkpoint is its checksums
+        for part in parts:  # the checksums first: without them the checkpoint does not count
             _path(folder, number, part).unlink(missing_ok=True)
 
 
 def load_network(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Give a network the weights of a checkpoint. Raises InputError when they are another network's."""
+    """Load the weights of a checkpoint into a network. Raises InputError if they belong to another network."""
     try:
         module.load_state_dict(checkpoint.tensors["network"])
     except RuntimeError as error:
@@ -214,8 +194,8 @@ def load_network(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
 def be_after_epoch(
     module: torch.nn.Module, checkpoint: Checkpoint, folder: Path, epochs: int, remember: Callable[[int], None]
 ) -> None:
-    """Give a network the weights of a checkpoint, and before it those of the epochs that lead to it, `epochs` in all;
-    `remember` is called with the number of each. Raises InputError when one of them is not there."""
+    """Load the weights of the last `epochs` epochs into a network, one after another, ending with the checkpoint's.
+    Call `remember` with the number of each epoch. Raises InputError if one is missing."""
     for epoch in range(max(0, checkpoint.epoch - epochs + 1), checkpoint.epoch):
         try:
             load_network(module, load_checkpoint(folder, epoch, ("network",)))
@@ -227,7 +207,7 @@ def be_after_epoch(
 
 
 def load_evolution(population: Population, checkpoint: Checkpoint) -> None:
-    """Give a population the optimizer that makes its updates as it was at a checkpoint."""
+    """Load the state of a population's update optimizer from a checkpoint."""
     population.updates.load_moments(None)
     if rest := checkpoint.loop.optimizers.get("evolution"):
         load_optimizer(population.updates.optimizer_of(rest["kind"]), checkpoint.tensors["evolution"], rest)
@@ -246,7 +226,8 @@ def _read(path: Path) -> bytes:
 
 
 def _load_metrics(path: Path, checkpoint: Checkpoint) -> bytes:
-    """The record up to a checkpoint; what came after it is computed again."""
+    """Return the content of metrics.jsonl up to a checkpoint. Later epochs are computed again. Raises CheckpointError
+    if it has changed."""
     state = checkpoint.loop.metrics
     content = _read(path)[: state.bytes] if state.bytes else b""
     if hashlib.sha256(content).hexdigest() != state.sha256:

@@ -1,4 +1,4 @@
-"""The typed configuration of a run: the sections of its parts, and what must hold between them."""
+"""The typed configuration of a run: its sections, and the checks between fields."""
 
 from __future__ import annotations
 
@@ -20,33 +20,38 @@ BatchNormKind = Literal["running", "batch", "recalibrate"]
 
 
 class Run(Section):
-    """Where the run is written, and how long it is."""
+    """Where the run is written, how long it is, and what it keeps."""
 
     prefix = "run"
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    """Name of the run folder; a number is added when it is taken."""
+    """Name of the run folder. A number is added if the name is taken."""
     out: Annotated[str, AfterValidator(place_of)] = "runs"
-    """Folder that holds the run folders: a path, or a URL as s3://bucket/runs."""
+    """Folder that holds the run folders: a path, or a URL such as s3://bucket/runs."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of splits, initial weights, data order and noise."""
+    """Seed of the splits, the initial weights, the order of the data and the noise."""
     epochs: PositiveInt = 50
-    """Epochs, evolve phases included: one phase counts as an epoch."""
+    """Total number of epochs. An evolve phase counts as an epoch."""
     resume: Literal["never", "auto"] = "never"
-    """auto: `out`/`name` is begun, or goes on where it was, or is finished: the same command again and again."""
+    """never: start a new run. auto: start `out`/`name` if it does not exist, continue it if it is unfinished, and do
+    nothing if it is finished, so that the same command can be repeated."""
     patience: PositiveInt | None = None
-    """End after so many epochs without a better validation accuracy (default: never)."""
+    """Stop after this number of epochs without a better validation accuracy (default: never)."""
     keep_best: bool = False
-    """Keep the network of the best epoch by validation accuracy too, as best.safetensors."""
+    """Also keep the network of the epoch with the best validation accuracy, as best.safetensors."""
     loggers: Annotated[str, AfterValidator(partial(checked_loggers, "run.loggers"))] = "tensorboard"
-    """Where the numbers of each epoch go too: tensorboard, mlflow, wandb, package.module:Name; several with commas."""
+    """Loggers of each epoch's metrics, in addition to metrics.jsonl: tensorboard, mlflow, wandb, package.module:Name,
+    several separated by commas, or none."""
     keep: PositiveInt = 3
-    """Checkpoints kept, one an epoch; those that replay needs come on top."""
+    """Number of latest checkpoints to keep, one per epoch. Checkpoints that `spartan replay` needs are kept in
+    addition."""
     keep_parents: bool = True
-    """Keep the parent before each evolve phase too (ResNet18: 45 MB; esgd: all parents): `spartan replay` needs it."""
+    """Also keep the parent before each evolve phase, which `spartan replay` needs: 45 MB each for ResNet18. esgd keeps
+    all parents."""
 
 
-# A field that only one setting of another field uses: refused elsewhere, unless it has its default.
+# Fields that have an effect only with certain settings of another field. With other settings, only their default is
+# accepted.
 ONLY_WITH: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("sigma", "sigma_decay", "noise"), ("strategy", "es or esgd")),
     **dict.fromkeys(("sigma_scale", "shaping", "mirrored"), ("strategy", "es")),
@@ -62,7 +67,7 @@ ONLY_WITH: dict[str, tuple[str, str]] = {
     "wave": ("accept", "chain"),
     "racing": ("accept", "best"),
 }
-# All that evolutionary SGD uses, and what of the parent it draws itself or has no use for.
+# The evolution fields that evolutionary SGD uses, and the parent fields that it draws itself or does not use.
 OF_ESGD = {"strategy", "every", "population", "fitness", "fitness_images", "batchnorm", "precision", "noise", "sigma"}
 OF_ESGD |= {"graphs", "sigma_decay", "parents", "recombine", "elite", "optimizers"}
 NOT_OF_ESGD = {"optimizer": ": evolution.optimizers says it", "lr": ": evolution.optimizers says it"}
@@ -73,94 +78,121 @@ LR = {"es": 0.0005, "random-gradients": 0.01}
 
 
 class Evolution(Section):
-    """The evolve phases."""
+    """The evolve phases: when they run, how members are made and scored, and how the parent moves."""
 
     prefix = "evolution"
 
     strategy: Annotated[str, AfterValidator(partial(checked_name, "evolution.strategy", STRATEGIES))] = "es"
-    """es, random-gradients: the article's; esgd: evolutionary SGD; none: SGD alone; package.module:Name, a class."""
+    """Strategy: es (evolution strategies) or random-gradients (random multiples of the gradient), both as in the
+    article, esgd (evolutionary SGD), none (SGD alone), or package.module:Name (a class of your own)."""
     every: PositiveInt = 5
-    """Each so-many-th epoch is an evolve phase."""
+    """Run an evolve phase every N epochs."""
     population: Annotated[int, Field(ge=2)] = 50
-    """Descendants a generation, K; esgd: its offspring, lambda."""
+    """Number of descendants per generation, K; for esgd the number of offspring, lambda."""
     parents: PositiveInt = 4
-    """esgd: parents that are trained side by side, mu; each is a whole network with its optimizer."""
+    """esgd: number of parents trained side by side, mu. Each is a whole network with its own optimizer."""
     recombine: PositiveInt = 2
-    """esgd: parents whose mean an offspring is, rho, before its noise."""
+    """esgd: number of parents per offspring, rho. An offspring is their mean plus noise."""
     elite: PositiveInt | None = None
-    """esgd: the best, m, that are sure to be the next parents (default: half of them); the others are drawn."""
+    """esgd: number of the best candidates, m, that always become parents (default: half of evolution.parents). The
+    other parents are drawn from the remaining candidates."""
     optimizers: Annotated[str, AfterValidator(partial(checked_ranges, "evolution.optimizers"))] = "sgd:0.003..0.03"
-    """esgd: what a parent draws its optimizer and learning rate from after each phase: sgd:0.01..0.1,adam:1e-4..1e-3"""
+    """esgd: optimizers, each with a range of learning rates: sgd:0.01..0.1,adam:1e-4..1e-3. Each parent draws one
+    at the start and after every phase, with a rate log-uniform in its range."""
     fitness: FitnessKind = "loss"
-    """Fitness of a descendant: minus its mean cross-entropy, or its accuracy."""
+    """Fitness of a descendant: loss (minus its mean cross-entropy) or accuracy."""
     generations: PositiveInt = 1
-    """es: generations of a phase, one after another; with `step` search each after the first tries two lengths."""
+    """es: number of generations per phase, one after another. With evolution.step search, a generation tries only two
+    lengths around the last one found, if there is one."""
     fitness_images: Annotated[int, Field(ge=2)] | None = None
-    """Evolution images that score a member, drawn anew (default: all, or a share beside confirm and search)."""
+    """Number of evolution images that score a member, drawn anew for each generation (default: all, or an equal share
+    if confirm or search need images too)."""
     cases: Literal["common", "own"] = "common"
-    """es, mirrored: own lets each pair draw its fitness images from all that confirm and search leave."""
+    """es with mirrored: common scores all members on the same images; own lets each pair draw its own fitness_images
+    from all images that confirm and search leave."""
     accept: Literal["always", "if-better", "best", "chain"] | None = None
-    """es: always (default) or if-better; random-gradients: best (default), or chain, each better one at once."""
+    """What replaces the parent. es: the update, always or only if-better than the parent; random-gradients: best (the
+    best member, if it is better than the parent) or chain (each better member, at once) (default: always for es, best
+    for random-gradients)."""
     confirm: bool = False
-    """Take what was chosen only if it is also better on evolution images that did not choose it."""
+    """Accept the chosen update or member only if it is also better on evolution images that did not choose it."""
     confirm_images: Annotated[int, Field(ge=2)] | None = None
-    """Images of `confirm`, and as many others of `step` search (default: equal shares of what is left)."""
+    """Number of evolution images for evolution.confirm, and of other images for evolution.step search (default: equal
+    shares of what fitness_images leaves)."""
     batchnorm: BatchNormKind = "running"
-    """Statistics of a descendant: the parent's, the scored batch's, or its own on 512 fixed SGD images."""
+    """BatchNorm statistics of a descendant: running (the parent's), batch (those of the scored batch), or recalibrate
+    (its own, on 512 fixed SGD images)."""
     mutate: Annotated[str, Field(min_length=1)] = "all"
-    """What evolution moves: all, batchnorm, no-batchnorm, classifier, biases, patterns of names: layer4.*,fc.*"""
+    """Parameters that evolution moves: all, batchnorm, no-batchnorm, classifier (the last layer), biases, or patterns
+    of parameter names such as layer4.*,fc.*"""
     subspace: Annotated[str, AfterValidator(partial(checked_kind, "evolution.subspace", SUBSPACES, ()))] = "none"
-    """es: members differ in random:m, trajectory:m (of the last epochs) or guided:m (gradients too) directions."""
+    """es: directions in which members differ: none (the whole space), random:m (m random directions), trajectory:m
+    (the parent's steps over the last m epochs), or guided:m (m gradients, plus the whole space)."""
     diagnostics: bool = False
-    """es: record the update's cosine to the gradient of the fitness images, and what a phase is worth."""
+    """es: record the cosine between the update and the gradient of the fitness images, and measures of the gain of
+    each phase."""
     of: Literal["parent", "average"] = "parent"
-    """What a phase starts from: the parent, or its average (parent.average), which replaces it if the phase moves."""
+    """Network that a phase starts from: parent, or average (see parent.average). If the phase moves the average, the
+    result becomes the parent; if not, the parent stays as it was."""
     noise: NoiseKind = "uniform"
-    """es, esgd: distribution of the noise."""
+    """es, esgd: distribution of the noise: uniform in [-1, 1), gaussian (standard normal), or rademacher (-1 or 1)."""
     sigma: PositiveFloat = 0.01
-    """es, esgd: scale of the noise, perturbation = sigma * noise."""
+    """es, esgd: scale of the noise: perturbation = sigma * noise."""
     sigma_scale: Literal["absolute", "relative"] = "absolute"
-    """es: relative multiplies sigma by the RMS of each tensor, so that a tensor of zeros stays."""
+    """es: absolute uses sigma as it is; relative multiplies it by the RMS of each parameter tensor, so that a tensor
+    of zeros does not move."""
     sigma_decay: Decay = 1.0
-    """es, esgd: factor of sigma after each evolve phase."""
+    """es, esgd: multiply sigma by this factor after each evolve phase."""
     lr: PositiveFloat | None = None
-    """es: lr / (K sigma) * sum of weight * noise (default: 0.0005); random-gradients: lr * gradient * u (0.01)."""
+    """Learning rate of evolution. es: update = lr / (K sigma) * sum of weight * noise; random-gradients: step = lr *
+    temperature * gradient * u (default: 0.0005 for es, 0.01 for random-gradients)."""
     lr_decay: Decay = 1.0
-    """Factor of evolution.lr after each evolve phase."""
+    """Multiply evolution.lr by this factor after each evolve phase."""
     shaping: Literal["zscore", "centered-rank"] = "zscore"
-    """es: fitness to weight."""
+    """es: how fitness becomes a weight: zscore (subtract the mean, divide by the standard deviation) or centered-rank
+    (rank, scaled to [-0.5, 0.5])."""
     mirrored: bool = False
-    """es: members 2j and 2j+1 share a seed, with signs +1 and -1."""
+    """es: use mirrored pairs: members 2j and 2j+1 share a seed and have the perturbations +sigma * noise and -sigma *
+    noise."""
     step: Literal["lr", "ratio", "search"] = "lr"
-    """es: length of the update: by lr; else lr has no effect: by step_ratio, or search, the best of about ten."""
+    """es: length of the update: lr (given by evolution.lr), ratio (evolution.step_ratio), or search (the best of
+    about ten lengths on images that did not choose the direction). lr has no effect with ratio and search."""
     step_ratio: PositiveFloat = 0.5
-    """es with `step` ratio: norm of the update over that of one mutation."""
+    """es with evolution.step ratio: length of the update divided by the length of one perturbation."""
     adapt_sigma: bool = False
-    """es with `step` search: sigma follows the length that a generation finds, to the next one of its phase."""
+    """es with evolution.step search: after each generation of a phase, adapt sigma to the length that it found."""
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"
-    """Arithmetic of the scoring: tf32 (fp32 but on GPUs), fp32, or bf16, fastest where there are units for it."""
+    """Arithmetic of the scoring: fp32, tf32 (TF32 products on GPUs that have them, else fp32), or bf16 (fastest on
+    hardware with bf16 units)."""
     graphs: bool = False
-    """A GPU repeats a member's work as a CUDA graph, with one launch for all of it; has not been measured yet."""
+    """Score members on a GPU by replaying a CUDA graph: one launch per member instead of hundreds. Not measured yet."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    """es: makes the update of the estimated gradient (momentum and beta1 0.9, beta2 0.999)."""
+    """es: optimizer that turns the estimated gradient into the update: sgd, momentum (0.9), or adam (beta1 0.9, beta2
+    0.999)."""
     weight_decay: NonNegativeFloat = 0.0
-    """es: L2 decay, added to the estimated gradient."""
+    """es: L2 weight decay of the parent, added to the estimated gradient."""
     low: Finite = 0.0
-    """random-gradients: u is uniform from this ..."""
+    """random-gradients: lower bound of the uniform random factor u of each gradient element."""
     high: Finite = 1.0
-    """random-gradients: ... to this."""
+    """random-gradients: upper bound of the uniform random factor u of each gradient element."""
     temperature: Temperature = "none"
-    """random-gradients: factor of the step: 1, the parent's error, or its loss over a uniform guess's."""
+    """random-gradients: factor of the step: none (1), error (share of fitness images the parent gets wrong), or loss
+    (the parent's loss divided by that of a uniform guess)."""
     gradient_images: Annotated[int, Field(ge=2)] | None = None
-    """random-gradients: images of the gradient, drawn anew for each generation (default: 512 at most)."""
+    """random-gradients: number of images of the gradient, drawn anew for each generation (default: 512, or all if
+    there are fewer)."""
     gradient_split: Literal["sgd", "evolution"] = "sgd"
-    """random-gradients: split of those images; of the evolution split they are fitness images."""
+    """random-gradients: split that the images of the gradient come from: sgd, or evolution (then from the fitness
+    images)."""
     wave: PositiveInt | None = None
-    """random-gradients with `accept` chain: members scored at once (default: one a worker); changes no result."""
+    """random-gradients with evolution.accept chain: number of members scored at once (default: one per worker). Does
+    not change the result."""
     racing: Annotated[int, Field(ge=0, le=8)] = 0
-    """random-gradients with `accept` best: n halvings (8 at most), from all members on 1 / 2^n of the images."""
+    """random-gradients with evolution.accept best: number n of successive halvings, 0 to 8. All members are scored on
+    1/2^n of the images, the better half on twice as many, and so on."""
     early_rejection: bool = True
-    """random-gradients: ask after each 256 images (GPU: 2,048) if a member can still win; changes no result."""
+    """random-gradients: check after every 256 images (2,048 on a GPU) whether a member can still win, and stop
+    scoring it if not. Does not change the result."""
 
     @model_validator(mode="after")
     def _together(self) -> Evolution:
@@ -220,7 +252,7 @@ class Evolution(Section):
         return self
 
     def resolved(self, workers: int = 1) -> Evolution:
-        """With the defaults that depend on the strategy and on the workers that there are."""
+        """Return a copy with the defaults filled in that depend on the strategy and the number of workers."""
         if self.strategy not in LR:
             return self
         accept, lr = self.accept or ACCEPT[self.strategy][0], self.lr or LR[self.strategy]
@@ -228,10 +260,11 @@ class Evolution(Section):
         return self.model_copy(update={"accept": accept, "lr": lr, "wave": wave})
 
     def image_counts(self, available: int) -> dict[CaseSet, int]:
-        """How many of the evolution images score a generation, search for its step, and confirm; disjoint.
+        """Return the sizes of the disjoint sets of evolution images that score a generation, search for its step and
+        confirm it.
 
-        What is not given shares equally what the others leave. Raises ValueError when they do not fit."""
-        if is_named(self.strategy):  # it says itself which sets it needs
+        Sets without a given size share the remaining images equally. Raises ValueError if the sets do not fit."""
+        if is_named(self.strategy):  # the strategy itself states the sets it needs
             return {"fitness": self.fitness_images or available}
         own = self.fitness_images if self.cases == "own" else None
         counts: dict[CaseSet, int | None] = {"fitness": None if own else self.fitness_images}
@@ -252,13 +285,13 @@ class Evolution(Section):
         if shares["fitness"] >> self.racing < 2:
             raise ValueError(
                 f"evolution.racing ({self.racing}) leaves {shares['fitness'] >> self.racing} of "
-                f"evolution.fitness_images ({shares['fitness']}) to the first round: 2 are the least"
+                f"evolution.fitness_images ({shares['fitness']}) to the first round: at least 2 are needed"
             )
         return shares
 
 
 class Config(Section):
-    """A run. A preset or a file is the base, flags override it."""
+    """The configuration of a run. A preset or a file is the base; flags override it."""
 
     prefix = ""
 
@@ -283,14 +316,16 @@ class Config(Section):
             raise ValueError("evolution.of (average) needs epochs between the phases: evolution.every above 1")
         if data.sgd_on_evolution and self.parent.average.startswith("soup"):
             raise ValueError(
-                "parent.average (soup) chooses by images that SGD does not see, and data.sgd_on_evolution shows it all"
+                "parent.average (soup) needs images that SGD does not see, and data.sgd_on_evolution trains on them all"
             )
         if evolution.strategy != "none":
             if data.evolution_images:
                 evolution.image_counts(data.evolution_images)
             if data.sgd_on_evolution and (evolution.confirm or evolution.step == "search"):
                 needs = "evolution.confirm" if evolution.confirm else "evolution.step search"
-                raise ValueError(f"{needs} needs images that SGD does not see, and data.sgd_on_evolution shows it all")
+                raise ValueError(
+                    f"{needs} needs images that SGD does not see, and data.sgd_on_evolution trains on them all"
+                )
         if evolution.strategy == "random-gradients":
             name = "data.sgd_images" if evolution.gradient_split == "sgd" else "evolution.fitness_images"
             given = data.sgd_images if evolution.gradient_split == "sgd" else evolution.fitness_images

@@ -1,4 +1,4 @@
-"""The loop of a run: the Ray actor that owns the parent, trains it and evolves it."""
+"""The driver: the Ray actor that owns the parent, and trains and evolves it epoch by epoch."""
 
 from __future__ import annotations
 
@@ -57,21 +57,21 @@ from spartan_ray.vision.data import Splits, load_splits
 from spartan_ray.vision.models import describe, initial_model, refuse_unfit
 from spartan_ray.vision.training import Trainer, lr_factor
 
-# The train loss is taken on so many SGD images at most: the same ones every epoch.
+# Maximum number of SGD images for the train loss. They are the same in every epoch.
 TRAIN_LOSS_IMAGES = 5000
-# Above this ratio of update to mutation every measured update made the parent worse.
+# Every measured update with a step ratio above this made the parent worse.
 STEP_RATIO_LIMIT = 1.4
 
 
 class Stopped(Exception):
-    """The user asked the run to end."""
+    """The user asked the run to stop."""
 
 
 class Driver:
-    """Owns the parent and runs the loop. `run` takes the run's time; the other methods answer meanwhile.
+    """Owns the parent and runs the loop. `run` lasts as long as the run; `look` and `stop` can be called meanwhile.
 
-    With a folder, or its URL, the run goes on from its last checkpoint; `patience` is how long, in seconds, another
-    process may take to let go of it, and `reason` is why, for the run's log."""
+    With `folder`, a path or URL, the run continues from its last checkpoint. `patience` is the time in seconds that
+    another process may take to release the folder. `reason` is a message for the run's log."""
 
     def __init__(
         self, config: Config, folder: str | None = None, patience: float = 0.0, reason: str | None = None
@@ -84,16 +84,17 @@ class Driver:
         self.said_too_long = False
         self.pool: Pool | None = None
         self.population: Population | None = None
-        self.parents: Parents | None = None  # of evolutionary SGD, instead of a population
+        self.parents: Parents | None = None  # of esgd, which has no population
         self.average: Average | None = None
-        self.named: Callable[[str], str] = str  # messages by the name of the run's place
+        self.named: Callable[[str], str] = str  # replaces the local folder in messages by the run's place
         self.strategy: Strategy | None = None
         self.at_end = contextlib.ExitStack()
-        self.unlogged = [reason] if reason else []  # what is said before there is a folder
+        self.unlogged = [reason] if reason else []  # messages from before there is a folder
         self.log: Callable[[str], None] = self.unlogged.append
 
     def run(self) -> bool:
-        """The whole run, or what is left of it. False when `stop` ended it early."""
+        """Do the whole run, or what is left of it. Return False if `stop` ended it early. Raises InputError or RunError
+        if it cannot start or continue."""
         try:
             self._set_up()
             evolve_every = self.config.evolution.every if self.evolves else math.inf
@@ -127,18 +128,18 @@ class Driver:
 
     @property
     def evolves(self) -> bool:
-        """Whether the run has evolve phases."""
+        """Return whether the run has evolve phases."""
         return self.config.evolution.strategy != "none"
 
     def _train(self, epoch: int) -> Row:
-        """An epoch of gradient descent on the SGD split."""
+        """Train for one epoch on the SGD split. Return the metrics."""
         if self.parents:
             self._begin("sgd", "parents", self.config.evolution.parents)
             row = self.parents.train(epoch)
             if row["backed_off"] == row["parents"]:
                 rates = self.config.evolution.optimizers
                 self._note(
-                    f"epoch {epoch}: all parents backed off: smaller rates may serve (evolution.optimizers {rates})"
+                    f"epoch {epoch}: all parents backed off: try smaller learning rates (evolution.optimizers {rates})"
                 )
             return row
         self._begin("sgd", "images", len(self.splits.sgd))
@@ -156,7 +157,7 @@ class Driver:
         return {"kind": "sgd", "seconds": seconds, "images_per_second": images / seconds}
 
     def _evolve(self, generation: int) -> Row:
-        """An evolve phase; it counts as an epoch."""
+        """Run an evolve phase, which counts as an epoch. Return the metrics."""
         if self.parents:
             self._begin("evolve", "members", self.config.evolution.population)
             row = self.parents.evolve(generation, self.record.path / "journal")
@@ -194,23 +195,24 @@ class Driver:
         return {"kind": "evolve", "seconds": time.perf_counter() - started} | row
 
     def _note_phase(self, generation: int, row: Row) -> None:
-        """Say why the parent stayed, and which members could not be scored."""
+        """Report why the parent did not move, and how many members have a fitness that is not finite."""
         if row["note"]:
             self._note(f"epoch {generation}: {row['note']}")
         if dead := row["fitness_nonfinite"]:
             count = row["population"] * row["generations"]
-            self._note(f"epoch {generation}: {dead} of {count} members are not finite: worst of all")
+            self._note(f"epoch {generation}: {dead} of {count} members are not finite: they count as the worst")
 
     def _remember(self, epoch: int) -> None:
-        """Take in the network at the end of an epoch, for what is made of the last ones; 0 is before the first."""
+        """Add the network at the end of an epoch to the trajectory and the average, if the run has them. Epoch 0 is the
+        start."""
         if self.population and self.population.subspace and self.population.subspace.kind == "trajectory":
             self.population.remember()
         if self.average and epoch:
             self.average.after_epoch()
 
     def _score_splits(self) -> Row:
-        """Loss and accuracy of the parent, and of its average, on every split, and its loss on a sample of the SGD
-        split."""
+        """Return the loss and accuracy of the parent, and of its average if there is one, on the evolution, validation
+        and test splits, and the parent's loss on a sample of the SGD split."""
         self._begin("score", "splits", 7 if self.average else 4)
         started = time.perf_counter()
         sample = self.splits.sgd[slice(0, TRAIN_LOSS_IMAGES)]
@@ -225,8 +227,9 @@ class Driver:
         return row | {"evaluation_seconds": time.perf_counter() - started}
 
     def _refuse_divergence(self, row: Row) -> None:
-        """Raises Diverged after an epoch whose network is not finite: all that would follow is NaN. There is no
-        checkpoint of it. Test and validation choose nothing, not even this."""
+        """Raise Diverged if the network, its train loss or its evolution loss is not finite after an epoch: everything
+        after it would be NaN. No checkpoint of it is written. The validation and test splits decide nothing, not even
+        this."""
         if self.model.is_finite() and row["train_loss"] is not None and row["evolution_loss"] is not None:
             return
         last = f"{self.place.where}/checkpoints/epoch-{row['epoch'] - 1:06d}.safetensors"
@@ -234,11 +237,12 @@ class Driver:
         smaller = f"parent.lr ({parent.lr:g})" if not self.parents else f"evolution.optimizers ({evolution.optimizers})"
         raise Diverged(
             f"{self.place.where}: the network diverged in epoch {row['epoch']} ({row['kind']}): its loss or its "
-            f"parameters are not finite; start a new run with smaller {smaller}. {last} is before it"
+            f"parameters are not finite; start a new run with smaller {smaller}. The last network before it: {last}"
         )
 
     def _set_up(self) -> None:
-        """Make the parts and the run folder, or take what they were from a checkpoint, and start the workers."""
+        """Start the workers, make the parts of the run and its folder, and restore the last checkpoint if there is
+        one."""
         checkpoint, metrics = self._checkpoint()
         workers = room_for(self.config.cluster).workers
         self.config = config = self._resolved(checkpoint, workers)
@@ -249,7 +253,7 @@ class Driver:
         self.data_digest = splits.digest()
         notes = self._make_parent(splits, new=not checkpoint)
         self._make_strategy(splits)
-        # While the workers start: torch's first optimizer takes a second to import what it needs.
+        # Make it while the workers start: torch takes a second to import what its first optimizer needs.
         self.trainer = Trainer(
             config.parent,
             self.model,
@@ -265,7 +269,7 @@ class Driver:
         if checkpoint:
             self._restore(checkpoint)
         self._open_folder(checkpoint, metrics)
-        # From here on there is something to go on from.
+        # From here on the run can be resumed.
         self.progress.folder = self.place.where
         self.progress.rows = list(self.record.rows)
         for note in (self._parts(workers), *notes):
@@ -277,10 +281,10 @@ class Driver:
             self._note(f"going on after epoch {checkpoint.epoch}")
 
     def _checkpoint(self) -> tuple[Checkpoint | None, bytes]:
-        """What the run goes on from, with its metrics; None where it begins."""
+        """Return the checkpoint to continue from and the content of metrics.jsonl, or None for a new run."""
         run = self.config.run
         if not self.folder and run.resume == "auto" and exists(f"{run.out}/{run.name}"):
-            self.folder = f"{run.out}/{run.name}"  # perhaps begun by a driver that was lost
+            self.folder = f"{run.out}/{run.name}"  # perhaps started by a driver that was lost
         if not self.folder:
             return None, b""
         self._be_at(Place.existing(self.folder, self.patience, self.stopping.wait, self._note))
@@ -289,7 +293,8 @@ class Driver:
         return latest_checkpoint(self.place.path, self._note, lambda config: epochs_behind(config)[0])
 
     def _resolved(self, checkpoint: Checkpoint | None, workers: int) -> Config:
-        """The configuration with its defaults decided; one of a checkpoint stays as it was."""
+        """Return the configuration with its defaults filled in. With a checkpoint, fields that affect the results keep
+        its values. Raises InputError if the new values differ."""
         config = self.config
         if checkpoint:
             before = checkpoint.loop.config
@@ -301,9 +306,9 @@ class Driver:
         return config.model_copy(update={"parent": parent, "evolution": config.evolution.resolved(workers)})
 
     def _make_parent(self, splits: Splits, new: bool) -> list[str]:
-        """Make the network, with the weights that it begins from if it is new; what is to be said of them."""
+        """Make the network, with its initial weights if the run is new. Return notes for the user."""
         config = self.config
-        # The weights of a run that goes on are those of the checkpoint; their file may be gone.
+        # A resumed run takes its weights from the checkpoint; the file of the initial ones may be gone.
         origin = config.parent if new else config.parent.model_copy(update={"weights": "none"})
         module, notes = initial_model(origin, len(splits.classes), config.run.seed)
         for name, value in module.state_dict().items():
@@ -316,7 +321,8 @@ class Driver:
         return notes
 
     def _make_strategy(self, splits: Splits) -> None:
-        """What evolves the parent, if anything does, and its workers, which start."""
+        """Make the strategy and the population, or the parents of esgd, and start the workers. Do nothing if the run
+        does not evolve."""
         config = self.config
         self.strategy = make_strategy(config.evolution, len(splits.classes))
         if self.strategy:
@@ -332,7 +338,7 @@ class Driver:
             self.parents = Parents(esgd, pool, config.run.seed, self.model, *images, factor)
 
     def _open_folder(self, checkpoint: Checkpoint | None, metrics: bytes) -> None:
-        """Begin the run's folder, or go on in it."""
+        """Create the run folder, or reopen it to continue from a checkpoint."""
         config = self.config
         devices = {
             "driver": {"host": platform.node(), "pid": os.getpid(), "device": str(self.device)},
@@ -343,7 +349,7 @@ class Driver:
             self.record = RunFolder.reopen(
                 self.place.path, config, devices, checkpoint.epoch, metrics, loggers, self._note
             )
-            if not is_over(self.record.rows, config.run):  # what was its end is not any more
+            if not is_over(self.record.rows, config.run):  # it was finished, and has more epochs now
                 for name in ("final.safetensors", "average.safetensors"):
                     (self.place.path / name).unlink(missing_ok=True)
                 self.place.push()
@@ -372,7 +378,7 @@ class Driver:
         self.at_end.callback(place.close)
 
     def _loggers(self, id: str, first_epoch: int) -> list[tuple[str, Logger]]:
-        """What takes the rows of the run."""
+        """Return the loggers of the run, with their names."""
         own = make_loggers(About(self.place.path, self.place.where, id, self.config, first_epoch), self._note)
         return [*own, ("Ray's metrics", Telemetry(self.config.run.name, self.place.where))]
 
@@ -412,14 +418,15 @@ class Driver:
         to_go_on, to_replay = epochs_behind(self.config)
 
         def replayed(epoch: int) -> bool:
-            """Whether the next evolve phase starts from what it has."""
+            """Return whether a replay of the next evolve phase needs the checkpoint of this epoch."""
             return bool(run.keep_parents and self.evolves and -(epoch + 1) % every + 1 <= to_replay)
 
-        prune(folder, epoch, run.keep + max(0, to_go_on - 1), replayed)  # to go on from each of `keep`
+        prune(folder, epoch, run.keep + max(0, to_go_on - 1), replayed)  # and those that a resume needs
         self.place.push()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Be what the run was at a checkpoint. Raises InputError when its images or devices are others now."""
+        """Restore the state of the run from a checkpoint. Raises InputError if the images or the device type have
+        changed."""
         loop = checkpoint.loop
         if loop.data != self.data_digest:
             raise InputError(f"{self.folder}: data.root: the images are not those that the run began with")
@@ -461,17 +468,18 @@ class Driver:
         self.progress.images += images
 
     def _note(self, text: str) -> None:
-        text = one_line(self.named(text))  # it may quote the name of a file
+        text = one_line(self.named(text))  # it may quote a file name with line breaks
         self.progress.said.append(text)
         self.log(text)
 
     def look(self, rows: int | None, said: int) -> Progress:
-        """Where the run is, with what was said after the first `said`, and the rows after the first `rows`."""
+        """Return the progress, with the messages after the first `said` and the rows after the first `rows`. Without
+        `rows`, no rows are returned."""
         values = vars(self.progress)
         infos = self.pool.infos if self.pool else []
         new = {"rows": [] if rows is None else values["rows"][rows:], "said": values["said"][said:]}
         return Progress(**values | new | {"worker_pids": [info.pid for info in infos]})
 
     def stop(self) -> None:
-        """Let `run` end at the next batch or result."""
+        """Make `run` stop at the next batch or result."""
         self.stopping.set()

@@ -1,4 +1,4 @@
-"""The parents of a run by evolutionary SGD: what the record, the journal and the checkpoints have of them."""
+"""The parents of an esgd run: their training and selection, with metrics, journal and checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class Parents:
-    """The parents of a run; the network of the driver is the fittest of them after each epoch."""
+    """The parents of an esgd run. After each epoch, the driver's network is the fittest of them."""
 
     def __init__(
         self,
@@ -36,14 +36,14 @@ class Parents:
         images: int,
         lr_factor: Callable[[int], float] = lambda epoch: 1.0,
     ) -> None:
-        """`cases` is how many images score a network, `images` how many train it, `lr_factor` the learning rate of an
-        epoch over that of the first."""
+        """`cases` is the number of images that score a network, and `images` the number that train it. `lr_factor`
+        returns the learning rate of an epoch divided by that of the first."""
         self.breeding = Breeding(strategy, breeders, seed, model, cases)
         self.every, self.seed, self.model, self.images = strategy.every, seed, model, images
         self.lr_factor = lr_factor
 
     def train(self, epoch: int) -> Row:
-        """An epoch of each parent."""
+        """Train each parent for one epoch. Return the metrics."""
         started, counts = time.perf_counter(), dict(self.breeding.breeders.counts)
         generation = -(-epoch // self.every) * self.every
         backed_off = self.breeding.train(epoch, generation, self.images)
@@ -62,7 +62,7 @@ class Parents:
         }
 
     def evolve(self, generation: int, journal: Path) -> Row:
-        """A selection, which goes into the journal."""
+        """Make offspring, select the next parents, and write the journal. Return the metrics."""
         started, counts = time.perf_counter(), dict(self.breeding.breeders.counts)
         before = self.breeding.digest()
         outcome, more = self.breeding.evolve(generation)
@@ -70,7 +70,7 @@ class Parents:
         self._show_best()
         write_journal(journal, generation, outcome, before, self.breeding.digest(), more)
         selected = int(np.count_nonzero(outcome.weight_K))
-        # The parent of the record is the fittest one: it has moved if an offspring is.
+        # In the metrics, the parent is the fittest one. It has moved if it is an offspring.
         moved = {"accepted": outcome.chosen is not None, "accepted_members": 1, "selected": selected}
         row = {"kind": "evolve", "lr": None, "seconds": time.perf_counter() - started}
         return row | phase_row(outcome) | moved | {"step_ratio": None} | self._fitness()
@@ -82,15 +82,15 @@ class Parents:
         }
 
     def _since(self, counts: dict[str, float]) -> Row:
-        """What the breeders counted since then."""
+        """Return what the breeders have counted since `counts`."""
         return {name: value - counts[name] for name, value in self.breeding.breeders.counts.items()}
 
     def _show_best(self) -> None:
         self.breeding.individuals[self.breeding.best].become(self.model)
 
     def state(self) -> tuple[TensorDict, TensorDict, dict[str, Any]]:
-        """What a checkpoint has of the parents: tensors of the networks, named `3.theta` for parent 3, those of their
-        optimizers, and what JSON can hold."""
+        """Return the state of the parents for a checkpoint: the tensors of the networks, named `3.theta` for parent 3,
+        the tensors of their optimizers, and the rest as JSON values."""
         networks: TensorDict = {}
         moments: TensorDict = {}
         rest = []
@@ -103,11 +103,11 @@ class Parents:
         return networks, moments, {"kind": "esgd", "parents": rest}
 
     def load(self, networks: TensorDict, moments: TensorDict | None, rest: dict[str, Any]) -> None:
-        """Be what `state` was taken of, or, without moments, the networks of it. Raises InputError for the state of
-        others."""
+        """Restore the parents from `state`. Without `moments`, restore only the networks and their fitness. Raises
+        InputError if the state does not fit these parents."""
         try:
             if rest["kind"] != "esgd" or len(rest["parents"]) != len(self.breeding.individuals):
-                raise ValueError("not so many parents")
+                raise ValueError("another number of parents")
             individuals = []
             for place, known in enumerate(rest["parents"]):
                 theta_D = networks[f"{place}.theta"]

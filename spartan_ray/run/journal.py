@@ -1,5 +1,4 @@
-"""The per-generation record of (member, seed, offset, gain, fitness, images, weight), from which `replay`
-rebuilds a generation."""
+"""The journal: one record of (member, seed, offset, gain, fitness, images, weight) per phase, enough to replay it."""
 
 from __future__ import annotations
 
@@ -13,13 +12,13 @@ from numpy.typing import NDArray
 
 from spartan_ray.engine.strategies.requests import Outcome
 from spartan_ray.errors import InputError
-from spartan_ray.run.checkpoint import write_whole
+from spartan_ray.run.files import write_whole
 
-# Columns with a row a member, and the values of the whole generation, by the kind of number that they are.
+# Columns with one row per member, and values of the whole phase, each with the kind of its NumPy dtype.
 COLUMNS = {"member": "i", "seed": "u", "offset": "f", "gain": "f", "fitness": "f", "images": "i", "weight": "f"}
 COLUMNS |= {"estimate": "f"}
 VALUES = {"before": "f", "after": "f", "parent": "U", "next_parent": "U"}
-# Those of each generation of the phase, which have equally many of the rows.
+# Values with one entry per generation of the phase. Each generation has the same number of rows.
 UPDATES = {"rate": "f", "factor": "f", "length": "f"}
 
 Journal = dict[str, NDArray[Any]]
@@ -28,17 +27,18 @@ Journal = dict[str, NDArray[Any]]
 def write_journal(
     folder: Path, generation: int, outcome: Outcome, parent: str, next_parent: str, more: Journal | None = None
 ) -> None:
-    """Write `folder`/000005.npz for generation 5. `parent` and `next_parent` are the digests of the network
-    before and after it. Raises RunError when it cannot be written.
+    """Write `folder`/000005.npz for the evolve phase in epoch 5. `parent` and `next_parent` are the digests of the
+    network before and after it. Raises RunError if it cannot be written.
 
-    `estimate` has the weights of an update also where it was not taken, since the optimizer's moments go on from it.
-    A chosen member has the weight 1. Of an es update the estimated gradient is the sum of
-    weight * gain * noise(seed); the optimizer makes the update of it at `rate`, which is rate times the
-    estimate for plain sgd, and the parent moves by factor * length * update. With momentum, adam or weight
-    decay the update depends on the generations before and on the parent too. A phase of several generations has their
-    rows one after another, and a rate, factor and length of each. Of evolutionary SGD the members are the offspring;
-    `more` says of which parents each is the mean, how fit the parents were, and which candidates, the parents before
-    the offspring, are the next parents."""
+    For es, the estimated gradient is the sum of weight * gain * noise(seed). The optimizer makes the update of it at
+    learning rate `rate` (for plain sgd the update is rate * estimate), and the parent moves by factor * length *
+    update. With momentum, adam or weight decay the update also depends on earlier generations and on the parent.
+    `estimate` holds the weights even if the update was not taken, because the optimizer's moments include it. A phase
+    of several generations has their rows one after another, and one rate, factor and length for each.
+
+    For random-gradients, an accepted member has weight 1. For esgd, the members are the offspring, and a selected one
+    has weight 1. `more` then holds the parents whose mean each offspring is, the fitness of the parents, and the
+    candidates selected as the next parents; candidates are numbered with the parents first, then the offspring."""
     members, generations = outcome.members, outcome.generations or [outcome]
     content = io.BytesIO()
     np.savez(
@@ -65,11 +65,11 @@ def write_journal(
 
 
 def read_journal(path: Path) -> Journal:
-    """The columns and values of one generation. Never unpickles. Raises InputError for anything but a journal."""
+    """Return the columns and values of a journal. Never unpickles. Raises InputError if the file is not a journal."""
     try:
         content = io.BytesIO(path.read_bytes())
         with zipfile.ZipFile(content) as archive:
-            # As it was written: a compressed one may be a bomb.
+            # A journal is written uncompressed; a compressed one may be a zip bomb.
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise InputError(f"{path}: not a journal: it is compressed")
         with np.load(content, allow_pickle=False) as stored:
@@ -78,8 +78,8 @@ def read_journal(path: Path) -> Journal:
         raise
     except OSError as error:
         raise InputError(f"{path}: not readable as a journal: {error.strerror or error}") from None
-    except Exception as error:  # NumPy and zipfile have no one error for a file that is torn or hostile
-        # Shortened: NumPy quotes what it cannot read.
+    except Exception as error:  # NumPy and zipfile raise many kinds for a torn or hostile file
+        # Shorten the message: NumPy quotes the content that it cannot read.
         raise InputError(f"{path}: not a journal: {str(error)[:200] or type(error).__name__}") from None
     rows = (journal["member"].size,) if "member" in journal else ()
     shapes = {name: (kind, rows) for name, kind in COLUMNS.items()}

@@ -1,4 +1,4 @@
-"""Configurations from presets, YAML files and run folders, and back."""
+"""Loads configurations from presets, YAML files and run folders, and writes them as YAML."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ PRESETS = resources.files("spartan_ray.run") / "presets"
 
 
 def preset_names() -> list[str]:
-    """The presets that come with the package."""
+    """Return the names of the presets that come with the package."""
     return sorted(entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_config(name_or_file: str) -> Config:
-    """The configuration of a preset, of a YAML file, or of a run folder."""
+    """Load the configuration of a preset, a YAML file or a run folder. Raises InputError if there is none, if it is
+    invalid, or if a run folder's configuration names code."""
     if name_or_file in preset_names():
         text = (PRESETS / f"{name_or_file}.yaml").read_text()
     elif Path(name_or_file).is_dir():
@@ -44,8 +45,9 @@ def load_config(name_or_file: str) -> Config:
 
 
 def load_run_config(folder: Path) -> Config:
-    """The configuration of a run folder, but for `cluster.address`: a folder that came from elsewhere must not
-    say which Ray is given the token and trusted with what it answers."""
+    """Load the configuration of a run folder, without `cluster.address`. Raises InputError if there is none.
+
+    A folder from elsewhere must not choose the Ray cluster that gets the token and whose answers are trusted."""
     try:
         text = (folder / "config.yaml").read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -55,23 +57,23 @@ def load_run_config(folder: Path) -> Config:
 
 
 def refuse_code(folder: Path, config: Config, hint: str) -> None:
-    """Raises InputError for a run folder whose configuration names code, since to read a folder runs none."""
+    """Raise InputError if the configuration of a run folder names code. Reading a folder must not run code."""
     for _, name in named_code(config):
         raise InputError(f"{folder}: its configuration names code, {name}, which would be run: {hint}")
 
 
 def named_code(config: Config) -> list[tuple[str, str]]:
-    """The fields that name code of the user's own, and what they name."""
+    """Return the fields that name code of the user's own, each with the name."""
     fields = [("parent.model", config.parent.model), ("evolution.strategy", config.evolution.strategy)]
     fields += [("run.loggers", name) for name in logger_names(config.run.loggers)]
     return [(field, name) for field, name in fields if is_named(name)]
 
 
 def _parse(text: str, source: str) -> Config:
-    """The configuration of YAML. Raises InputError that begins with the name of its source."""
+    """Return the configuration in a YAML text. Raises InputError with `source` at the start of the message."""
     try:
         sections = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as an impossible date
         raise InputError(f"{source}: not YAML: {error}") from None
     try:
         return configuration(sections)
@@ -80,7 +82,8 @@ def _parse(text: str, source: str) -> Config:
 
 
 def configuration(sections: Any) -> Config:
-    """The configuration of sections of fields, as YAML has them. Raises InputError by the name of the field."""
+    """Return the configuration from a dict of sections, each a dict of fields. Raises InputError that names the field
+    or section."""
     if not isinstance(sections, dict):
         raise InputError(f"expected sections, got {type(sections).__name__}")
     values: dict[str, Any] = {}
@@ -97,7 +100,7 @@ def configuration(sections: Any) -> Config:
 
 
 def override(base: Config, sections: dict[str, Any]) -> Config:
-    """A configuration with fields of sections replaced."""
+    """Return `base` with fields of sections replaced. Raises InputError that names an unknown or invalid field."""
     changed: dict[str, Any] = {}
     for name, fields in sections.items():
         head, dot, field = name.partition(".")
@@ -113,13 +116,13 @@ def override(base: Config, sections: dict[str, Any]) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to the same configuration."""
+    """Return the configuration as YAML, which `load_config` reads back to the same configuration."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises InputError for what does not belong in a run folder: a link that leads out of it, as what is
-    written there would be elsewhere, and pipes and devices, which may never end."""
+    """Raise InputError for entries that do not belong in a run folder. These are links that lead out of it, because a
+    write would land elsewhere, and pipes and devices, because a read may never end."""
     for entry in folder.rglob("*"):
         link = entry.is_symlink()
         if link and not Path(os.path.realpath(entry)).is_relative_to(os.path.realpath(folder)):
@@ -127,30 +130,33 @@ def refuse_links(folder: Path) -> None:
         try:
             mode = entry.stat().st_mode
         except OSError as error:
-            if error.errno == errno.ENOENT and not link:  # its writer renamed or deleted it since it was listed
+            if error.errno == errno.ENOENT and not link:  # renamed or deleted since it was listed
                 continue
             mode = 0
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise InputError(f"{entry}: neither a file nor a folder")
 
 
-# What may change when a run goes on; the digest of the images is compared by itself. Where a run is, is no part of it.
+# Fields that may differ when a run continues. The digest of the images is compared separately, and the location of the
+# run folder does not matter.
 MAY_CHANGE = {"run": {"epochs", "patience", "keep", "keep_best", "keep_parents", "loggers", "resume", "out", "name"}}
 MAY_CHANGE["data"] = {"root", "download"}
-# What is open, as none, until a run has begun.
+# Fields that may be None until a run has started and decided them.
 DECIDED = {"parent": ("threads",), "evolution": ("accept", "lr", "wave")}
 
 
 def refuse_changes(place: str, before: Config, now: Config) -> None:
-    """Raises InputError where a run cannot go on with this configuration."""
+    """Raise InputError if a run with the configuration `before` cannot continue with the configuration `now`."""
     if changed := differences(before, _as_decided(before, now)):
         may = "cluster, data.root and run.keep, keep_best, keep_parents, loggers, epochs and patience"
         raise InputError(f"{place}: only {may} may change on resume: {'; '.join(changed)}")
 
 
 def differences(before: Config, now: Config) -> list[str]:
-    """The fields that change what a run has computed and differ. Epochs may be added where the learning rate does not
-    depend on how many there are, and patience too."""
+    """Return one message for each field that differs and changes the results of a run.
+
+    `run.epochs` and `run.patience` may be raised. With a schedule, `run.epochs` may not, because the learning rate
+    depends on it."""
     found = []
     for section in ("run", "data", "parent", "evolution"):
         values, others = (
@@ -171,7 +177,7 @@ def differences(before: Config, now: Config) -> list[str]:
 
 
 def _as_decided(before: Config, now: Config) -> Config:
-    """A configuration with what it leaves open as a run has decided it."""
+    """Return `now` with its open fields filled in as the run of `before` has decided them."""
     sections = {}
     for section, fields in DECIDED.items():
         decided, values = getattr(before, section), getattr(now, section)

@@ -1,4 +1,4 @@
-"""Where the rows of a run go beside metrics.jsonl: TensorBoard, MLflow, Weights & Biases, or a logger of one's own."""
+"""Loggers of a run's metrics: TensorBoard, MLflow, Weights & Biases, or one of the user's own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 
 
 class About(NamedTuple):
-    """A run, for those who log it: its folder here, its place as the user names it, a word that no other run has, its
-    configuration, and the first epoch that is to come, which is not 1 in a run that goes on."""
+    """A run as described to its loggers.
+
+    folder        run folder on this machine
+    place         path or URL of the run as the user names it
+    id            unique identifier of the run
+    config        configuration of the run
+    first_epoch   first epoch that will be logged; above 1 if the run was resumed
+    """
 
     folder: Path
     place: str
@@ -28,7 +34,7 @@ class About(NamedTuple):
 
 
 class Logger(Protocol):
-    """Takes the rows of metrics.jsonl, one an epoch. Made with an `About`."""
+    """Takes the rows of metrics.jsonl, one per epoch. It is constructed with an `About`."""
 
     def log(self, row: dict[str, Any]) -> None: ...
 
@@ -50,8 +56,8 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run of the server and experiment that MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME name. One that goes on is
-    found by its tag."""
+    """A run on an MLflow server. MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME (default: spartan-ray) choose the
+    server and the experiment. A resumed run continues the MLflow run with the same `spartan_run` tag."""
 
     def __init__(self, about: About) -> None:
         from mlflow import MlflowClient
@@ -81,8 +87,8 @@ class MLflow:
 
 
 class WandB:
-    """A run of the project that WANDB_PROJECT names, as WANDB_MODE says, in WANDB_DIR. One that goes on has the same
-    id."""
+    """A Weights & Biases run. WANDB_PROJECT (default: spartan-ray), WANDB_MODE and WANDB_DIR apply. A resumed run
+    continues under the same id."""
 
     def __init__(self, about: About) -> None:
         import wandb
@@ -103,14 +109,15 @@ OWN: dict[str, Callable[[About], Logger]] = {"tensorboard": TensorBoard, "mlflow
 
 
 def make_loggers(about: About, note: Callable[[str], None]) -> list[tuple[str, Logger]]:
-    """The loggers of a run, by their names. One that cannot be made is an InputError, and a note in a run that goes on:
-    there it has been made before."""
+    """Make the loggers of a run, as pairs of name and logger.
+
+    Raises InputError if one cannot be made. In a resumed run it is left out with a note instead."""
     made: list[tuple[str, Logger]] = []
     for name in logger_names(about.config.run.loggers):
         try:
             make = OWN.get(name) or imported("run.loggers", name)
             made.append((name, make(about)))
-        except Exception as error:  # each library has errors of its own
+        except Exception as error:  # each library raises its own errors
             said = (
                 str(error) if isinstance(error, InputError) else f"run.loggers {name}: {type(error).__name__}: {error}"
             )

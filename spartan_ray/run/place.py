@@ -1,7 +1,8 @@
-"""Where a run is written: a folder, or a URL of an object store.
+"""The place a run is written to: a folder, or a URL of an object store.
 
-For a URL a process works on a copy of its own. Who writes a run sends its files to the store after each epoch, the
-checksums of a checkpoint last, so that a checkpoint is there whole or not at all; who reads one fetches it first.
+For a URL, each process works on a local copy. The process that writes a run uploads its files to the store after each
+epoch. It uploads the checksums of a checkpoint last, so that checkpoints appear atomically. A process that reads a run
+downloads it first.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from spartan_ray.run.loading import refuse_links
 from spartan_ray.run.storage import LEASE, Lease, Store
 from spartan_ray.section import is_url
 
-# Of the folders that copies are in: their names, what is locked while they are used, and what says that one stays.
+# Local copies of URLs: the prefix of their folders, the file locked while one is in use, and the file that marks one
+# to keep.
 COPY, LOCK, KEPT = "spartan-ray-", "lock", "kept"
 
 
 class Place:
-    """Where a run is written: `path`, a folder that this process alone writes, and for a URL the store that what is in
-    it goes to. Made by `new` or `existing`."""
+    """The place of a run: `path`, a folder that only this process writes, and for a URL the store to which its content
+    is uploaded. Use `new` or `existing` to make one."""
 
     def __init__(self, where: str, path: Path, lock: IO[str] | Lease, note: Callable[[str], None] = print) -> None:
         self.where, self.path, self.lock, self.note = where, path, lock, note
@@ -46,7 +48,8 @@ class Place:
         pause: Callable[[float], object] = time.sleep,
         note: Callable[[str], None] = print,
     ) -> Place:
-        """A new run under a path or URL, with a number at its name when that is taken; InputError with `only`."""
+        """Make the place of a new run under a path or URL. If the name is taken, append a number to it, or with `only`
+        raise InputError."""
         if not is_url(out):
             path = make_run_folder(Path(out), name, only)
             return cls(str(path), path, lock_folder(path), note)
@@ -69,8 +72,8 @@ class Place:
         pause: Callable[[float], object] = time.sleep,
         note: Callable[[str], None] = print,
     ) -> Place:
-        """A run that goes on. Raises InputError when it is another process's, which may take `patience` seconds to let
-        go of it."""
+        """Open the place of an existing run, to continue it. Raises InputError if another process writes it and does
+        not release it within `patience` seconds."""
         if not is_url(where):
             return cls(where, Path(where), lock_folder(Path(where), patience), note)
         store = Store(where, pause)
@@ -87,19 +90,20 @@ class Place:
         return place
 
     def named(self, text: str) -> str:
-        """A message with the name that the user knows the folder by."""
+        """Return the text with the local folder replaced by the path or URL that the user knows."""
         return text.replace(str(self.path), self.where)
 
     def push(self) -> None:
-        """Have the store have what the folder has: what is new, checksums after what they are of, and then without
-        what is gone. Raises RunError, with the folder and the store's last checkpoint as they are."""
+        """Upload new and changed files to the store, checksums last, then delete from it what the folder no longer has.
+        Do nothing without a URL. Raises RunError on failure; the folder is kept, and the store's last checkpoint stays
+        intact."""
         if not isinstance(self.lock, Lease):
             return
         files = self._files()
         try:
             for name in sorted(files, key=_order):
                 if files[name] != self.sent.get(name):
-                    with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                    with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
                         self.lock.write(name, (self.path / name).read_bytes())
                         self.sent[name] = files[name]
             for name in sorted(self.sent.keys() - files.keys(), key=_order, reverse=True):
@@ -108,11 +112,11 @@ class Place:
         except RunError as error:
             self.failed = True
             (self.path.parent / KEPT).touch()
-            # By the folder around it, whose name is not taken for that of the run.
-            raise RunError(f"{error}; what it could not take is in {self.path.parent}") from None
+            # Name the folder around the copy: `named` would replace the copy itself by the URL.
+            raise RunError(f"{error}; unsent files are in {self.path.parent}") from None
 
     def close(self) -> None:
-        """Send what is left, and let go of the run. The copy of a URL's run stays where it could not be sent."""
+        """Upload what is left, and release the run. Delete the local copy of a URL unless the upload failed."""
         if not isinstance(self.lock, Lease):
             self.lock.close()
             return
@@ -128,7 +132,7 @@ class Place:
         shutil.rmtree(self.path.parent, ignore_errors=True)
 
     def _files(self) -> dict[str, tuple[int, int]]:
-        """What is to be sent, each with what changes when it does."""
+        """Return the files to upload, each with its modification time and size."""
         found = {}
         for path in self.path.rglob("*"):
             if path.is_file() and not path.is_symlink() and path.suffix != ".tmp":
@@ -138,7 +142,8 @@ class Place:
 
 
 def make_run_folder(out: Path, name: str, only: bool = False) -> Path:
-    """A new folder out/name, or out/name-2, ... when it is taken; with `only` InputError then."""
+    """Make the folder out/name, or out/name-2 and so on if it is taken. Raises InputError if it cannot be made, or if
+    it is taken and `only` is true."""
     number = 1
     while True:
         folder = out / (name if number == 1 else f"{name}-{number}")
@@ -146,7 +151,7 @@ def make_run_folder(out: Path, name: str, only: bool = False) -> Path:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError as error:
-            if not folder.exists():  # it is `out` that is there, as a file
+            if not folder.exists():  # `out` exists and is a file
                 raise InputError(f"run.out {out}: cannot make a run folder: {error}") from None
             if only:
                 raise InputError(f"{folder}: another process has just begun this run") from None
@@ -156,10 +161,10 @@ def make_run_folder(out: Path, name: str, only: bool = False) -> Path:
 
 
 def lock_folder(path: Path, patience: float = 0.0) -> IO[str]:
-    """Lock a run folder for this process until the file is closed, or the process ends in whatever way.
+    """Lock a run folder for this process until the returned file is closed or the process ends.
 
-    Waits so many seconds for a process that is ending. Raises InputError when another one holds it, and for
-    a folder that a link would let us write out of."""
+    Wait up to `patience` seconds for a process that is ending. Raises InputError if another process holds the lock, or
+    if a link in the folder leads out of it."""
     refuse_links(path)
     try:
         file = os.fdopen(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
@@ -167,7 +172,7 @@ def lock_folder(path: Path, patience: float = 0.0) -> IO[str]:
         raise InputError(f"{path}: cannot be locked: {error.strerror}") from None
     if os.fstat(file.fileno()).st_nlink > 1:
         file.close()
-        raise InputError(f"{path / 'lock'}: is another file too")
+        raise InputError(f"{path / 'lock'}: is a hard link to another file")
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -190,8 +195,8 @@ def lock_folder(path: Path, patience: float = 0.0) -> IO[str]:
 
 @contextlib.contextmanager
 def reading(where: str, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
-    """The folder of a run, for a URL as a copy of those of its files that are wanted, by their names. Raises InputError
-    where there is none."""
+    """Yield the folder of a run. For a URL, it is a temporary copy of the files whose names `wanted` accepts. Raises
+    InputError if there is no run at the URL."""
     if not is_url(where):
         yield Path(where)
         return
@@ -206,12 +211,13 @@ def reading(where: str, wanted: Callable[[str], bool] = lambda name: True) -> It
 
 
 def exists(where: str) -> bool:
-    """Whether something is where a run would be."""
+    """Return whether there is anything at the place of a run."""
     return bool(Store(where).sizes()) if is_url(where) else Path(where).exists()
 
 
 def last_epoch(where: str) -> Callable[[str], bool]:
-    """What is wanted of a run to see how far it is: by a URL its last checkpoint, and what has no epoch."""
+    """Return a filter for `reading` that accepts what tells how far a run is. For a URL these are the last checkpoint,
+    the configuration, metrics.jsonl and the final network."""
     if not is_url(where):
         return lambda name: True
     kept = [name for name in Store(where).sizes() if re.fullmatch(r"checkpoints/epoch-\d+\.sha256", name)]
@@ -221,12 +227,13 @@ def last_epoch(where: str) -> Callable[[str], bool]:
 
 
 def in_report(name: str) -> bool:
-    """Whether a report needs a file of a run."""
+    """Return whether a report needs a file of a run."""
     return not name.startswith(("checkpoints/", "tensorboard/"))
 
 
 def fetch(store: Store, path: Path, wanted: Callable[[str], bool]) -> None:
-    """Copy the wanted files of a store into a folder. Raises InputError where there are none at all."""
+    """Download the files whose names `wanted` accepts into a folder. Raises InputError if the store has no files, or
+    one whose name leads out of the folder, and RunError if a file cannot be written."""
     sizes = store.sizes()
     if not sizes:
         raise InputError(f"{store.url}: there is no run")
@@ -234,8 +241,8 @@ def fetch(store: Store, path: Path, wanted: Callable[[str], bool]) -> None:
         if LEASE.fullmatch(name) or not wanted(name):
             continue
         if ".." in PurePosixPath(name).parts or name.startswith("/") or not name:
-            raise InputError(f"{store.url}: {name!r} is no file of a run")
-        with contextlib.suppress(FileNotFoundError):  # its writer has deleted it since
+            raise InputError(f"{store.url}: {name!r} is not a file of a run")
+        with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
             content = store.read(name, sizes[name])
             try:
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -249,17 +256,17 @@ def _order(name: str) -> tuple[bool, str]:
 
 
 def _scratch(name: str) -> Path:
-    """An empty folder of this name, for a copy. Copies of processes that are gone are deleted, but for those that hold
-    what could not be sent."""
+    """Make an empty folder of this name for a local copy. Delete copies of processes that have ended, except those with
+    files that could not be uploaded."""
     for folder in Path(tempfile.gettempdir()).glob(f"{COPY}*"):
         with contextlib.suppress(OSError), open(folder / LOCK, "r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not (folder / KEPT).exists():
                 shutil.rmtree(folder, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=COPY))
-    # Until this process ends, in whatever way.
+    # The lock holds until this process ends, however it ends.
     fcntl.flock(os.open(folder / "making", os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
-    (folder / "making").rename(folder / LOCK)  # so that it is never seen unlocked
+    (folder / "making").rename(folder / LOCK)  # renamed after locking: no process sees it unlocked
     path = folder / name
     path.mkdir()
     return path

@@ -1,4 +1,4 @@
-"""What a run is at, for those who watch it."""
+"""The progress of a run, as its driver reports it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spartan_ray.run.record import Row
 
 @dataclass
 class Progress:
-    """What a run is at. `rows` and `said` grow, so that a reader can ask for the new ones."""
+    """The progress of a run. `rows` and `said` only grow, so that a reader can ask for the new entries."""
 
     folder: str | None = None
     phase: str = "starting"
@@ -21,12 +21,12 @@ class Progress:
     total: int = 0
     images: int = 0
     started: float = 0.0
-    rows: list[Row] = field(default_factory=list)  # of the whole run
-    said: list[Row | str] = field(default_factory=list)  # rows of this driver and notes, as they came
+    rows: list[Row] = field(default_factory=list)  # metrics of the whole run
+    said: list[Row | str] = field(default_factory=list)  # rows and notes of this driver, in order
     driver_pid: int = field(default_factory=os.getpid)
     worker_pids: list[int] = field(default_factory=list)
 
     @property
     def notes(self) -> list[str]:
-        """One-line messages for the user."""
+        """The one-line messages for the user."""
         return [said for said in self.said if isinstance(said, str)]

@@ -1,4 +1,4 @@
-"""The run folder as it is written: configuration, environment, a line an epoch, TensorBoard's events."""
+"""Writes the records of a run folder: configuration, environment, metrics, log."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from spartan_ray import __version__, origin
 from spartan_ray.engine.strategies.requests import Outcome
 from spartan_ray.errors import RunError
-from spartan_ray.run.checkpoint import MetricsState, write_whole
+from spartan_ray.run.checkpoint import MetricsState
 from spartan_ray.run.config import Config, Run
+from spartan_ray.run.files import write_whole
 from spartan_ray.run.loading import dump_config
 from spartan_ray.run.loggers import Logger
 
@@ -35,13 +36,13 @@ Row = dict[str, Any]
 
 
 class RunFolder:
-    """A run folder that this process writes, made by `create` or `reopen`."""
+    """A run folder that this process writes. Use `create` or `reopen` to make one."""
 
     def __init__(self, path: Path, loggers: Sequence[tuple[str, Logger]], note: Callable[[str], None]) -> None:
         self.path = path
         self.loggers, self.note = list(loggers), note
         self.rows: list[Row] = []
-        self.began, self.seconds_before = time.monotonic(), 0.0  # of the run, before this process
+        self.began, self.seconds_before = time.monotonic(), 0.0  # run time before this process
         self.metrics_bytes = 0
         self.metrics_hash = hashlib.sha256()
 
@@ -55,8 +56,10 @@ class RunFolder:
         note: Callable[[str], None] = print,
         id: str | None = None,
     ) -> RunFolder:
-        """A new run's, in an empty folder. `devices` is what environment.json says of driver and workers, `note` takes
-        one-line messages, `id` is a word that no other run has."""
+        """Start the record of a new run in an empty folder.
+
+        `devices` describes the driver and the workers for environment.json. `note` takes one-line messages. `id` is the
+        unique identifier of the run (default: a new one)."""
         folder = cls(path, loggers, note)
         folder._describe(config, {"id": id or uuid.uuid4().hex} | environment() | devices)
         return folder
@@ -72,7 +75,7 @@ class RunFolder:
         loggers: Sequence[tuple[str, Logger]] = (),
         note: Callable[[str], None] = print,
     ) -> RunFolder:
-        """The folder of a run that goes on after an epoch, with what metrics.jsonl was then."""
+        """Continue the record of a run after an epoch. `metrics` is the content of metrics.jsonl at that epoch."""
         folder = cls(path, loggers, note)
         folder.metrics_hash.update(metrics)
         folder.metrics_bytes = len(metrics)
@@ -82,7 +85,7 @@ class RunFolder:
         try:
             before = dict(json.loads((path / "environment.json").read_text()))
             earlier = list(before.pop("resumed", []))
-        except (OSError, ValueError, TypeError, RecursionError):  # it only informs
+        except (OSError, ValueError, TypeError, RecursionError):  # environment.json is informative only
             before, earlier = {}, []
         resumed = [*earlier, {"epoch": epoch} | environment() | devices]
         folder._describe(config, before | {"resumed": resumed})
@@ -93,9 +96,9 @@ class RunFolder:
         write_whole(self.path / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
 
     def append(self, row: Row) -> Row:
-        """Append a line to metrics.jsonl, with the time and the seconds that the run has taken; returns it as
-        written: what is not finite becomes null, as JSON has no word for it. Raises RunError when it cannot be
-        written."""
+        """Append a row to metrics.jsonl and pass it to the loggers. Return it as written: with the time and the seconds
+        of the run so far, and with None for numbers that are not finite, which JSON does not have. Raises RunError if
+        it cannot be written."""
         row = {key: _finite(value) for key, value in row.items()}
         row |= {"time": now(), "run_seconds": self.seconds_before + time.monotonic() - self.began}
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
@@ -114,7 +117,7 @@ class RunFolder:
         return row
 
     def _attempt(self, name: str, action: Callable[[], None], logger: Logger) -> None:
-        """A logger that fails is left, and ends nothing else."""
+        """Call a logger. If it fails, drop it with a note; the run continues."""
         try:
             action()
         except Exception as error:
@@ -122,12 +125,13 @@ class RunFolder:
             self.note(f"{name} gets no more rows: {type(error).__name__}: {error}")
 
     def log(self, text: str) -> None:
-        """Append a line to log.txt: what was said of the run, and when. A full disk is said by what must be written."""
+        """Append a message with the time to log.txt. Errors are ignored: on a full disk, the writes that must succeed
+        report it."""
         with contextlib.suppress(OSError), open(self.path / "log.txt", "a") as lines:
             lines.write(f"{now()} {text}\n")
 
     def metrics_state(self) -> MetricsState:
-        """What a checkpoint holds of metrics.jsonl."""
+        """Return the size and digest of metrics.jsonl, for a checkpoint."""
         return MetricsState(bytes=self.metrics_bytes, sha256=self.metrics_hash.hexdigest())
 
     def close(self) -> None:
@@ -136,7 +140,7 @@ class RunFolder:
 
 
 def run_id(folder: Path) -> str:
-    """The word that no other run has, of the run in a folder; a new one where there is none."""
+    """Return the unique identifier of the run in a folder, or a new one if it has none."""
     try:
         return str(json.loads((folder / "environment.json").read_text())["id"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -144,21 +148,21 @@ def run_id(folder: Path) -> str:
 
 
 def best_epoch(rows: list[Row]) -> int:
-    """The epoch of the highest validation accuracy, the first of several."""
+    """Return the epoch with the highest validation accuracy, the earliest if several are equal."""
     return int(max(rows, key=lambda row: (row["validation_accuracy"], -row["epoch"]))["epoch"])
 
 
 def is_over(rows: list[Row], run: Run) -> bool:
-    """Whether a run with these rows has no epoch to come."""
+    """Return whether a run with these rows is finished, by its epochs or its patience."""
     epoch = len(rows)
     return epoch >= run.epochs or bool(run.patience and rows and epoch - best_epoch(rows) >= run.patience)
 
 
 def phase_row(outcome: Outcome) -> Row:
-    """What the record says of an evolve phase."""
+    """Return the metrics of an evolve phase."""
     scored, cases_K = outcome.cases_scored, outcome.cases_K
     finite_K = outcome.fitness_K[np.isfinite(outcome.fitness_K)]
-    # The best of those that were scored on the most: of one that was left behind in a race little is known.
+    # For the maximum, count only members scored on the most images: one dropped early in a race was scored on few.
     furthest_K = outcome.fitness_K[np.isfinite(outcome.fitness_K) & (cases_K == cases_K.max())]
     return {
         "images_per_second": scored / outcome.seconds["scoring"],
@@ -195,13 +199,14 @@ def phase_row(outcome: Outcome) -> Row:
 
 
 def _mean(fitness_K: NDArray[np.float64]) -> float:
-    """Of those that are finite."""
+    """Return the mean of the finite fitnesses, NaN if there are none."""
     finite_K = fitness_K[np.isfinite(fitness_K)]
     return float(finite_K.mean()) if len(finite_K) else math.nan
 
 
 def _signal_to_noise(outcome: Outcome) -> float | None:
-    """Of mirrored pairs: half their difference is the slope along their noise, and their mean is all else."""
+    """Return the signal-to-noise ratio of mirrored pairs, or None without such pairs: the variance of half the
+    difference of a pair, its slope along the noise, divided by the variance of the pair's mean, everything else."""
     seed_K, fitness_K = outcome.members.seed_K, outcome.fitness_K
     if len(seed_K) % 2 or not np.array_equal(seed_K[0::2], seed_K[1::2]):
         return None
@@ -212,7 +217,7 @@ def _signal_to_noise(outcome: Outcome) -> float | None:
 
 
 def _diagnostics(outcome: Outcome) -> Row:
-    """What says what a phase was worth, where the cosine to the gradient was asked for."""
+    """Return measures of the quality and gain of a phase, or none unless `evolution.diagnostics` is on."""
     if outcome.cosine is None:
         return {}
     weight_K = np.abs(outcome.weight_K)
@@ -229,7 +234,7 @@ def _diagnostics(outcome: Outcome) -> Row:
 
 
 def environment() -> dict[str, Any]:
-    """What the bits of a run may depend on beside its configuration."""
+    """Return what the bits of a run may depend on apart from its configuration: versions, sources and processor."""
     return {
         "python": platform.python_version(),
         "versions": {"spartan-ray": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -240,7 +245,7 @@ def environment() -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time in UTC, to the second."""
+    """Return the current UTC time as ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

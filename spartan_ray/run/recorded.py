@@ -1,4 +1,4 @@
-"""The evolve phases of a run folder, as they can be read again."""
+"""Reads the evolve phases of a run folder for replay."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def ran_on_gpu(run: Path) -> bool:
-    """Whether a run used a GPU, by its environment.json, which only informs."""
+    """Return whether environment.json says that the driver of a run used a GPU. The file is informative only."""
     try:
         return "cuda" in str(json.loads((run / "environment.json").read_text())["driver"]["device"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -28,9 +28,9 @@ def ran_on_gpu(run: Path) -> bool:
 
 
 class Recorded:
-    """The evolve phases of a run folder, on a device of the kind that the run used.
+    """The evolve phases of a run folder, to be replayed on a device of the type that the run used.
 
-    `note` takes one-line messages. Raises InputError for a folder that is not of a run with evolve phases."""
+    `note` takes one-line messages. Raises InputError if the folder does not belong to a run with evolve phases."""
 
     def __init__(self, run: Path, note: Callable[[str], None], device: torch.device = CPU) -> None:
         self.run = run
@@ -39,7 +39,7 @@ class Recorded:
         refuse_links(run)
         self.config = load_run_config(run)
         strategy_name = self.config.evolution.strategy
-        # Those that the run has had, whether their journals are still there or not.
+        # All phases that the run has had, even if their journals are gone.
         last = max(epochs_kept(run / "checkpoints"), default=0)
         every = self.config.evolution.every
         self.generations = list(range(every, last + 1, every)) if strategy_name != "none" else []
@@ -51,8 +51,8 @@ class Recorded:
         self.model = FlatModel(build_model(self.config.parent, len(splits.classes)), device)
 
     def read(self, generation: int) -> tuple[Path, Journal, Checkpoint]:
-        """The journal of a generation, with its path, and the checkpoint before it. Raises InputError when one is not
-        there."""
+        """Return the path and content of a phase's journal, and the checkpoint before the phase. `generation` is the
+        epoch of the phase. Raises InputError if one of them is missing, or if the images have changed."""
         if generation not in self.generations:
             raise InputError(f"--generation {generation}: {self.run} has {', '.join(map(str, self.generations))}")
         path, checkpoints = self.run / "journal" / f"{generation:06d}.npz", self.run / "checkpoints"
@@ -72,7 +72,7 @@ class Recorded:
         return path, journal, checkpoint
 
     def refuse_member(self, member: int, generation: int, journal: Journal) -> None:
-        """Raises InputError for a member that a generation has not."""
+        """Raise InputError if a generation does not have this member."""
         if not 0 <= member < len(journal["member"]):
             raise InputError(
                 f"--member {member}: generation {generation} has the members 0 to {len(journal['member']) - 1}"

@@ -1,4 +1,4 @@
-"""Rebuild what a run scored from its journal and the checkpoints before its evolve phases."""
+"""Rebuilds the descendants and the next parents of a run from its journal and checkpoints."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from spartan_ray.vision.classification import Normaliser
 
 
 class Replay(Recorded):
-    """The evolve phases of a run folder, in this process and on a device of the kind that the run used.
+    """Replays the evolve phases of a run folder, in this process and on a device of the type that the run used.
 
-    `note` takes one-line messages. Raises InputError for a folder that is not of a run with evolve phases."""
+    `note` takes one-line messages. Raises InputError if the folder does not belong to a run with evolve phases."""
 
     def __init__(self, run: Path, note: Callable[[str], None], device: torch.device = CPU) -> None:
         super().__init__(run, note, device)
@@ -55,7 +55,7 @@ class Replay(Recorded):
         self.strategy = strategy
 
     def descendant(self, generation: int, member: int, file: Path) -> tuple[float, float]:
-        """Write the weights of a member to a file; its fitness on record, and as it is scored now."""
+        """Write the weights of a member to a file. Return its recorded fitness and the one it gets now."""
         journal = self._begin(generation)
         self.refuse_member(member, generation, journal)
         evolution = self.config.evolution
@@ -90,14 +90,16 @@ class Replay(Recorded):
         return self._write(journal, member, file, float(scores.fitness_K[0]))
 
     def _write(self, journal: Journal, member: int, file: Path, scored: float) -> tuple[float, float]:
-        """Write a member's weights, those that never reach the output too; its fitness on record, and here."""
+        """Write a member's weights, including those that never reach the output. Return its recorded fitness and
+        `scored`."""
         evaluator = self.executor.evaluator
         evaluator.descend(int(journal["seed"][member]), journal["offset"][member], journal["gain"][member])
         save_weights(file, evaluator.model.state_dict(), self.description)
         return float(journal["fitness"][member]), scored
 
     def _score_again(self, journal: Journal, generation: int, member: int) -> float:
-        """A phase of a strategy of the user's own up to the request that scores a member; its fitness."""
+        """Repeat a phase of the user's own strategy up to the request that scores a member. Return its fitness. Raises
+        InputError if the strategy no longer scores it."""
         wanted = [journal[name][member] for name in ("seed", "offset", "gain")]
         phase, answer = self.strategy.generation(self.config.run.seed, generation), None
         with threads(self.config.parent.threads):
@@ -114,7 +116,8 @@ class Replay(Recorded):
                             return float(answer.fitness_K[k])
 
     def verify(self, generation: int) -> bool:
-        """Make the next parent of a generation again from its journal; whether its bits are the recorded ones."""
+        """Rebuild the next parent of a phase from its journal. Return whether its bits match the recorded ones. A
+        strategy of the user's own has to run its phase again instead."""
         journal = self._begin(generation)
         moved = np.flatnonzero(journal["weight"])
         if is_named(self.config.evolution.strategy):
@@ -132,7 +135,8 @@ class Replay(Recorded):
         return agrees
 
     def _begin(self, generation: int) -> Journal:
-        """Be at the parent before a generation; its journal."""
+        """Load the parent, or its average, and the optimizer as they were before a phase. Return the journal. Raises
+        InputError if they do not fit together."""
         path, journal, checkpoint = self.read(generation)
         checkpoints = self.run / "checkpoints"
         if self.config.evolution.of == "average":
@@ -161,14 +165,14 @@ class Replay(Recorded):
             self.average.after_epoch()
 
     def _set_out(self, draw: int) -> None:
-        """Be where a generation of a phase of evolution strategies begins."""
+        """Draw the cases and set the scale, as at the start of a generation of an es phase."""
         if draw:
             self.population.answer(DrawCases(draw))
         if self.config.evolution.sigma_scale == "relative":
             self.population.answer(SetScale("rms"))
 
     def _update(self, journal: Journal, draw: int) -> None:
-        """Move the parent, and the moments of the optimizer, as a generation of evolution strategies did."""
+        """Move the parent and update the optimizer's moments as a generation of es did."""
         population = len(journal["weight"]) // len(journal["rate"])
         rows = slice(draw * population, (draw + 1) * population)
         taken = bool(journal["weight"][rows].any())
@@ -187,9 +191,9 @@ class Replay(Recorded):
                 self.population.answer(Take(line(float(journal["length"][draw]))))
 
     def _take(self, journal: Journal, member: int) -> None:
-        """Make a member the parent, as the run did."""
+        """Make a member of random-gradients the parent, as the run did."""
         with threads(self.config.parent.threads):
-            self.population.take_gradient()  # of the parent as it is now
+            self.population.take_gradient()  # the members' directions come from the current parent's gradient
             self.population.answer(Take(_members(journal)[member : member + 1]))
 
 

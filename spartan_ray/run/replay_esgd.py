@@ -1,4 +1,4 @@
-"""Rebuild what a run by evolutionary SGD scored and selected, from its journal and its checkpoints."""
+"""Rebuilds the offspring and the selected parents of an esgd run from its journal and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spartan_ray.run.setup import make_breeder
 
 
 class EsgdReplay(Recorded):
-    """The selections of a run folder, in this process. Members are the offspring of a generation."""
+    """Replays the evolve phases of an esgd run folder in this process. Members are the offspring of a phase."""
 
     def __init__(self, run: Path, note: Callable[[str], None], device: torch.device = CPU) -> None:
         super().__init__(run, note, device)
@@ -27,7 +27,7 @@ class EsgdReplay(Recorded):
         self.parents = Parents(strategy, breeders, seed, self.model, len(spec.case_N), len(self.splits.sgd))
 
     def descendant(self, generation: int, member: int, file: Path) -> tuple[float, float]:
-        """Write the weights of an offspring to a file; its fitness on record, and as it is scored now."""
+        """Write the weights of an offspring to a file. Return its recorded fitness and the one it gets now."""
         journal = self._begin(generation)
         self.refuse_member(member, generation, journal)
         breeders, row = self.parents.breeding.breeders, _offspring(journal).rows([member])
@@ -38,7 +38,7 @@ class EsgdReplay(Recorded):
         return float(journal["fitness"][member]), float(scored.fitness)
 
     def verify(self, generation: int) -> bool:
-        """Make the next parents of a generation again from its journal; whether their bits are the recorded ones."""
+        """Rebuild the next parents of a phase from its journal. Return whether their bits match the recorded ones."""
         journal = self._begin(generation)
         breeding, order_P = self.parents.breeding, journal["order"]
         breeding.become(_offspring(journal), journal["fitness"], order_P)
@@ -49,7 +49,7 @@ class EsgdReplay(Recorded):
         return agrees
 
     def _begin(self, generation: int) -> Journal:
-        """Have the parents before a generation; its journal."""
+        """Load the parents before a phase. Return the journal. Raises InputError if they do not fit together."""
         path, journal, checkpoint = self.read(generation)
         self.parents.load(checkpoint.tensors["evolution"], None, checkpoint.loop.optimizers.get("evolution", {}))
         breeding = self.parents.breeding
@@ -64,7 +64,7 @@ class EsgdReplay(Recorded):
 
 
 def _check(path: Path, journal: Journal, name: str, shape: tuple[int, ...], below: int) -> None:
-    """Raises InputError unless a column has whole numbers of a shape from 0 up to a bound."""
+    """Raise InputError unless a journal column has this shape and holds integers from 0 to `below` - 1."""
     found = journal.get(name)
     whole = found is not None and found.dtype.kind == "i" and found.shape == shape and found.size
     if found is None or not whole or found.min() < 0 or found.max() >= below:

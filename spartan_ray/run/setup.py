@@ -1,4 +1,4 @@
-"""The parts of a run from its configuration: the same for the driver and for what makes a run again."""
+"""Builds the parts of a run from its configuration, for the driver and for replay alike."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ from spartan_ray.vision.data import Splits
 from spartan_ray.vision.models import build_model
 from spartan_ray.vision.training import Course
 
-# SGD images that recalibrate BatchNorm: the same ones in the whole run.
+# Number of SGD images that recalibrate BatchNorm: the first ones of the split, the same in the whole run.
 REFERENCE_IMAGES = 512
 
 
 def make_strategy(config: Evolution, classes: int) -> Strategy | None:
-    """The strategy that the configuration names; None where every epoch is SGD, and for evolutionary SGD, which has
-    several parents."""
+    """Return the strategy that the configuration names, or None for none and for esgd. esgd has several parents and is
+    made by `make_breeder`. Raises InputError if a strategy of the user's own cannot be made."""
     config = config.resolved()
     if config.strategy in ("none", "esgd"):
         return None
     if is_named(config.strategy):
         return _strategy_of_name(config)
     strategy = EvolutionStrategies if config.strategy == "es" else RandomGradients
-    # A strategy's settings have the names of the fields.
+    # The parameters of a strategy are named as the configuration fields.
     given = {name: getattr(config, name) for name in inspect.signature(strategy).parameters if hasattr(config, name)}
     if strategy is EvolutionStrategies:
         given["own_cases"] = config.fitness_images if config.cases == "own" else None
@@ -62,7 +62,7 @@ def make_strategy(config: Evolution, classes: int) -> Strategy | None:
     return strategy(**given)
 
 
-# Fields of what a strategy of the user's own runs in.
+# Fields that apply around a strategy of the user's own, whether or not it takes them as parameters.
 AROUND = {
     "strategy",
     "every",
@@ -78,8 +78,8 @@ AROUND |= {"graphs", "gradient_split", "gradient_images", "subspace", "of"}
 
 
 def _strategy_of_name(config: Evolution) -> Strategy:
-    """A strategy of the user's own: its parameters that are named as fields get their values, but for those that are
-    None. Raises InputError for a field that was set and goes nowhere."""
+    """Make a strategy of the user's own. Each of its parameters named as a configuration field gets that field's value,
+    unless the value is None. Raises InputError for a field that was set but has no effect."""
     said = f"evolution.strategy ({config.strategy})"
     make = imported("evolution.strategy", config.strategy)
     try:
@@ -101,18 +101,18 @@ def _strategy_of_name(config: Evolution) -> Strategy:
 
 
 def refuse_sets(config: Config, strategy: Strategy, evolution_images: int) -> None:
-    """Raises InputError for sets of images that a strategy of the user's own asks for and cannot have."""
+    """Raise InputError if a strategy of the user's own asks for sets of images that it cannot have."""
     evolution, sets = config.evolution, strategy.case_sets
     if not is_named(evolution.strategy):
         return
     share_cases(sets, evolution.fitness_images, evolution.confirm_images, evolution_images)
     if config.data.sgd_on_evolution and len(sets) > 1:
         needs = f"evolution.strategy ({evolution.strategy})"
-        raise InputError(f"{needs} needs images that SGD does not see, and data.sgd_on_evolution shows it all")
+        raise InputError(f"{needs} needs images that SGD does not see, and data.sgd_on_evolution trains on them all")
 
 
 def make_fitness(config: Evolution, splits: Splits) -> Classification:
-    """What the descendants of a run are scored by: the images of its evolution split."""
+    """Return the fitness that scores the descendants of a run on the images of its evolution split."""
     reference = splits.sgd[slice(0, REFERENCE_IMAGES)]
     by, statistics, precision = config.fitness, config.batchnorm, config.precision
     return Classification(
@@ -127,7 +127,9 @@ def make_population(
     note: Callable[[str], None],
     executor: Callable[[EvaluatorSpec], Executor] | None = None,
 ) -> Population:
-    """The population of a run around its parent. Raises InputError when there are too few images."""
+    """Make the population of a run around its parent. Raises InputError if there are too few images.
+
+    `executor` makes what evaluates the members; by default they are evaluated in this process."""
     evolution, seed = config.evolution, config.run.seed
     counts = image_counts(evolution, len(splits.evolution), len(splits.sgd))
     named = is_named(evolution.strategy)
@@ -137,7 +139,7 @@ def make_population(
     kind: BatchNormKind = "running" if evolution.batchnorm == "running" else "batch"
 
     def gradient(network: nn.Module, generation: int) -> None:
-        """Of SGD images that are drawn anew for each generation."""
+        """Add the gradient of SGD images that are drawn anew for each generation."""
         count = evolution.gradient_images or GRADIENT_CASES
         index_N = torch.from_numpy(gradient_cases(np.arange(len(sgd)), count, seed, generation))
         mean_gradient(network, sgd[index_N], normalise, kind)
@@ -161,8 +163,8 @@ def make_population(
 
 
 def make_breeder(config: Config, splits: Splits) -> tuple[EvolutionarySGD, BreederSpec]:
-    """The strategy of a run by evolutionary SGD, and what does its work on a device. Raises InputError when there are
-    too few images."""
+    """Make the strategy of an esgd run, and the specification of its breeders, which train and score networks. Raises
+    InputError if there are too few images."""
     evolution, seed = config.evolution, config.run.seed
     count = image_counts(evolution, len(splits.evolution), len(splits.sgd))["fitness"]
     images = packed(splits.sgd.pixels_NHWC), packed(splits.sgd.labels_N)
@@ -182,7 +184,7 @@ def make_breeder(config: Config, splits: Splits) -> tuple[EvolutionarySGD, Breed
         evolution.noise,
         config.cluster.cpus_per_worker,
         course=Course(config.parent, images, splits.mean_C, splits.std_C, config.data.augment, config.run.epochs),
-        # The same in the whole run: an individual is compared with what it was epochs ago.
+        # The same in the whole run: an individual is compared with its fitness of earlier epochs.
         case_N=draw_cases({"fitness": count}, len(splits.evolution), seed, 0)["fitness"],
     )
 
@@ -190,8 +192,8 @@ def make_breeder(config: Config, splits: Splits) -> tuple[EvolutionarySGD, Breed
 def make_average(
     config: Config, model: FlatModel, splits: Splits, normalise: Normaliser, look: Callable[[], None] = lambda: None
 ) -> Average | None:
-    """The average of the parent that the configuration names. The evolution split chooses what goes into a soup; `look`
-    is called before each scoring and may raise to end it."""
+    """Make the average of the parent that the configuration names, or None. The evolution split chooses the networks of
+    a soup. `look` is called before each scoring and may raise to stop it."""
     found = kind_and_number("parent.average", config.parent.average, AVERAGES, ("ema",))
     if found is None:
         return None
@@ -205,7 +207,8 @@ def make_average(
 
 
 def epochs_behind(config: Config) -> tuple[int, int]:
-    """How many of the last epochs a run needs to go on, and to replay a phase that comes next."""
+    """Return the number of latest epochs whose networks a run needs to continue, and the number that a replay of the
+    next phase needs."""
     average = kind_and_number("parent.average", config.parent.average, AVERAGES, ("ema",))
     subspace = kind_and_number("evolution.subspace", config.evolution.subspace, SUBSPACES)
     averaged = int(average[1]) if average and average[0] != "ema" else 0
@@ -214,7 +217,7 @@ def epochs_behind(config: Config) -> tuple[int, int]:
 
 
 def image_counts(config: Evolution, evolution_images: int, sgd_images: int) -> dict[CaseSet, int]:
-    """How many images each set of a generation has. Raises InputError when they are not there."""
+    """Return the number of images in each set of a generation. Raises InputError if there are too few."""
     try:
         counts = config.image_counts(evolution_images)
     except ValueError as error:

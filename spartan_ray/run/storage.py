@@ -1,5 +1,4 @@
-"""The files of a run in an object store, of any kind that fsspec knows, and the lease by which one process writes
-them."""
+"""The files of a run in an object store, through fsspec, and the lease that lets only one process write them."""
 
 from __future__ import annotations
 
@@ -20,23 +19,26 @@ import fsspec
 from spartan_ray.errors import InputError, RunError, one_line
 
 T = TypeVar("T")
-# Seconds between tries when a store fails.
+# Seconds to wait between attempts when a store fails.
 RETRIES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-# Seconds after which a lease that is not renewed is nobody's, between two renewals, and that one may take.
+# Seconds after which a lease that is not renewed expires, between two renewals, and that one renewal may take.
 LEASE_SECONDS, RENEW_SECONDS, RENEWAL_SECONDS = 45.0, 10.0, 10.0
 LEASE = re.compile(r"lease/(\d{6})\.json")
 RELEASED = b'{"released": true}\n'
-# A call may take so many seconds, and more for what it moves: the timeouts of libraries don't see every silence.
+# Time limit of a call: fixed seconds, plus time for the bytes it moves. The timeouts of libraries do not catch every
+# hang.
 CALL_SECONDS, BYTES_PER_SECOND = 60.0, 1e6
-# The stores that can create a file only where there is none, with the package that each needs and its options: we try
-# again ourselves. `memory` is for tests.
+# Stores that can create a file only if there is none, with the package that each needs, and its options. The libraries
+# must not retry, because this module does. `memory` is for tests.
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "memory": "fsspec"}
 OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"retries": {"max_attempts": 1}}}}
 
 
 class Store:
-    """The files under a URL, by their names below it. What fails is tried again for about a minute, or until `pause`,
-    which waits so many seconds, says that nobody wants to wait."""
+    """The files under a URL, named relative to it. Raises InputError for a URL that cannot be used.
+
+    A call that fails is retried for about a minute. Between attempts it calls `pause` with the seconds to wait; if that
+    returns a true value, it gives up. A call that gives up, or is not permitted, raises RunError."""
 
     def __init__(self, url: str, pause: Callable[[float], object] = time.sleep) -> None:
         self.url, self.pause = url, pause
@@ -44,7 +46,7 @@ class Store:
         if kind not in PACKAGES:
             raise InputError(f"{url}: expected a path, s3:// or gs://")
         try:
-            # Another process's files are not seen in listings that were kept, nor is a server that has come back.
+            # Cached listings would hide the files of other processes, and a cached instance a server that is back.
             options = {"skip_instance_cache": True, "use_listings_cache": False} | OPTIONS.get(kind, {})
             self.fs, self.root = fsspec.core.url_to_fs(url, **options)
         except ImportError:
@@ -55,11 +57,11 @@ class Store:
             self.fs.retries = 1
 
     def sizes(self) -> dict[str, int]:
-        """Of all files, by their names."""
+        """Return the size in bytes of each file, by name."""
         return self._patiently("list", "", self.sizes_now)
 
     def sizes_now(self) -> dict[str, int]:
-        """The same in one try."""
+        """Return the same as `sizes`, in a single attempt."""
         self.fs.invalidate_cache()
         try:
             found = self.fs.find(self.root, detail=True)
@@ -68,11 +70,12 @@ class Store:
         return {path.removeprefix(self.root).lstrip("/"): int(about["size"] or 0) for path, about in found.items()}
 
     def read(self, name: str, size: int = 0) -> bytes:
-        """A file of about so many bytes. Raises FileNotFoundError."""
+        """Return the content of a file. `size` is its approximate size, which extends the time limit. Raises
+        FileNotFoundError if there is none."""
         return self._patiently("read", name, lambda: bytes(self.fs.cat_file(self._path(name))), size)
 
     def write(self, name: str, content: bytes, before: Callable[[], None] = lambda: None) -> None:
-        """Write a file, whole or not at all as object stores do. `before` is called before each try, and may raise
+        """Write a file atomically, as object stores do. `before` is called before each attempt and may raise
         RunError."""
 
         def write() -> None:
@@ -82,19 +85,20 @@ class Store:
         self._patiently("write", name, write, len(content))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file unless there is one, which only one of several processes does. No other content is this one."""
+        """Write a file unless there is one, and return whether it was written. Of several processes, only one succeeds.
+        `content` must be unique to this call."""
 
         def create() -> bool:
             try:
                 self.put(name, content, mode="create")
-            except FileExistsError:  # perhaps made by a try of ours that seemed to fail
+            except FileExistsError:  # perhaps created by our own attempt that seemed to fail
                 return bool(self.fs.cat_file(self._path(name)) == content)
             return True
 
         return self._patiently("create", name, create)
 
     def delete(self, name: str, before: Callable[[], None] = lambda: None) -> None:
-        """Delete a file if it is there. `before` as of `write`."""
+        """Delete a file if it exists. `before` is as in `write`."""
 
         def delete() -> None:
             before()
@@ -104,17 +108,17 @@ class Store:
             self._patiently("delete", name, delete)
 
     def check(self) -> None:
-        """Raises RunError where files cannot be written or deleted, and InputError where two processes could both
-        create one."""
+        """Raise RunError if files cannot be written or deleted, and InputError if the store would let two processes
+        create the same file."""
         name = f"spartan-{uuid.uuid4().hex}"
         try:
             if not self.create(name, b"one") or self.create(name, b"two"):
-                raise InputError(f"{self.url}: this store writes over what is to be created: two could write one run")
+                raise InputError(f"{self.url}: this store overwrites existing files on create: two could write one run")
         finally:
             self.delete(name)
 
     def put(self, name: str, content: bytes, **mode: str) -> None:
-        """Write a file in one try."""
+        """Write a file in a single attempt."""
         try:
             self.fs.pipe_file(self._path(name), content, **mode)
         except FileNotFoundError as error:  # no such bucket
@@ -131,7 +135,7 @@ class Store:
                 raise
             except PermissionError as error:
                 raise RunError(f"{self.url}/{name}: cannot {what}: {one_line(str(error))}") from None
-            except Exception as error:  # each file system has errors of its own
+            except Exception as error:  # each file system raises its own errors
                 if wait is None or self.pause(wait):
                     said = one_line(f"{type(error).__name__}: {error}")
                     raise RunError(f"{self.url}/{name}: cannot {what}: {said}") from None
@@ -139,7 +143,8 @@ class Store:
 
 
 def within(seconds: float, action: Callable[[], T]) -> T:
-    """What an action returns, or its error. Raises TimeoutError when it takes longer: it is left to itself then."""
+    """Run an action in a thread and return its result or raise its error. Raises TimeoutError if it takes longer than
+    `seconds`; the thread is then left running."""
     ended: Future[T] = Future()
 
     def act() -> None:
@@ -156,11 +161,12 @@ def within(seconds: float, action: Callable[[], T]) -> T:
 
 
 class Lease:
-    """That one process alone writes a run: the last of the store's files lease/000001.json, ..., each of which only one
-    process can create, renewed as long as its holder lives.
+    """Lets only one process write a run.
 
-    Clocks need not agree: a lease is over when it was released, or was watched for `LEASE_SECONDS` without a change.
-    A holder that has not renewed it for half as long looks before it writes whether it still has it."""
+    The lease is the last of the files lease/000001.json, lease/000002.json and so on in the store. Only one process can
+    create each file, and its holder rewrites it as long as it lives. Clocks need not agree: a lease has ended if it was
+    released, or if another process watched it for `LEASE_SECONDS` without a change. A holder that has not renewed its
+    lease for half that time checks that it still has it before it writes."""
 
     def __init__(self, store: Store, number: int, token: str) -> None:
         self.store, self.number, self.token = store, number, token
@@ -171,14 +177,14 @@ class Lease:
 
     @classmethod
     def begin(cls, store: Store) -> Lease | None:
-        """The first lease of a run, or None when there is one."""
+        """Create and return the first lease of a run, or return None if there is one."""
         token = uuid.uuid4().hex
         return cls(store, 1, token) if store.create(_name(1), _content(token, 0)) else None
 
     @classmethod
     def take(cls, store: Store, patience: float = 0.0, note: Callable[[str], None] = lambda text: None) -> Lease:
-        """The lease of a run, as soon as the last one is over. Raises InputError where that is renewed, and `patience`
-        seconds are over."""
+        """Wait until the last lease of a run has ended, and return a new one. Raises InputError if its holder still
+        renews it after `patience` seconds, and RunError if the store's `pause` gives up."""
         started = watched = time.monotonic()
         last, seen, token = _last(store.sizes()), b"", uuid.uuid4().hex
         while True:
@@ -192,34 +198,35 @@ class Lease:
             if seen and content != seen and now > started + patience:
                 raise InputError(f"{store.url}: another process writes this run: {_holder(content)}")
             if not seen:
-                note(f"{store.url}: seeing for {LEASE_SECONDS:.0f} s whether {_holder(content)} still writes this run")
+                note(f"{store.url}: watching for {LEASE_SECONDS:.0f} s if {_holder(content)} still writes this run")
             if content != seen:
                 seen, watched = content, now
             if store.pause(min(1.0, RENEW_SECONDS)):
-                raise RunError(f"{store.url}: not waited for")
+                raise RunError(f"{store.url}: stopped while waiting for the run's lease")
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file of the run. Raises RunError when the run is another process's now, or the store fails."""
+        """Write a file of the run. Raises RunError if another process has taken the run over, or if the store fails."""
         self.store.write(name, content, self.hold)
 
     def delete(self, name: str) -> None:
-        """Delete a file of the run. Raises as `write`."""
+        """Delete a file of the run. Raises the same errors as `write`."""
         self.store.delete(name, self.hold)
 
     def hold(self) -> None:
-        """Raises RunError when another process has taken the run over, as far as it is known, or can be in one try."""
+        """Raise RunError if another process has taken the run over. If the last renewal is too old, renew and check
+        first, in a single attempt."""
         if not self.lost and self._has_lapsed():
             self._renew()
         if self.lost:
             raise RunError(f"{self.store.url}: another process has taken this run over")
 
     def abandon(self) -> None:
-        """Renew it no more: it is over when that has been seen."""
+        """Stop renewing. The lease ends when another process has noticed."""
         self.ended.set()
         self.thread.join(2 * RENEWAL_SECONDS)
 
     def release(self) -> None:
-        """Let the next one have it at once."""
+        """Stop renewing and end the lease at once, so that the next process need not wait."""
         self.abandon()
         with contextlib.suppress(RunError):
             self.store.write(_name(self.number), RELEASED)
@@ -238,7 +245,7 @@ class Lease:
 
     def _renew_again_and_again(self) -> None:
         while not self.ended.wait(RENEW_SECONDS):
-            with contextlib.suppress(Exception):  # the next time; who writes looks how long ago the last one was
+            with contextlib.suppress(Exception):  # tried again next time; `hold` checks the age of the last renewal
                 self._renew()
 
 
@@ -259,5 +266,5 @@ def _holder(content: bytes) -> str:
 
 
 def _last(names: Iterable[str]) -> int:
-    """The number of the last lease, 0 where there is none."""
+    """Return the number of the last lease among file names, 0 if there is none."""
     return max((int(match[1]) for match in map(LEASE.fullmatch, names) if match), default=0)

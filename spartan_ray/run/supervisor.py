@@ -1,4 +1,4 @@
-"""A run from outside: follows its driver, and starts it again when it is lost."""
+"""The supervisor: starts the driver of a run, follows it, and restarts it if it is lost."""
 
 from __future__ import annotations
 
@@ -20,34 +20,36 @@ from spartan_ray.run.driver import Driver
 from spartan_ray.run.progress import Progress
 from spartan_ray.run.record import Row
 
-# Seconds that a driver which was lost may take to end and let go of its run folder.
+# Seconds that a lost driver may take to end and release its run folder.
 LOCK_PATIENCE = 60.0
-# Seconds that the driver may take to say how far it is before that is counted as silence.
+# Seconds that the driver may take to report its progress before it counts as not answering.
 ANSWER_SECONDS = 10.0
-# Seconds that nodes may take to join a Ray which does not start any itself.
+# Seconds that nodes may take to join a Ray without an autoscaler.
 ROOM_SECONDS = 30.0
 
 
 class Supervisor:
-    """A run from outside: its driver actor, which is started again from the last checkpoint when it is lost.
+    """Starts the driver actor of a run, and restarts it from the last checkpoint if it is lost.
 
-    Runs on the Ray that this process is connected to. Where the workers that the configuration asks for do not fit,
-    more nodes are waited for so many seconds, after which `watch` raises InputError; with 0, this call does."""
+    The driver runs on the Ray that this process is connected to. If the configured workers do not fit, the supervisor
+    waits up to `room_seconds` for more nodes; then `watch` raises InputError. With 0, the constructor raises it. If the
+    Ray can start nodes itself, the supervisor waits indefinitely."""
 
     def __init__(self, config: Config, folder: str | None = None, room_seconds: float = 0.0) -> None:
         self.config = config
         self.folder = folder
         self.room_until = time.monotonic() + room_seconds
-        self.said_waiting = -SAY_SECONDS  # when
+        self.said_waiting = -SAY_SECONDS  # when it last reported that it waits
         self.driver: Any = None
         self.restarts = 0
         self.stopping = False
-        self.shown = 0  # the last epoch of which a row was said
-        self.unsaid: deque[Row | str] = deque()  # for who shows it
+        self.shown = 0  # last epoch whose row was reported
+        self.unsaid: deque[Row | str] = deque()  # rows and notes not displayed yet
         self._begin()
 
     def _begin(self) -> bool:
-        """Start the driver where there is room for the workers. Raises InputError where there is none in time."""
+        """Start the driver if there is room for the workers, and return whether it was started. Raises InputError if
+        the time to wait for room is over."""
         nodes, growing = nodes_here_first(), grows()
         self.node = nodes[0]["NodeID"]
         try:
@@ -58,14 +60,14 @@ class Supervisor:
             self._say_waiting(f"waiting for nodes: {error}")
             return False
         self.config = self.config.model_copy(update={"cluster": cluster})
-        # Who is submitted again may find the one before it still ending.
+        # A run that is submitted again may find the driver before it still ending.
         self._start(LOCK_PATIENCE if self.config.run.resume == "auto" else 0.0)
         return True
 
     def _start(self, patience: float = 0.0, reason: str | None = None) -> None:
         cluster = self.config.cluster
-        # The driver stays where the command runs, if it fits there, since it writes the run folder.
-        # Two threads: one runs the loop, the other answers look and stop.
+        # The driver writes the run folder, so it runs on the node of the command if it fits there.
+        # Two threads: one runs the loop, the other answers `look` and `stop`.
         actor: Any = ray.remote(Driver).options(
             name=actor_name(self.config.run.name, "driver"),
             num_cpus=cluster.driver_cpus,
@@ -79,9 +81,11 @@ class Supervisor:
         self.answered = time.monotonic()
 
     def watch(self, seconds: float, rows: int | None = None) -> tuple[bool, Progress]:
-        """Wait so long for the end: whether it came, and the progress with what was said since the last call
-        and, if they are asked for, the rows after the first `rows`. Raises the driver's error when it was
-        lost too often, or RunError when it does not answer, or start, for as long as a worker may be missing."""
+        """Wait up to `seconds` for the end of the run. Return whether it ended, and the progress: the messages since
+        the last call and, unless `rows` is None, the rows after the first `rows`.
+
+        Raises the Ray error if the driver was lost more often than `cluster.driver_restarts`, and RunError if it does
+        not start or answer for `cluster.worker_timeout` seconds, or if no node can ever run it."""
         if self.driver is None and self.stopping:
             return True, self._silence([])
         if self.driver is None and not self._begin():
@@ -95,13 +99,13 @@ class Supervisor:
                 return False, self._silence([])
             if time.monotonic() - self.answered > self.config.cluster.worker_timeout:
                 raise RunError(
-                    f"no answer of the driver, or no room for it, for {self.config.cluster.worker_timeout:g} s "
+                    f"no answer from the driver, or no room for it, for {self.config.cluster.worker_timeout:g} s "
                     "(cluster.worker_timeout)"
                 ) from None
             return False, self._silence([])
         except RayTaskError:
             raise
-        except RayError as error:  # died, out of memory, its node lost
+        except RayError as error:  # it died, ran out of memory, or lost its node
             return False, self._restart(error)
         self.answered = time.monotonic()
         for said in progress.said:
@@ -111,7 +115,7 @@ class Supervisor:
         return ended, progress
 
     def _say(self, said: Row | str) -> None:
-        """Put what was said where it is shown, after the rows that a lost driver has written and not said."""
+        """Queue a row or note for display. First add the rows that a lost driver wrote but did not report."""
         if not isinstance(said, str):
             if self.shown and said["epoch"] > self.shown + 1:
                 known: Progress = ray.get(self._look(self.shown))
@@ -120,11 +124,11 @@ class Supervisor:
         self.unsaid.append(said)
 
     def _look(self, rows: int | None) -> Any:
-        """What the driver is asked again and again, which is not to fill the list of Ray's tasks."""
+        """Ask the driver for its progress. Frequent calls must not fill Ray's list of tasks, so they emit no events."""
         return self.driver.look.options(enable_task_events=False).remote(rows, self.said)
 
     def _waits_for_room(self) -> bool:
-        """Whether the driver has no room yet, which is said. Raises RunError where it will never have."""
+        """Return whether the driver still has no room, and report so. Raises RunError if it can never have any."""
         cluster = self.config.cluster
         wanted = {"CPU": float(cluster.driver_cpus), "GPU": cluster.driver_gpus or 0.0}
         if is_impossible(wanted):
@@ -141,17 +145,17 @@ class Supervisor:
             self.unsaid.append(text)
 
     def result(self) -> bool:
-        """What the driver's `run` returned, or its error."""
+        """Return the result of the driver's `run`, or raise its error."""
         return bool(ray.get(self.running))
 
     def stop(self) -> None:
-        """Ask the driver to end the run; one that is lost now stays lost."""
+        """Ask the driver to stop the run. From now on a lost driver is not restarted."""
         self.stopping = True
         if self.driver:
             self.driver.stop.remote()
 
     def close(self) -> None:
-        """End the driver, and with it its workers."""
+        """End the driver and its workers."""
         if self.driver and ray.wait([self.running], timeout=0)[0]:
             leave([self.driver])
         elif self.driver:
@@ -163,11 +167,11 @@ class Supervisor:
             raise error
         self.close()
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        said = f"the driver was lost and is started again from the last checkpoint: {reason}"
+        said = f"the driver was lost and is restarted from the last checkpoint: {reason}"
         self._start(LOCK_PATIENCE, said)
         return self._silence([said])
 
     def _silence(self, notes: list[str]) -> Progress:
-        """What is known of a driver that does not answer."""
+        """Return the progress of a driver that does not answer: its folder and these notes."""
         self.unsaid += notes
         return Progress(self.folder, epochs=self.config.run.epochs, said=list(notes))

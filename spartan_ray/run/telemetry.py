@@ -1,4 +1,4 @@
-"""What an operator sees of a run in Prometheus: gauges of Ray's metrics, which its dashboard and Grafana read."""
+"""Gauges of a run in Ray's metrics, for Prometheus, Grafana and Ray's dashboard."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
-# By the numbers of a row that they show; Ray exports each as ray_spartan_*.
+# Gauges by the metric that each one shows. Ray exports them as ray_spartan_*.
 GAUGES = {
-    "epoch": ("spartan_epoch", "Epochs that have ended"),
+    "epoch": ("spartan_epoch", "Finished epochs"),
     "train_loss": ("spartan_train_loss", "Loss on a sample of the SGD split"),
     "validation_loss": ("spartan_validation_loss", "Loss on the validation split"),
     "validation_accuracy": ("spartan_validation_accuracy", "Accuracy on the validation split"),
-    "images_per_second": ("spartan_images_per_second", "Images a second of gradient descent or of scoring"),
-    "run_seconds": ("spartan_run_seconds", "Seconds that the run has taken"),
-    "population": ("spartan_population", "Members of a generation"),
-    "members_per_second": ("spartan_members_per_second", "Members scored a second"),
+    "images_per_second": ("spartan_images_per_second", "Images per second, of gradient descent or of scoring"),
+    "run_seconds": ("spartan_run_seconds", "Seconds spent on the run so far"),
+    "population": ("spartan_population", "Members per generation"),
+    "members_per_second": ("spartan_members_per_second", "Members scored per second"),
     "fitness_max": ("spartan_fitness_best", "Fitness of the best member"),
     "fitness_mean": ("spartan_fitness_mean", "Mean fitness of the members"),
     "parent_fitness_after": ("spartan_fitness_parent", "Fitness of the parent after the phase"),
-    "step_ratio": ("spartan_step_ratio", "Length of the update, in mutations"),
-    "workers": ("spartan_workers", "Workers of the phase"),
+    "step_ratio": ("spartan_step_ratio", "Length of the update divided by the length of one perturbation"),
+    "workers": ("spartan_workers", "Workers in the phase"),
     "retries": ("spartan_retries", "Chunks of members that were scored again"),
-    "fitness_nonfinite": ("spartan_members_not_finite", "Members that could not be scored"),
-    "scoring_seconds": ("spartan_scoring_seconds", "Seconds of a phase to score the members"),
-    "update_seconds": ("spartan_update_seconds", "Seconds of a phase to sum the update"),
-    "broadcast_seconds": ("spartan_broadcast_seconds", "Seconds of a phase to send the parent"),
+    "fitness_nonfinite": ("spartan_members_not_finite", "Members whose fitness is not finite"),
+    "scoring_seconds": ("spartan_scoring_seconds", "Seconds per phase to score the members"),
+    "update_seconds": ("spartan_update_seconds", "Seconds per phase to sum the update"),
+    "broadcast_seconds": ("spartan_broadcast_seconds", "Seconds per phase to send the parent"),
 }
 
 
 class Telemetry:
-    """A logger of rows for Ray's metrics, with the run's name and place as tags."""
+    """A logger that shows rows in Ray's metrics, tagged with the run's name and place."""
 
     def __init__(self, name: str, place: str) -> None:
         tags = {"run": name, "place": place}

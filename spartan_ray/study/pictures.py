@@ -1,4 +1,4 @@
-"""Pictures of a study: a measure over epochs, the mean of the seeds in its interval."""
+"""Pictures of a study: a measure over the epochs, as the mean over the seeds with its interval."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from spartan_ray.study.statistics import interval
 
 
 def draw(rows: pd.DataFrame, picture: Picture, path: Path) -> None:
-    """Draw a picture to a PNG: the methods that have rows, each with the epochs that all its seeds have."""
+    """Draw a picture to a PNG file. It shows the methods that have rows, at the epochs that all seeds of a method
+    have."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     for number, method in enumerate(picture.methods):
         mine = rows[(rows["group"] == picture.group) & (rows["method"] == method)]

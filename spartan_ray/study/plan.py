@@ -1,4 +1,4 @@
-"""A study as its file says it: the runs of every cell of a grid, and what is to be said of them."""
+"""The plan of a study, read from its file: the runs of every cell of a grid, and the comparisons to report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spartan_ray.run.config import Config
 from spartan_ray.run.loading import load_config, override
 from spartan_ray.section import Section, perhaps
 
-# What changes no number of a run.
+# Fields that change no number of a run.
 NO_RESULT: dict[str, Any] = {
     "run": {"name", "out", "seed", "resume", "loggers", "keep", "keep_parents", "keep_best"},
     "data": {"root", "download"},
@@ -37,29 +37,29 @@ Measure = Literal[
 ]
 
 
-# What a way is called that is of a method and not its end.
+# A way is a method at its last epoch, or with one of these suffixes the average of its weights, or stopped early.
 AVERAGE, STOPPED = ", average", ", stopped early"
 SUFFIXES = (AVERAGE, STOPPED)
 
 
 class Claim(Section):
-    """What somebody says of a way, to be confirmed or not."""
+    """A claim about a way, which the seeds confirm or contradict."""
 
     prefix = "claims"
 
     says: str
     group: str
     way: str
+    """A method, or one of its other ways: `METHOD, average`, or for the first baseline `METHOD, stopped early`."""
     over: list[str] = Field(default_factory=list)
-    """The ways that it is compared with, seed by seed, all of which it is to stand (default: the measure is compared
-    with 0)."""
+    """Ways to compare with, seed by seed; the claim must hold against each (default: compare the measure with 0)."""
     measure: Measure = "test_accuracy"
     expects: Literal["higher", "lower", "not higher"] = "higher"
-    """What it says of the measure."""
+    """What the claim says about the measure, or about its difference to each way of `over`."""
 
 
 class Picture(Section):
-    """A measure over epochs: means of the seeds, with their intervals."""
+    """A plot of a measure over the epochs: means over the seeds, with their intervals."""
 
     prefix = "pictures"
 
@@ -70,29 +70,29 @@ class Picture(Section):
 
 
 class Study(Section):
-    """A study."""
+    """A grid of configurations, each run with several seeds, and the comparisons to report."""
 
     prefix = "study"
 
     about: str = ""
     base: dict[str, Any] = Field(default_factory=dict)
-    """Sections of every run; `config` names a preset or a file that they override."""
+    """Sections of every run. `config` names the preset or file that they override."""
     grid: Annotated[list[dict[str, dict[str, dict[str, Any]]]], Field(min_length=1)]
-    """Axes by name, each with its settings by name; every combination is a cell. The last axis is the method, and
-    methods are compared with each other where all other axes have the same settings."""
+    """List of grids. A grid has axes by name, each with its settings by name; every combination is a cell. The last
+    axis is the method, the others make up the group. Methods are compared within a group."""
     seeds: PositiveInt | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = 5
-    """The seeds of each cell, or how many, from 0."""
+    """Seeds of each cell: a list, or their number, from 0."""
     at_once: PositiveInt = 1
-    """Runs at a time."""
+    """Number of runs at the same time."""
     baselines: list[str] = Field(default_factory=list)
-    """Ways that the others are compared with, seed by seed."""
+    """Ways that all others are compared with, seed by seed."""
     claims: list[Claim] = Field(default_factory=list)
     pictures: list[Picture] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _names(self) -> Study:
         if isinstance(self.seeds, list) and len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"study.seeds: {self.seeds} has one twice")
+            raise ValueError(f"study.seeds: {self.seeds} has a duplicate")
         for axes in self.grid:
             if not axes or not all(axes.values()):
                 raise ValueError("study.grid: an axis without settings")
@@ -104,7 +104,7 @@ class Study(Section):
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of a study."""
+    """A planned run of a study."""
 
     group: str
     method: str
@@ -121,15 +121,15 @@ class Planned:
 
 
 def key_of(config: Config) -> str:
-    """Of all that a run's numbers depend on but the seed, the machine and the versions."""
+    """Return a key of all that a run's numbers depend on, except the seed, the machine and the versions."""
     values = config.model_dump(exclude=NO_RESULT, exclude_defaults=True)
-    if weights := values.get("parent", {}).get("weights"):  # runs end with files of the same name
+    if weights := values.get("parent", {}).get("weights"):  # the folder too: all runs name the file alike
         values["parent"]["weights"] = "/".join(Path(weights).parts[-2:])
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def load_study(path: Path) -> Study:
-    """A study from its YAML file. Raises InputError that begins with the name of the file."""
+    """Read a study from a YAML file. Raises InputError, which begins with the name of the file."""
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (OSError, UnicodeDecodeError) as error:
@@ -145,9 +145,10 @@ def load_study(path: Path) -> Study:
 
 
 def planned_runs(study: Study, given: dict[str, dict[str, Any]]) -> list[Planned]:
-    """The runs of a study, all cells of the first seed first. Fields that are `given` override those of every cell.
+    """Return the runs of a study, all cells of the first seed first. The fields in `given` override those of every
+    cell.
 
-    Raises InputError that begins with the name of the cell."""
+    Raises InputError, which begins with the name of the cell."""
     cells: dict[tuple[str, str], Config] = {}
     base = {name: sections for name, sections in study.base.items() if name != "config"}
     for axes in study.grid:
@@ -155,7 +156,7 @@ def planned_runs(study: Study, given: dict[str, dict[str, Any]]) -> list[Planned
             names = [str(name) for name, _ in settings]
             cell = ".".join(names[:-1]) or "all", names[-1]
             if cell in cells:
-                raise InputError(f"{'.'.join(names)}: is twice in the grid")
+                raise InputError(f"{'.'.join(names)}: appears twice in the grid")
             try:
                 config = load_config(str(study.base["config"])) if "config" in study.base else Config()
                 cells[cell] = override(config, _merged(base, *(sections for _, sections in settings), given))
@@ -171,7 +172,7 @@ def planned_runs(study: Study, given: dict[str, dict[str, Any]]) -> list[Planned
 
 
 def _refuse_names(study: Study, cells: list[tuple[str, str]]) -> None:
-    """Raises InputError for a way that is to be compared or drawn and is not in the grid."""
+    """Raises InputError if a way to compare or draw is not in the grid."""
     suffixes = ("", *SUFFIXES)
     ways = {group: [f"{name}{end}" for of, name in cells for end in suffixes if of == group] for group, _ in cells}
     asked = [("baselines", group, way) for way in study.baselines for group in ways]
@@ -185,7 +186,7 @@ def _refuse_names(study: Study, cells: list[tuple[str, str]]) -> None:
 
 
 def _merged(*all_sections: dict[str, Any]) -> dict[str, Any]:
-    """Sections of fields in which the later ones override the earlier ones."""
+    """Merge sections of fields; later ones override earlier ones."""
     merged: dict[str, Any] = {}
     for sections in all_sections:
         for name, fields in sections.items():

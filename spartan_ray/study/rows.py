@@ -1,4 +1,4 @@
-"""The rows of a study: an epoch of a run each, in one CSV file, which needs the run folders no more."""
+"""The rows of a study in one CSV file, one per epoch of each run; tables need no run folders."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pandas as pd
 
 from spartan_ray.errors import InputError
 from spartan_ray.report.reading import RunRecord
-from spartan_ray.run.checkpoint import write_whole
+from spartan_ray.run.files import write_whole
 from spartan_ray.study.plan import Planned
 
-# What says which run a row is of.
+# Columns that identify the run of a row.
 RUN = ["group", "method", "seed", "key"]
 SPLITS = [f"{split}_{what}" for split in ("evolution", "validation", "test") for what in ("loss", "accuracy")]
 NUMBERS = ["train_loss", *SPLITS, *(f"average_{name}" for name in SPLITS), "step_ratio"]
@@ -21,10 +21,10 @@ COLUMNS = [*RUN, "processor", "start", "weights", "epoch", "kind", *NUMBERS, "tr
 
 
 class Rows:
-    """The rows of the runs that are done."""
+    """The rows of the finished runs."""
 
     def __init__(self, path: Path) -> None:
-        """Raises InputError for a file that is no table of rows."""
+        """Read the file if it exists. Raises InputError if it is no table of rows."""
         self.path = path
         self.frame = pd.DataFrame({name: [] for name in COLUMNS})
         if path.exists():
@@ -36,15 +36,15 @@ class Rows:
                 raise InputError(f"{path}: cannot be read: {error}") from None
 
     def has(self, run: Planned) -> bool:
-        """Whether a run is done."""
+        """Return whether a run is finished."""
         return bool(_of(self.frame, run).any())
 
     def add(self, run: Planned, record: RunRecord, folder: Path) -> None:
-        """Take the rows of a run that ended, and write the file."""
+        """Add the rows of a finished run, and write the file."""
         metrics, new = record.metrics, pd.DataFrame(index=record.metrics.index)
         about: dict[str, Any] = {name: getattr(run, name) for name in RUN}
         about |= {"processor": record.environment.processor, "weights": _digest(folder / "final.safetensors")}
-        start = run.config.parent.weights  # of runs from scratch there is none
+        start = run.config.parent.weights  # none for runs from scratch
         about["start"] = _digest(Path(start)) if start not in ("none", "imagenet") else start
         for name, value in about.items():
             new[name] = value
@@ -59,13 +59,13 @@ class Rows:
         write_whole(self.path, self.frame.to_csv(index=False).encode())
 
     def of(self, runs: list[Planned]) -> pd.DataFrame:
-        """The rows of these runs, in their order."""
+        """Return the rows of these runs, in the order of the runs."""
         parts = [self.frame[_of(self.frame, run)] for run in runs]
         return pd.concat(parts, ignore_index=True) if parts else self.frame[:0]
 
 
 def _typed(text: pd.DataFrame) -> pd.DataFrame:
-    """Columns of text as what they are, each number to the bit, which pandas' parser does not promise."""
+    """Convert columns of text to their types. Every number is exact, which pandas' own parser does not guarantee."""
     frame = pd.DataFrame({name: text[name] for name in COLUMNS})
     for name in NUMBERS:
         frame[name] = frame[name].astype(object).astype(float)
@@ -76,7 +76,8 @@ def _typed(text: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of(frame: pd.DataFrame, run: Planned) -> pd.Series[bool]:
-    """Which rows are a run's. Rows of another key are of what the cell was once, and stay."""
+    """Return which rows belong to a run. Rows with another key belong to an earlier version of the cell, and are
+    kept."""
     mine = pd.Series(True, index=frame.index)
     for name in RUN:
         mine &= frame[name] == getattr(run, name)

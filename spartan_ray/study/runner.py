@@ -1,4 +1,4 @@
-"""The runs of a study on one Ray, several at a time."""
+"""Does the runs of a study on one Ray, several at a time."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from spartan_ray.errors import InputError, RunError, one_line
 from spartan_ray.run.supervisor import Supervisor
 from spartan_ray.study.plan import Planned
 
-# Seconds for which a run is watched before the next one is.
+# Seconds in which all active runs are watched once, one after another.
 WATCH_SECONDS = 0.5
-# Seconds between lines on how far the runs are.
+# Seconds between two lines about the progress.
 SAY_SECONDS = 60.0
 # Seconds that runs may take to stop.
 STOP_SECONDS = 30.0
 
 
 class Runner:
-    """Runs what is missing of a study; interrupted, each run ends with a checkpoint."""
+    """Does the missing runs of a study. After an interrupt, each run ends with a checkpoint."""
 
     def __init__(self, folder: Path, at_once: int, ended: Callable[[Planned, Path], None], say: Callable[[str], None]):
-        """Run folders are made in `folder`; `ended` is called with each run that ended and its folder."""
+        """Run folders are made in `folder`. `ended` is called with each finished run and its folder."""
         self.folder, self.at_once, self.ended, self.say = folder, at_once, ended, say
         self.active: dict[Supervisor, Planned] = {}
         self.epochs: dict[Supervisor, int] = {}
@@ -37,12 +37,12 @@ class Runner:
         self.epochs_done = 0
 
     def run(self, runs: list[Planned]) -> list[str]:
-        """Run them in their order; what went wrong, a line a run."""
+        """Do the runs in order. Return one line for each failed run."""
         waiting, started, said = deque(runs), time.monotonic(), time.monotonic()
         total = sum(run.config.run.epochs for run in runs)
         at_once = max(1, min([self.at_once, *(fit_together(run.config.cluster, self.at_once) for run in runs)]))
         if at_once < self.at_once:
-            self.say(f"{at_once} at a time: drivers and workers of more do not fit this Ray")
+            self.say(f"{at_once} runs at a time: the drivers and workers of more do not fit this Ray")
         try:
             while waiting or self.active:
                 while waiting and len(self.active) < at_once:
@@ -83,7 +83,7 @@ class Runner:
         try:
             ended, progress = supervisor.watch(WATCH_SECONDS / len(self.active))
             while supervisor.unsaid:
-                if isinstance(said := supervisor.unsaid.popleft(), str):  # a row is in the record
+                if isinstance(said := supervisor.unsaid.popleft(), str):  # the record has the rows
                     self.say(f"{run.name}: {said}")
             self.epochs[supervisor] = max(0, progress.epoch - 1)
             if not ended:
@@ -113,13 +113,13 @@ class Runner:
             try:
                 while time.monotonic() < until and not supervisor.watch(WATCH_SECONDS)[0]:
                     pass
-            except (RayError, RunError):  # an interrupt of the whole group ended it too
+            except (RayError, RunError):  # a signal to the whole process group ended it too
                 continue
 
 
 def fit_together(cluster: Cluster, most: int) -> int:
-    """How many runs, of `most`, have room on this Ray at a time, each for its driver and its first workers; all where
-    nodes are started when they are asked for."""
+    """Return how many of `most` runs fit this Ray at the same time, each with its driver and its least number of
+    workers. Return `most` if an autoscaler starts nodes on demand."""
     if grows():
         return most
     nodes = [node["Resources"] for node in nodes_here_first()]

@@ -1,5 +1,6 @@
-"""What a larger population makes of one parent: its members are scored once, and every smaller population is a part of
-them. Shapes: D parameters, K members, M statistics."""
+"""Measures how much larger populations improve one parent; members are scored once, smaller populations are subsets.
+
+Shapes: D parameters, K members, M statistics."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ from spartan_ray.engine.strategies.requests import (
 from spartan_ray.engine.strategies.shaping import zscore
 from spartan_ray.errors import InputError
 from spartan_ray.noise.contract import member_seeds
-from spartan_ray.run.checkpoint import be_after_epoch, epochs_kept, latest_checkpoint, write_whole
+from spartan_ray.run.checkpoint import be_after_epoch, epochs_kept, latest_checkpoint
+from spartan_ray.run.files import write_whole
 from spartan_ray.run.loading import load_run_config, refuse_code
 from spartan_ray.run.setup import REFERENCE_IMAGES
 from spartan_ray.study.plan import key_of
@@ -41,23 +43,28 @@ from spartan_ray.vision.classification import Classification, Normaliser, recali
 from spartan_ray.vision.data import Images, load_splits
 from spartan_ray.vision.models import build_model
 
-# Members that are scored between two writes.
+# Number of members to score between two writes.
 BLOCK = 2_000
-# Images at most that judge an update, of those that scored members and of those that did not.
+# Largest number of images to judge an update on: of those that scored members, and of those that did not.
 JUDGED = 4_096
-# Evolution images that the length of an update is searched on, at most a half of them.
+# Number of evolution images for the search for an update's length, or half of the split if that is less.
 SEARCH_IMAGES = 2_048
 STATISTICS = ("loss", "accuracy")
-# Epochs that the average is of from which a way may start, at most.
+# Largest number of epochs in the average that a way may start from.
 AVERAGED = 8
-# Channels of the first stage of the network that the ways' sigmas are for.
+# Width of the ResNet18 that the sigmas of WAYS are for.
 WIDTH = 64
 
 
 @dataclass(frozen=True)
 class Way:
-    """How members are made, and on how many images each is scored: on the same as all others, or on its own, which a
-    mirrored pair shares. sigma suits a ResNet18 of the usual width."""
+    """How members are made and scored.
+
+    images        number of images that score a member
+    own           True: each mirrored pair draws its own images; False: all members share the same ones
+    mutate, subspace    as in the configuration of evolution
+    sigma         scale of the noise, for a ResNet18 of width 64
+    of_average    start from the average of the parent's last epochs"""
 
     images: int
     own: bool = False
@@ -67,7 +74,8 @@ class Way:
     of_average: bool = False
 
     def at(self, width: int) -> Way:
-        """This way for a network of a width: initial weights go with one over its root, and sigma with them."""
+        """Return this way for a network of another width. Initial weights are proportional to 1 / sqrt(width), and so
+        is sigma if all weights are mutated."""
         of_weights = self.mutate == "all" and not self.subspace.startswith("trajectory")
         return replace(self, sigma=self.sigma * math.sqrt(WIDTH / width)) if of_weights else self
 
@@ -83,10 +91,10 @@ WAYS = {
 
 
 class Scaling:
-    """One parent, a run's last network, and what is found about it."""
+    """The measurements on one parent, which is the last network of a run."""
 
     def __init__(self, run: Path, folder: Path, populations: list[int], draws: int, say: Callable[[str], None]) -> None:
-        """Rows and scores are kept in `folder`, and what is there is not done again. Raises InputError for a run that
+        """Rows and scores are kept in `folder`; those that it has are not computed again. Raises InputError if the run
         cannot be used."""
         self.folder, self.populations, self.draws, self.say = folder, sorted(populations), draws, say
         self.name = run.resolve().name
@@ -107,7 +115,7 @@ class Scaling:
         self.buffers = [buffer.clone() for buffer in self.model.buffers]
         self.about = {"key": key_of(config), "seed": config.run.seed, "weights": self.model.digest()[:12]}
         if checkpoint.epoch < config.run.epochs:
-            say(f"{self.name}: the parent is that of epoch {checkpoint.epoch} of {config.run.epochs}")
+            say(f"{self.name}: the parent is the network of epoch {checkpoint.epoch} of {config.run.epochs}")
         self.rows_path = folder / "rows.jsonl"
         self.rows = read_rows(self.rows_path)
         if other := next((row for row in self.rows if row["key"] != self.about["key"]), None):
@@ -117,14 +125,14 @@ class Scaling:
         self.thetas.append(self.model.theta_D.clone())
 
     def _begin(self, of_average: bool = False) -> None:
-        """Be at the parent, or at the average of its last epochs."""
+        """Load the parent, or the average of its last epochs, into the network."""
         self.model.theta_D.copy_(self.thetas[-1])
         self.model.load_buffers(self.buffers)
         if of_average:
             self._average("epochs", min(AVERAGED, len(self.thetas))).become()
 
     def _average(self, kind: str, epochs: int) -> Average:
-        """Of the last epochs; the network is as it was afterwards."""
+        """Return an average of the last epochs. Leave the parent in the network."""
         average = Average(
             kind,
             epochs,
@@ -154,7 +162,7 @@ class Scaling:
         return any(all(found.get(name) == value for name, value in wanted.items()) for found in self.rows)
 
     def baselines(self) -> None:
-        """The parent, the average of its last epochs, and a greedy soup of them chosen on the evolution split."""
+        """Score the parent, averages of its last epochs, and their greedy soup, chosen on the evolution split."""
         most = min(AVERAGED, len(self.thetas))  # as many as a way may start from
         counts = sorted({*(count for count in (2, 4) if count < most), most} - {1})
         ways = {"parent": ("epochs", 1)} | {f"average of {count} epochs": ("epochs", count) for count in counts}
@@ -172,22 +180,22 @@ class Scaling:
         self._begin()
 
     def refuse_unfit(self, name: str, way: Way) -> None:
-        """Raises InputError for a way that needs more evolution images or epochs than there are."""
+        """Raises InputError if a way needs more evolution images or epochs than there are."""
         if not way.own and way.images + self.search_images > len(self.splits.evolution):
             raise InputError(
-                f"{self.name}: {name}: {way.images} common images and {self.search_images} that search a length do not "
-                f"fit data.evolution_images ({len(self.splits.evolution)}): --ways names others"
+                f"{self.name}: {name}: {way.images} common images and {self.search_images} to search a length do not "
+                f"fit data.evolution_images ({len(self.splits.evolution)}): choose other --ways"
             )
         if (way.of_average or way.subspace != "none") and len(self.thetas) == 1:
-            raise InputError(f"{self.name}: {name}: the run has kept its last epoch alone (run.keep)")
+            raise InputError(f"{self.name}: {name}: the run has kept only its last epoch (run.keep)")
 
     @property
     def search_images(self) -> int:
-        """How many evolution images the length of an update is searched on."""
+        """Number of evolution images for the search for an update's length."""
         return min(SEARCH_IMAGES, len(self.splits.evolution) // 2)
 
     def way(self, name: str, way: Way, workers: int | Literal["local", "auto"]) -> None:
-        """One update by every population and draw, by loss and by accuracy."""
+        """Make and judge one update for every population and draw, by loss and by accuracy."""
         way, most = way.at(self.config.parent.width), max(self.populations)
         wanted = [
             (count, draw, fitness)
@@ -227,7 +235,7 @@ class Scaling:
                 self.say(f"{self.name} {name}: {count:,} members, draw {draw}, by {fitness}: test {gain:+.4f}")
 
     def _population(self, way: Way, workers: int | Literal["local", "auto"]) -> Population:
-        """What scores the members of a way."""
+        """Return the Population that scores the members of a way."""
         self._begin(way.of_average)
         splits, evolution = self.splits, self.config.evolution
         reference = splits.sgd[slice(0, REFERENCE_IMAGES)]
@@ -253,12 +261,12 @@ class Scaling:
         return population
 
     def _scores(self, name: str, way: Way, population: Population, members: Members) -> NDArray[np.float64]:
-        """The members' mean statistics, K x M, from the file as far as it goes."""
+        """Return the members' mean statistics, K x M. Load those in the file and score the others."""
         path = self.folder / "scores" / f"{self.about['weights']}-{re.sub(r'[^a-zA-Z0-9]+', '-', name)}.npy"
         path.parent.mkdir(exist_ok=True)
         found = np.load(path) if path.exists() else np.empty((0, len(STATISTICS)))
         own = way.images if way.own else None
-        if len(found) >= len(members):  # the length of an update is in mutations, of which it has seen none yet
+        if len(found) >= len(members):  # an update's length is in mutations, and it has seen none yet
             population.answer(Score(members[:2], own=own))
         while len(found) < len(members):
             block = members[len(found) : len(found) + BLOCK]
@@ -274,7 +282,7 @@ class Scaling:
     def _update(
         self, population: Population, members: Members, statistic_K: NDArray[np.float64], way: Way, column: int
     ) -> dict[str, Any]:
-        """Make the update of these members the scale, and find its length by a statistic on the search images."""
+        """Make the update of these members the scale, and search its length by a statistic of the search images."""
         shaped_K = zscore(less_pair_mean(statistic_K) if way.own else statistic_K)
         population.answer(SetScale("none"))
         if not shaped_K.any():
@@ -286,7 +294,7 @@ class Scaling:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows that were found. Raises InputError for a file that is none of rows."""
+    """Read the rows of a file, if it exists. Raises InputError if they cannot be read."""
     try:
         return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
     except (OSError, ValueError) as error:
@@ -295,7 +303,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _moved(population: Population, length: float) -> Iterator[None]:
-    """The network is the parent plus so much of the update for a while."""
+    """Within the context, the network is the parent plus `length` times the update."""
     model = population.model
     assert population.scale is not None
     theta_D = model.theta_D.clone()
@@ -311,7 +319,7 @@ def _moved(population: Population, length: float) -> Iterator[None]:
 def _answered(
     population: Population, asked: Generator[Any, Scores, dict[float, float]], column: int
 ) -> dict[float, float]:
-    """What a search returns whose fitness is a statistic."""
+    """Return the result of a search that uses a statistic as its fitness."""
     request = next(asked)
     try:
         while True:
@@ -324,7 +332,7 @@ def _answered(
 
 
 def pairs_of(seed: int, count: int, sigma: float) -> Members:
-    """Mirrored members, the first of which are those of every smaller population."""
+    """Return mirrored members. The first ones are the members of every smaller population."""
     seed_K = np.repeat(member_seeds(seed, 1, count // 2), 2)
     gain_K = np.tile(np.array([sigma, -sigma], np.float32), count // 2)
     return Members(seed_K, np.zeros(count, np.float32), gain_K)

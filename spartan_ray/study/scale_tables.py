@@ -1,4 +1,4 @@
-"""What `spartan scale` found, as tables and a picture, from its rows alone."""
+"""The tables and pictures of `spartan scale`, made from its rows alone."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from spartan_ray.report.plots import COLOURS, save
 from spartan_ray.report.tables import markdown
 from spartan_ray.study.statistics import Interval, interval
 
-# What the names of ways begin with that start from the average.
+# Prefix of the ways that start from the average.
 OF_AVERAGE = "average-"
 
-ABOUT = """Changes that one update makes of a parent, at the length that a search on other images takes: mean ± 95 % \
-interval by Student's t over {parents} parents, each the mean of its draws; bold where the interval excludes 0. \
-*Scored* images scored members, *unscored* are of the validation split, which scored nothing. Populations are nested: \
-draw d of K members are members d K to (d + 1) K of the largest one. *Spread* is the standard deviation of the test \
-change between the draws of a parent. *Cosine* is the update's to the direction in which the loss of the scored images \
-falls, *over chance* that over sqrt(pairs / parameters). *Gain* is the unscored change for a million images forwarded. \
-The changes of a way that starts from the average are to that average; the picture adds what the average has over the \
-parent.
+ABOUT = """How one update changes a parent, at the length found by a search on other images. Values are means with \
+95 % intervals (Student's t) over {parents} parents; a parent's value is the mean of its draws. Bold: the interval \
+excludes 0. *Scored* images scored the members; *unscored* images are of the validation split, which scored nothing. \
+Populations are nested: draw d of K members consists of members d K to (d + 1) K - 1 of the largest population. \
+*Spread* is the standard deviation of the test change between the draws of a parent. *Cosine* is the cosine between \
+the update and the direction in which the loss of the scored images falls; *over chance* is its ratio to sqrt(pairs / \
+parameters). *Gain* is the improvement on unscored images per million images forwarded. If a way starts from the \
+average, its changes are relative to the average; the picture adds the average's own gain over the parent.
 """
 
 
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row a parent, way, population and fitness: means of its draws."""
+    """Return one row per parent, way, population and fitness, with the means of its draws."""
     found = rows[rows["fitness"].notna()].copy()
     for on in ("scored", "unscored", "test"):
         for what in ("loss", "accuracy"):
@@ -43,7 +43,7 @@ def changes(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(means: pd.DataFrame, fitness: str) -> pd.DataFrame:
-    """A row a way and population."""
+    """Return one row per way and population."""
     factor, digits, unit = (100.0, 2, "points") if fitness == "accuracy" else (1.0, 3, "loss")
     lines = []
     for (way, population), group in means[means["fitness"] == fitness].groupby(["way", "population"], sort=False):
@@ -55,7 +55,7 @@ def table(means: pd.DataFrame, fitness: str) -> pd.DataFrame:
         shown[f"test {other}"] = _bold(interval(group[f"test {other}"]), other_digits, other_factor)
         spread = math.sqrt(float((group[f"spread {fitness}"] ** 2).mean()))
         shown["spread"] = "" if math.isnan(spread) else f"{spread * factor:.{digits}f}"
-        known = group["cosine"].notna().any()  # of members that all score the same there is no update
+        known = group["cosine"].notna().any()  # there is no update if all members score the same
         shown["cosine"] = f"{group['cosine'].mean():+.4f}" if known else ""
         in_subspace = str(way).startswith("trajectory")
         shown["over chance"] = f"{group['chance'].mean():+.2f}" if known and not in_subspace else ""
@@ -71,13 +71,13 @@ def _bold(found: Interval, digits: int, factor: float) -> str:
 
 
 def _still(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of what did not evolve."""
+    """Return the rows without evolution."""
     still = rows[rows["fitness"].isna()] if "fitness" in rows else rows
     return still.drop_duplicates(["weights", "way"], keep="last")
 
 
 def levels(rows: pd.DataFrame) -> pd.DataFrame:
-    """What the parents' averages have over them, by baseline: a column each of `loss`, `accuracy` and `weights`."""
+    """Return the gain of each baseline over each parent, with columns `way`, `weights`, `loss` and `accuracy`."""
     still = _still(rows)
     parent = still[still["way"] == "parent"].set_index("weights")
     found = still[still["way"] != "parent"].copy()
@@ -87,12 +87,13 @@ def levels(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def latest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each seed's last parent: one that was trained on is another, and no independent one."""
+    """Keep the rows of each seed's last parent. A parent that was trained further is another one, but not
+    independent."""
     return rows[rows["weights"] == rows["seed"].map(rows.groupby("seed")["weights"].last())]
 
 
 def write_up(rows: pd.DataFrame, name: str) -> str:
-    """All tables."""
+    """Return all tables as Markdown."""
     rows = latest(rows)
     parents = rows["weights"].nunique()
     still = _still(rows)
@@ -116,8 +117,8 @@ def write_up(rows: pd.DataFrame, name: str) -> str:
 
 
 def draw(rows: pd.DataFrame, fitness: str, path: Path) -> None:
-    """Draw what a population gains on the test images over its size, a line a way, with the baselines as levels."""
-    if "fitness" not in rows:  # it was interrupted before there was an update
+    """Draw the gain on the test images over the population size: one line per way, and the baselines as levels."""
+    if "fitness" not in rows:  # interrupted before the first update
         return
     figure, axes = plt.subplots(figsize=(8.6, 5.0), layout="constrained")
     rows = latest(rows)
@@ -141,6 +142,6 @@ def draw(rows: pd.DataFrame, fitness: str, path: Path) -> None:
     sizes = sorted(int(size) for size in np.unique(mine["population"])) if len(mine) else []
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.minorticks_off()
-    unit = "accuracy gained on the test images, points" if fitness == "accuracy" else "loss taken off the test images"
-    axes.set(xlabel=f"descendants, scored by {fitness} (band: least to most of the parents)", ylabel=unit)
+    unit = "gain in test accuracy, points" if fitness == "accuracy" else "reduction of test loss"
+    axes.set(xlabel=f"population, scored by {fitness} (band: minimum to maximum of the parents)", ylabel=unit)
     save(figure, axes, path)

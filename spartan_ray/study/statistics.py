@@ -1,4 +1,4 @@
-"""What the seeds of a study say together: means with intervals, and differences seed by seed."""
+"""Statistics over the seeds of a study: means with intervals, and differences seed by seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from spartan_ray.study.plan import AVERAGE, STOPPED, Claim
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval by Student's t: mean - half to mean + half. Of one value there is none."""
+    """A mean of `count` values with its 95 % interval, mean ± half, by Student's t. `half` is NaN for fewer than two
+    values."""
 
     mean: float
     half: float
@@ -26,7 +27,7 @@ class Interval:
         return abs(self.mean) > self.half
 
     def text(self, digits: int, scale: float = 1.0, sign: bool = False) -> str:
-        """As tables have it."""
+        """Return the text for tables."""
         if not self.count:
             return "-"
         mean = f"{self.mean * scale:{'+' if sign else ''}.{digits}f}"
@@ -34,7 +35,7 @@ class Interval:
 
 
 def interval(values: Sequence[float] | pd.Series[float]) -> Interval:
-    """Of values that are independent of each other."""
+    """Return the interval of independent values."""
     value_N = np.asarray(values, float)
     count = len(value_N)
     if count < 2:
@@ -44,9 +45,10 @@ def interval(values: Sequence[float] | pd.Series[float]) -> Interval:
 
 
 def ends(rows: pd.DataFrame, first_baseline: str | None) -> pd.DataFrame:
-    """A row for each way and seed: where its run ended. Beside every method, which ends with its last epoch, there is
-    the average of its weights where it has one, and of the first baseline the epoch that the evolution split chooses,
-    as if the run had been stopped there."""
+    """Return one row per way and seed, with the measures at its end and what it spent.
+
+    Every method is a way, which ends with its last epoch. The average of a method's weights, if it has one, is another.
+    The first baseline is also a way that stops early, at the epoch with the highest accuracy on the evolution split."""
     found = []
     for (group, method, seed), frame in rows.groupby(["group", "method", "seed"], sort=False):
         about = {"group": group, "seed": seed, "way": method}
@@ -65,7 +67,7 @@ def ends(rows: pd.DataFrame, first_baseline: str | None) -> pd.DataFrame:
 def _measures(frame: pd.DataFrame, end: pd.Series, prefix: str) -> dict[str, float]:
     names = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss")
     row = {name: float(end[f"{prefix}{name}"]) for name in names}
-    if prefix:  # the SGD images were not shown to an average
+    if prefix:  # an average is not scored on the SGD images
         return row
     evolve = np.flatnonzero(frame["kind"] == "evolve")
     evolve = evolve[evolve > 0]
@@ -78,22 +80,25 @@ def _measures(frame: pd.DataFrame, end: pd.Series, prefix: str) -> dict[str, flo
 
 
 def values_of(ends_frame: pd.DataFrame, group: str, way: str, measure: str) -> pd.Series[float]:
-    """A measure of a way by seed."""
+    """Return a measure of a way, indexed by seed."""
     mine = ends_frame[(ends_frame["group"] == group) & (ends_frame["way"] == way)]
     return mine.set_index("seed")[measure].dropna()
 
 
 def difference(ends_frame: pd.DataFrame, group: str, way: str, over: str, measure: str) -> tuple[Interval, int]:
-    """How much higher a measure is than of another way at the same seeds, and at how many of them it is higher."""
+    """Return how much higher a measure is than for another way at the same seeds, and at how many seeds it is
+    higher."""
     mine, others = (values_of(ends_frame, group, name, measure) for name in (way, over))
     between = (mine - others).dropna()
     return interval(between), int((between > 0).sum())
 
 
 def verdict(ends_frame: pd.DataFrame, claim: Claim) -> tuple[str, list[Interval]]:
-    """Whether the seeds confirm a claim, and the measure, or its difference to each of the ways. It is confirmed where
-    every interval excludes 0 on the side that it says, and contradicted where one does on the other; "not higher" can
-    be contradicted alone."""
+    """Return the verdict on a claim, and the interval of its measure, or of the difference to each way of `over`.
+
+    The claim is confirmed if every interval excludes 0 on the claimed side, contradicted if one excludes it on the
+    other side, and undecided otherwise. The claim "not higher" is never confirmed: it is contradicted if one interval
+    is above 0."""
     if claim.over:
         found = [difference(ends_frame, claim.group, claim.way, way, claim.measure)[0] for way in claim.over]
     else:

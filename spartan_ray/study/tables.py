@@ -1,4 +1,4 @@
-"""A study as Markdown, from its rows alone."""
+"""The tables of a study as Markdown, made from its rows alone."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from spartan_ray.report.tables import markdown
 from spartan_ray.study.plan import Claim, Planned, Study
 from spartan_ray.study.statistics import difference, ends, interval, values_of, verdict
 
-# Measures as tables name them: the words, the factor and the digits.
+# How tables show a measure: its name, the factor of its values, and their digits.
 WORDS = {
     "test_accuracy": ("test accuracy, %", 100.0, 2),
     "test_loss": ("test loss", 1.0, 3),
     "validation_accuracy": ("validation accuracy, %", 100.0, 2),
     "train_loss": ("train loss", 1.0, 3),
-    "overfitting": ("test loss less train loss", 1.0, 3),
-    "phase_train_loss": ("change of the train loss in an evolve phase", 1.0, 3),
+    "overfitting": ("test loss minus train loss", 1.0, 3),
+    "phase_train_loss": ("change of train loss in an evolve phase", 1.0, 3),
     "phase_validation_accuracy": ("change of validation accuracy in an evolve phase, points", 100.0, 2),
     "late_validation_accuracy": ("change of validation accuracy in the last third, points", 100.0, 2),
 }
 
 
 def write_up(study: Study, runs: list[Planned], rows: pd.DataFrame, name: str) -> str:
-    """All tables of a study."""
+    """Return all tables of a study as Markdown."""
     ended = ends(rows, study.baselines[0] if study.baselines else None)
     parts = [f"# {name}\n", f"{study.about}\n" if study.about else "", _about(runs, rows)]
     wanted = {group: len({run.seed for run in runs}) for group in dict.fromkeys(run.group for run in runs)}
@@ -39,25 +39,25 @@ def write_up(study: Study, runs: list[Planned], rows: pd.DataFrame, name: str) -
 
 def _about(runs: list[Planned], rows: pd.DataFrame) -> str:
     if rows.empty:
-        return f"None of {len(runs)} runs is done yet.\n"
+        return f"None of the {len(runs)} runs is done yet.\n"
     done = rows.groupby(["group", "method", "seed"], sort=False).ngroups
     seeds = len({run.seed for run in runs})
     starts = rows.groupby("group")["start"].nunique().max()
-    files = f" Pretrained weights came from {starts} files." if starts > 1 else ""
+    files = f" Pretrained weights came from {starts} different files." if starts > 1 else ""
     processors = " and ".join(sorted(set(rows["processor"].dropna())))
     return (
         f"{done} of {len(runs)} runs: {len(runs) // seeds} cells of {seeds} seeds, on {processors}. "
-        "Mean ± 95 % interval by Student's t over the seeds. A difference is taken seed by seed, from the same split "
-        "of the images and the same initial weights; it is bold where its interval excludes 0. *Wins* are the seeds "
-        "with the higher test accuracy. *Trained* and *scored* are millions of images forwarded for gradients and "
-        "for evolution; *seconds* are those of the phases."
+        "Values are means over the seeds with 95 % intervals (Student's t). Differences are taken seed by seed, from "
+        "runs with the same split of the images and the same initial weights. Bold: the interval excludes 0. *Wins* "
+        "is the number of seeds with the higher test accuracy. *Trained* and *scored* are millions of images forwarded "
+        "for gradients and for evolution. *Seconds* is the sum of the epochs' durations."
         f"{files}\n"
     )
 
 
 def group_table(ended: pd.DataFrame, group: str, baselines: list[str], seeds: int) -> pd.DataFrame:
-    """A row a way: where it ended, and how far it is from each baseline. Of so many seeds some may not be done, or have
-    diverged."""
+    """Return one row per way: its measures at the end, and its difference to each baseline. `seeds` is the planned
+    number of seeds; runs may be missing or have diverged."""
     lines = []
     mine = ended[ended["group"] == group]
     for way in dict.fromkeys(mine["way"]):
@@ -83,7 +83,7 @@ def group_table(ended: pd.DataFrame, group: str, baselines: list[str], seeds: in
 
 
 def claims_table(ended: pd.DataFrame, claims: list[Claim]) -> pd.DataFrame:
-    """A row a claim, with the numbers that decide it."""
+    """Return one row per claim, with the numbers that decide it."""
     lines = []
     for claim in claims:
         found, differences = verdict(ended, claim)

@@ -1,5 +1,6 @@
-"""Averages of the parent's weights over its last epochs or steps, with BatchNorm's statistics to match. Shapes: D
-parameters."""
+"""Averages of the parent's weights over its last epochs or steps, with matching BatchNorm statistics.
+
+Shapes: D parameters."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ from spartan_ray.engine.flat import FlatModel, mean
 class Average:
     """An average of the parent's weights.
 
-    epochs:m     the mean of those at the ends of the last m epochs (Izmailov et al., arXiv 1803.05407)
-    ema:decay    average = decay * average + (1 - decay) * weights after each step of gradient descent
-    soup:m       of the last m epochs those that help: from the best on, each that makes the mean no worse by `accuracy`
-                 (Wortsman et al., arXiv 2203.05482)
+    epochs:m     mean of the weights at the ends of the last m epochs (Izmailov et al., arXiv 1803.05407)
+    ema:decay    average = decay * average + (1 - decay) * weights, after each step of gradient descent
+    soup:m       greedy soup of the last m epochs: start with the one of the highest `accuracy`, then add each next one
+                 that does not lower the `accuracy` of the mean (Wortsman et al., arXiv 2203.05482)
 
-    `recalibrate` fits BatchNorm's statistics to the weights that the network has, `accuracy` scores the network."""
+    `recalibrate` fits BatchNorm's statistics to the network's current weights; `accuracy` scores the network."""
 
     def __init__(
         self, kind: str, number: float, model: FlatModel, recalibrate: Callable[[], None], accuracy: Callable[[], float]
@@ -33,16 +34,16 @@ class Average:
 
     @property
     def epochs(self) -> int:
-        """How many of the last epochs it is of; 0 where it is of steps."""
+        """Number of last epochs that it averages; 0 for ema, which averages steps."""
         return 0 if self.kind == "ema" else int(self.number)
 
     def after_step(self) -> None:
-        """Take in the network after a step of gradient descent."""
+        """Update the average after a step of gradient descent."""
         if self.kind == "ema":
             self.theta_D.lerp_(self.model.theta_D, 1 - self.number)
 
     def after_epoch(self) -> None:
-        """Take in the network after an epoch."""
+        """Update the average after an epoch."""
         if self.kind == "ema":
             return
         accuracy = self.accuracy() if self.kind == "soup" else 0.0
@@ -63,7 +64,7 @@ class Average:
                 chosen.append(theta_D)
 
     def become(self) -> Callable[[], None]:
-        """Make the network the average; what makes it the parent again."""
+        """Load the average into the network. Return a function that restores the parent."""
         theta_D, buffers = self.model.theta_D.clone(), [buffer.clone() for buffer in self.model.buffers]
 
         def restore() -> None:
@@ -75,7 +76,7 @@ class Average:
         return restore
 
     def as_network(self) -> contextlib.AbstractContextManager[None]:
-        """The network is the average for a while."""
+        """Return a context in which the network holds the average."""
         return self._as(self.theta_D)
 
     @contextlib.contextmanager

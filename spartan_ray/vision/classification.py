@@ -1,6 +1,6 @@
-"""Image classification: cross-entropy and accuracy of a network, as a fitness of the engine and on a split.
+"""Image classification: the cross-entropy and accuracy of a network, as a fitness for the engine and on a split.
 
-Shapes: N images, C colours, M = 2 statistics: minus the cross-entropy, and whether the class is right.
+Shapes: N images, C colours, M = 2 statistics: minus the cross-entropy, and 1 if the class is right, else 0.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 
 class Result(NamedTuple):
-    """How a network does on images."""
+    """The scores of a network on images."""
 
     loss: float  # mean cross-entropy, nats
     accuracy: float  # share of images classified correctly
-    images: int  # that it was scored on
+    images: int  # number of images scored
 
 
 class Normaliser:
-    """uint8 pixels to the floats that the network sees: (pixel / 255 - mean) / std by colour."""
+    """Converts uint8 pixels to the network's float inputs: (pixel / 255 - mean) / std for each colour."""
 
     def __init__(self, mean_C: tuple[float, ...], std_C: tuple[float, ...], device: torch.device) -> None:
         self.scale_C = (1 / (255 * torch.tensor(std_C, dtype=torch.float64))).float().to(device)
@@ -46,14 +46,14 @@ class Normaliser:
         self.shift_C = shift_C.float().to(device)
 
     def __call__(self, pixels_NHWC: torch.Tensor) -> torch.Tensor:
-        """Float images, N x C x H x W in channels-last memory."""
+        """Return float images, N x C x H x W, in channels-last memory."""
         return (pixels_NHWC * self.scale_C).sub_(self.shift_C).permute(0, 3, 1, 2)
 
 
 @contextlib.contextmanager
 def statistics_of(module: nn.Module, kind: BatchNormKind) -> Iterator[None]:
-    """The module in evaluation mode; within it, with kind batch, BatchNorm normalises by the statistics of
-    the batch and keeps nothing of them, else by its own."""
+    """Put the module in evaluation mode. Within the context and with kind batch, BatchNorm normalises by the statistics
+    of the batch and does not store them; with another kind, by its running statistics."""
     module.eval()
     layers = batchnorms(module) if kind == "batch" else []
     for layer in layers:
@@ -66,14 +66,14 @@ def statistics_of(module: nn.Module, kind: BatchNormKind) -> Iterator[None]:
 
 
 def batchnorms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The layers that have statistics of their own."""
+    """Return the BatchNorm layers that track running statistics."""
     found = [layer for layer in module.modules() if isinstance(layer, BATCHNORMS)]
     return [layer for layer in found if layer.track_running_stats]
 
 
 @torch.inference_mode()
 def recalibrate(module: nn.Module, images_NCHW: torch.Tensor) -> None:
-    """Make BatchNorm's running statistics those of the images, whatever they were."""
+    """Replace BatchNorm's running statistics by those of the images."""
     module.eval()
     layers = batchnorms(module)
     momenta = [layer.momentum for layer in layers]
@@ -88,13 +88,13 @@ def recalibrate(module: nn.Module, images_NCHW: torch.Tensor) -> None:
 
 
 def largest_batch(device: torch.device) -> int:
-    """Images of a pass. The bits of a score depend on it, so it is a constant of the device type; 256 is the fastest
-    on the CPU cores that were measured."""
+    """Return the largest number of images per forward pass. The bits of a score depend on it, so it depends on the
+    device type alone. 256 was the fastest on the CPU cores that were measured."""
     return 256 if device.type == "cpu" else 2048
 
 
 def batches(images: Images, normalise: Normaliser) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The images as the network sees them and their labels, in passes of equal size (to one)."""
+    """Yield normalised images and their labels, in batches whose sizes differ by one at most."""
     device = images.labels_N.device
     for index_N in batched(torch.arange(len(images), device=device), largest_batch(device)):
         part = images[slice(int(index_N[0]), int(index_N[-1]) + 1)]
@@ -102,8 +102,8 @@ def batches(images: Images, normalise: Normaliser) -> Iterator[tuple[torch.Tenso
 
 
 def statistics(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """Minus the cross-entropy of each image and 1 where its class is right, N x M. Outputs that are not numbers are
-    classified too, as class 0: their cross-entropy says that they are not finite."""
+    """Return, for each image, minus its cross-entropy and 1 if its class is right, else 0: N x M. NaN outputs count as
+    some class too; their cross-entropy shows that they are not finite."""
     logits_NC = logits_NC.float()
     log_likelihood_N1 = logits_NC.log_softmax(1).gather(1, labels_N[:, None])
     return torch.cat([log_likelihood_N1, (logits_NC.argmax(1) == labels_N)[:, None]], dim=1)
@@ -111,7 +111,7 @@ def statistics(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def score(module: nn.Module, images: Images, normalise: Normaliser) -> Result:
-    """Score the module in evaluation mode, as it is."""
+    """Score the module in evaluation mode, with its current weights and running statistics."""
     module.eval()
     sum_M = torch.zeros(2, dtype=torch.float64, device=images.labels_N.device)
     for images_NCHW, labels_N in batches(images, normalise):
@@ -121,8 +121,8 @@ def score(module: nn.Module, images: Images, normalise: Normaliser) -> Result:
 
 
 def mean_gradient(module: nn.Module, images: Images, normalise: Normaliser, batchnorm: BatchNormKind) -> None:
-    """Add the gradient of the mean cross-entropy of the images to the parameters'. BatchNorm's own statistics stay as
-    they are and are what it uses, but for `batchnorm` batch."""
+    """Add the gradient of the images' mean cross-entropy to the parameters' gradients. BatchNorm uses the statistics of
+    each batch if `batchnorm` is batch, else its running statistics. The running statistics do not change."""
     with statistics_of(module, batchnorm):
         for images_NCHW, labels_N in batches(images, normalise):
             loss = F.cross_entropy(module(images_NCHW), labels_N, reduction="sum")
@@ -130,12 +130,16 @@ def mean_gradient(module: nn.Module, images: Images, normalise: Normaliser, batc
 
 
 class Classification(Fitness):
-    """Minus the mean cross-entropy, or the accuracy, of a network on images.
+    """Fitness of a network on images: minus its mean cross-entropy, or its accuracy.
 
-    `batchnorm` says by what a descendant's BatchNorm normalises: running, the parent's statistics, which are folded
-    into the convolutions; batch, those of the scored batch; recalibrate, its own on the `reference` images.
-    `precision` tf32 is fp32 where no GPU has units for it. With `graphs`, and not recalibrate, a GPU repeats a member's
-    work from a recording."""
+    images        scored images; a case is an index into them
+    reference     images that BatchNorm is recalibrated on
+    mean_C        mean of each colour, of pixels in [0, 1]; std_C is their standard deviation
+    by            loss (minus the mean cross-entropy) or accuracy
+    batchnorm     statistics that a descendant's BatchNorm uses: running (the parent's, folded into the convolutions),
+                  batch (the scored batch's) or recalibrate (its own, on the `reference` images)
+    precision     fp32, tf32 (TF32 products on GPUs that have them, else fp32) or bf16 (autocast)
+    graphs        replay a member's work from a CUDA graph; ignored with `batchnorm` recalibrate"""
 
     def __init__(
         self,
@@ -154,10 +158,10 @@ class Classification(Fitness):
         self.batchnorm = batchnorm
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.products: Literal["ieee", "tf32"] = "tf32" if precision == "tf32" else "ieee"
-        # Its own statistics are buffers of the network's.
+        # Recalibration writes to the network's buffers, which a CUDA graph must not do.
         self.graphs = graphs and batchnorm != "recalibrate"
         self.cases = len(images)
-        # No image has a negative loss, and none counts twice.
+        # The most that an image can contribute: a cross-entropy of 0, and one right class.
         self.best = np.array([0.0, 1.0])
 
     def to(self, device: torch.device) -> None:
@@ -194,8 +198,8 @@ class Classification(Fitness):
         return float(mean_M[self.statistic])
 
     def loss(self, network: nn.Module, case_N: torch.Tensor) -> torch.Tensor:
-        """The mean cross-entropy. Where members have statistics of their own, through those of the batch: with fixed
-        ones it would be another function's."""
+        """Return the mean cross-entropy, for gradients. Unless `batchnorm` is running, BatchNorm uses the statistics of
+        this batch: members do not use fixed statistics then, and fixed ones would give another function's gradient."""
         images = self.images[case_N]
         with statistics_of(network, "running" if self.batchnorm == "running" else "batch"):
             return F.cross_entropy(network(self.normalise(images.pixels_NHWC)), images.labels_N)
@@ -206,12 +210,12 @@ class Classification(Fitness):
 
 
 def error(mean_M: NDArray[np.float64]) -> float:
-    """A temperature of random gradients: the share of images that the parent does not classify correctly."""
+    """Temperature of random gradients: the share of images that the parent classifies wrongly."""
     return float(1 - mean_M[1])
 
 
 class RelativeLoss:
-    """A temperature of random gradients: the parent's cross-entropy over ln(classes), that of a uniform guess."""
+    """Temperature of random gradients: the parent's cross-entropy divided by that of a uniform guess, ln(classes)."""
 
     def __init__(self, classes: int) -> None:
         self.classes = classes

@@ -1,4 +1,4 @@
-"""What a run says of its images and its network."""
+"""The configuration of the images (`data`) and of the network and its gradient training (`parent`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, PositiveInt
 from spartan_ray.naming import checked_kind, checked_name
 from spartan_ray.section import Fraction, NonNegativeFloat, PositiveFloat, Section, no_url
 
-# Kinds of averages, with the most epochs of those that are of epochs: each is a vector of parameters in memory.
+# Averages over epochs, with the largest number of epochs: each epoch is a vector of parameters in memory.
 AVERAGES = {"epochs": 1000, "soup": 1000}
 Moments = Literal["keep", "reset", "rescale"]
 
@@ -21,25 +21,28 @@ class Data(Section):
     prefix = "data"
 
     name: Literal["cifar10", "fashion-mnist", "digits", "folder"] = "cifar10"
-    """Data set; `folder` reads train/<class>/* and test/<class>/* under data.root."""
+    """Data set. folder reads the images train/<class>/* and test/<class>/* under data.root."""
     root: Annotated[str, AfterValidator(partial(no_url, "data.root"))] | None = None
-    """Where the data set lies or is downloaded to (default: data/NAME; `digits` needs none)."""
+    """Folder of the data set, and where it is downloaded to (default: data/NAME). folder needs it; digits uses none."""
     classes: Annotated[str, Field(min_length=1)] = "all"
-    """Only these classes, with commas, in this order: cat,dog (default: all)."""
+    """Classes to use, separated by commas, in the order of their labels: cat,dog. all uses every class."""
     download: bool = True
-    """Download a torchvision data set that is not under data.root."""
+    """Download cifar10 or fashion-mnist if it is not under data.root."""
     sgd_images: PositiveInt | None = None
-    """Training images that the gradient sees (default: 80 % of the training part)."""
+    """Size of the sgd split: training images for gradient descent (default: 80 % of the training part, or what the
+    other splits leave of it)."""
     evolution_images: PositiveInt | None = None
-    """Training images that score descendants (default: 10 %)."""
+    """Size of the evolution split: training images that score descendants (default: 10 % of the training part)."""
     validation_images: PositiveInt | None = None
-    """Training images that only watch (default: 10 %)."""
+    """Size of the validation split: training images that are scored each epoch and never trained on (default: 10 % of
+    the training part)."""
     sgd_on_evolution: bool = False
-    """Let SGD train on the evolution split too: the baseline that sees as many images as SGD + evolution."""
+    """Train SGD on the evolution split too: the baseline that uses as many images as SGD plus evolution."""
     image_size: Annotated[int, Field(ge=32, le=224)] = 32
-    """Pixels a side, to which images are resized. All are held in memory: 3 kB an image at 32, 150 kB at 224."""
+    """Side in pixels to which all images are resized. They are held in memory: 3 kB per image at 32, 150 kB at 224."""
     augment: bool = False
-    """Random flips and shifts of an eighth of the SGD images (do not use flips for digits)."""
+    """Flip SGD images left to right at random, and shift them by up to an eighth of their side. Not for digits, which
+    flips change."""
 
 
 class Parent(Section):
@@ -48,32 +51,39 @@ class Parent(Section):
     prefix = "parent"
 
     model: Annotated[str, AfterValidator(partial(checked_name, "parent.model", ("resnet18", "convnet")))] = "resnet18"
-    """resnet18, convnet (small, to try the machinery), or package.module:Name, called with num_classes=N."""
+    """Network: resnet18, convnet (small, for quick trials), or package.module:Name, called with num_classes=N."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
-    """First layers of resnet18: imagenet (7x7 stride 2, pooling) or cifar (3x3, 16 times the work)."""
+    """First layers of resnet18: imagenet (7x7 convolution with stride 2, max pooling) or cifar (3x3 convolution, 16
+    times the work)."""
     width: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Channels of the first stage of resnet18; the fourth has eight times as many."""
+    """Channels of the first stage of resnet18; the fourth stage has eight times as many."""
     weights: Annotated[str, AfterValidator(partial(no_url, "parent.weights"))] = "none"
-    """none, imagenet (of torchvision's models), or a FILE: a state dict as .pt, .pth or .safetensors."""
+    """Initial weights: none (random), imagenet (for resnet18 and torchvision's models), or the path of a state dict,
+    .pt, .pth or .safetensors."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimizer of the SGD epochs."""
     lr: PositiveFloat = 0.01
-    """Learning rate of the first epoch."""
+    """Learning rate of the SGD epochs, before the schedule."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate over the run: constant, as in the article, or half a cosine to nearly 0 in the last epoch."""
+    """Learning rate over the run: constant, as in the article, or cosine, which falls to nearly 0 in the last epoch."""
     momentum: Fraction = 0.9
-    """Momentum of sgd; adam and adamw take it as beta1."""
+    """Momentum of sgd; beta1 of adam and adamw."""
     weight_decay: NonNegativeFloat = 0.0
-    """Weight decay: L2 for sgd and adam, decoupled for adamw."""
+    """Weight decay: an L2 penalty for sgd and adam, decoupled for adamw."""
     batch_size: Annotated[int, Field(ge=2)] = 128
-    """Images a gradient step."""
+    """Mini-batch size of the SGD epochs."""
     gradient_noise: PositiveFloat | None = None
-    """Gaussian noise on gradients: eta of its variance eta / (1 + step)^0.55, 0.01 to 1 in the paper (default: off)."""
+    """Add annealed Gaussian noise with variance eta / (1 + step)^0.55 to the gradients. This is eta; the paper, arXiv
+    1511.06807, uses 0.01 to 1 (default: off)."""
     moments_after_evolution: Moments = "keep"
-    """Optimizer's moments after a phase that moved the parent; rescale fits them to the new gradient's norm."""
+    """Moments of the optimizer after an evolve phase that moved the parent: keep, reset (start anew), or rescale (fit
+    to the new gradient's norm)."""
     average: Annotated[str, AfterValidator(partial(checked_kind, "parent.average", AVERAGES, ("ema",)))] = "none"
-    """Average of the weights, scored and saved beside the parent: epochs:m, ema:decay, soup:m (greedy), or none."""
+    """Average of the weights, scored and saved in addition to the parent: epochs:m (mean of the last m epochs), soup:m
+    (greedy soup of the last m epochs), ema:decay (moving average over the steps), or none."""
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"
-    """Arithmetic of the SGD epochs: tf32 (fp32 but on GPUs), fp32, or bf16, which is autocast."""
+    """Arithmetic of the SGD epochs: fp32, tf32 (TF32 products on GPUs that have them, else fp32), or bf16
+    (autocast)."""
     threads: PositiveInt | None = None
-    """CPU threads of the driver (default: cluster.driver_cpus, else all cores). The bits depend on it."""
+    """CPU threads of the driver (default: cluster.driver_cpus, or all cores if that is 0). The bits of the result
+    depend on it."""

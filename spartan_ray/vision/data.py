@@ -1,6 +1,6 @@
 """Data sets as uint8 tensors, and their split into disjoint parts.
 
-Every data set is RGB of data.image_size, held as uint8 in (N, H, W, C) order, which is channels-last already;
+Every data set is RGB of side data.image_size, stored as uint8 in (N, H, W, C) order, which is channels-last already.
 `classification.py` and `training.py` normalise batches on the device.
 """
 
@@ -23,16 +23,16 @@ from spartan_ray.engine.draws import permutation
 from spartan_ray.errors import InputError
 from spartan_ray.vision.images import Note, read_folder, resized, shortened
 
-if TYPE_CHECKING:  # scoring does without what a configuration needs
+if TYPE_CHECKING:  # scoring must not import pydantic
     from spartan_ray.vision.config import Data
 
-# What torchvision raises when a download fails, or a file cannot be read as what it should be.
+# What torchvision raises if a download fails or a file is not readable as the data set.
 LOAD_ERRORS = (OSError, HTTPException, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError)
 
 
 @dataclass(frozen=True)
 class Images:
-    """N images with their labels."""
+    """N images and their labels."""
 
     pixels_NHWC: torch.Tensor  # uint8
     labels_N: torch.Tensor  # int64
@@ -49,7 +49,9 @@ class Images:
 
 @dataclass(frozen=True)
 class Splits:
-    """The four disjoint parts. `sgd` includes `evolution` only when data.sgd_on_evolution asks for it."""
+    """The four disjoint splits, and what is known of them. With data.sgd_on_evolution, `sgd` includes `evolution`.
+
+    `mean_C` and `std_C` are the mean and standard deviation of each colour over `sgd`, of pixels in [0, 1]."""
 
     sgd: Images
     evolution: Images
@@ -64,7 +66,7 @@ class Splits:
         return self.sgd.pixels_NHWC.shape[1]
 
     def digest(self) -> str:
-        """SHA-256 of all images and labels in their order."""
+        """Return the SHA-256 of all images and labels, in their order."""
         digest = hashlib.sha256()
         for images in (self.sgd, self.evolution, self.validation, self.test):
             digest.update(images.pixels_NHWC.numpy().data)
@@ -78,7 +80,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set as it comes: a training part and a test part."""
+    """A data set before it is split: a training part and a test part."""
 
     train: Images
     test: Images
@@ -86,14 +88,14 @@ class Dataset:
 
 
 def load_splits(config: Data, seed: int, note: Note = print) -> Splits:
-    """Load the data set that the configuration names and split it by the seed.
+    """Load the configured data set and split its training part, stratified by class, in an order drawn from the seed.
 
-    `note` takes one-line messages for the user. Raises InputError for a missing, empty or corrupt data
-    set and for splits that it cannot fill."""
+    `note` receives one-line messages for the user. Raises InputError for a missing, empty or corrupt data set, and for
+    splits that it cannot fill."""
     dataset = _only(LOADERS[config.name](config, note), config.classes)
     sizes = _split_sizes(config, len(dataset.train))
     order_N = _stratified_order(dataset.train.labels_N.numpy(), seed)
-    # SGD comes last, so that its size leaves the other two splits as they are.
+    # The sgd split comes last, so that its size does not change the other two splits.
     ends = np.cumsum([sizes["validation"], sizes["evolution"], sizes["sgd"]])
     validation, evolution, sgd = (dataset.train[torch.from_numpy(part)] for part in np.split(order_N, ends)[:3])
     for name, split in (("sgd", sgd), ("evolution", evolution), ("validation", validation)):
@@ -112,7 +114,7 @@ def load_splits(config: Data, seed: int, note: Note = print) -> Splits:
 
 
 def _only(dataset: Dataset, classes: str) -> Dataset:
-    """The part of a data set that is of some classes, in their order."""
+    """Keep only the given classes, with labels in the given order. Raises InputError for an unknown class."""
     if classes == "all":
         return dataset
     names = tuple(name.strip() for name in classes.split(","))
@@ -133,7 +135,7 @@ def _only(dataset: Dataset, classes: str) -> Dataset:
 
 
 def _colours(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each colour, of pixels in [0, 1]; exact, from counts of values."""
+    """Return the mean and standard deviation of each colour, of pixels in [0, 1], computed exactly from counts."""
     value_V = np.arange(256) / 255
     means, stds = [], []
     for colour in range(3):
@@ -148,7 +150,7 @@ def _colours(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def _split_sizes(config: Data, available: int) -> dict[str, int]:
     tenth = available // 10
     sizes = {"evolution": config.evolution_images or tenth, "validation": config.validation_images or tenth}
-    # The default of SGD is what the others leave of its 80 %.
+    # By default the sgd split has 80 %, or what the others leave of it.
     rest = available - sum(sizes.values())
     sizes["sgd"] = config.sgd_images or max(0, min(available - 2 * tenth, rest))
     if sum(sizes.values()) > available or min(sizes.values()) == 0:
@@ -158,8 +160,8 @@ def _split_sizes(config: Data, available: int) -> dict[str, int]:
 
 
 def _stratified_order(labels_N: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """An order of all images in which every stretch holds the classes in proportion, to one image a
-    class: image r of a shuffled class of c images comes at (r + 1/2) / c."""
+    """Return an order of all images in which every stretch has the classes in proportion, to within one image per
+    class: image r of a shuffled class of c images is placed at (r + 1/2) / c."""
     shuffled_N = permutation(len(labels_N), seed, 0)
     place_N = np.empty(len(labels_N))
     for label in np.unique(labels_N):
@@ -175,7 +177,7 @@ def _images(pixels: NDArray[np.uint8], labels: NDArray[np.int64], side: int) -> 
 
 
 def _digits(config: Data, note: Note) -> Dataset:
-    """scikit-learn's 1,797 digits of 8x8 pixels, each pixel four by four; a fixed fifth is the test part."""
+    """Load scikit-learn's 1,797 digits of 8x8 pixels, enlarged four times. A fixed fifth is the test part."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -192,8 +194,8 @@ def _digits(config: Data, note: Note) -> Dataset:
 
 
 def _torchvision(config: Data, note: Note) -> Dataset:
-    """CIFAR-10 or Fashion-MNIST (padded to 32x32, grey to RGB) through torchvision, which verifies the checksums of
-    downloads, and those of CIFAR-10's files each time."""
+    """Load CIFAR-10, or Fashion-MNIST padded to 32x32 and converted from grey to RGB, through torchvision. It verifies
+    the checksums of downloads, and those of CIFAR-10's files at each load."""
     import torchvision
 
     kind = {"cifar10": torchvision.datasets.CIFAR10, "fashion-mnist": torchvision.datasets.FashionMNIST}[config.name]
@@ -216,15 +218,15 @@ def _torchvision(config: Data, note: Note) -> Dataset:
 
 
 def _published(kind: Any, root: Path) -> dict[Path, str | None]:
-    """The files of a data set, with the MD5 of those of which it is known."""
-    if hasattr(kind, "resources"):  # Fashion-MNIST, of which only the archives have checksums
+    """Return the files of a data set with their MD5, or None if no MD5 is published."""
+    if hasattr(kind, "resources"):  # Fashion-MNIST: only its archives have checksums
         return {root / kind.__name__ / "raw" / Path(name).stem: None for name, _ in kind.resources}
     checksums = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
     return {root / kind.base_folder / name: md5 for name, md5 in checksums}
 
 
 def _trouble(error: Exception, published: dict[Path, str | None], download: bool) -> str:
-    """What is wrong with a data set: torchvision says the same of files that are not there and of damaged ones."""
+    """Say what is wrong with a data set: torchvision's error is the same for missing and for damaged files."""
     from torchvision.datasets.utils import check_integrity
 
     reason = str(error).strip() or type(error).__name__
@@ -239,11 +241,11 @@ def _trouble(error: Exception, published: dict[Path, str | None], download: bool
     if not damaged:
         return f"is corrupt: {reason} (delete it to download it again)"
     again = f", and could not be downloaded again: {reason}" if download else ""
-    return f"is corrupt: {damaged[0]} has not the published MD5{again}"
+    return f"is corrupt: {damaged[0]} does not have the published MD5{again}"
 
 
 def _folder(config: Data, note: Note) -> Dataset:
-    """train/<class>/* and test/<class>/*."""
+    """Load the images train/<class>/* and test/<class>/* of a folder."""
     train, test, classes = read_folder(Path(str(config.root)), config.image_size, note)
     return Dataset(_images(*train, config.image_size), _images(*test, config.image_size), classes)
 

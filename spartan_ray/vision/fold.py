@@ -1,6 +1,6 @@
-"""Weights times the factors of their channels, in runs: what folds BatchNorm, and which kernel a device gets.
+"""The kernel that folds BatchNorm: multiply runs of weights by the factors of their channels; one per device type.
 
-Shapes: S weights of a memory, C channels, G runs, F folded weights."""
+Shapes: S weights of a memory, C channels, G runs, F folded weights, P weights of all runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 class Fold(Protocol):
     def __call__(self, weight_S: torch.Tensor, gain_C: torch.Tensor, run_G4: torch.Tensor, out_F: torch.Tensor) -> None:
-        """out[start + i] = weight[first + i] * gain[channel] for i below length, for each run (first, start, length,
-        channel): one float32 product, rounded to out's type. The runs don't overlap in `out`, and what lies between
-        them stays."""
+        """Compute out[start + i] = weight[first + i] * gain[channel] for i < length, for each run (first, start,
+        length, channel). Each element is one float32 product, rounded to out's type. Runs must not overlap in `out`;
+        elements between them are not changed."""
 
 
 def fold_for(device: torch.device) -> Fold:
-    """The fastest kernel for the device: numba on CPU, Triton on CUDA, tensor operations elsewhere and where PyTorch
-    came without Triton."""
+    """Return the fastest kernel for the device: numba on CPUs, Triton on CUDA, and tensor operations on other devices
+    or if PyTorch was installed without Triton."""
     if device.type == "cpu":
         from spartan_ray.vision.fold_cpu import fold
 
@@ -33,7 +33,7 @@ def fold_for(device: torch.device) -> Fold:
 
 
 def portable_fold(weight_S: torch.Tensor, gain_C: torch.Tensor, run_G4: torch.Tensor, out_F: torch.Tensor) -> None:
-    """A place for each weight, and a gather."""
+    """`Fold` in tensor operations: compute the place of each weight, then gather, multiply and scatter."""
     first_G, start_G, length_G, channel_G = run_G4.unbind(1)
     place_P = torch.repeat_interleave(length_G.cumsum(0) - length_G, length_G)
     place_P = torch.arange(len(place_P), device=place_P.device) - place_P

@@ -1,4 +1,6 @@
-"""`fold.Fold` for CPUs, in numba, one thread. Shapes: S weights, C channels, G runs, F folded weights, T of a tile."""
+"""`fold.Fold` for CPUs, in numba, with one thread.
+
+Shapes: S weights, C channels, G runs, F folded weights, T weights of a tile."""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from numba import uint16, uint32
 
 from spartan_ray.noise.cpu import TILE, jit
 
-# Of float32 and bfloat16, the upper half of its bits.
+# Bit patterns to round a float32 to bfloat16, which is the upper half of its bits.
 HALF, ODD, NAN = np.uint32(0x7FFF), np.uint32(1), np.uint16(0x7FC0)
 
 
@@ -23,7 +25,8 @@ def _fold(weight_S, gain_C, run_G4, out_F):  # type: ignore[no-untyped-def]
 
 @jit
 def _fold_to_bfloat16(weight_S, gain_C, run_G4, out_F):  # type: ignore[no-untyped-def]
-    """Rounded to the nearest, and to the even one of two: what is above the half is carried."""
+    """Round products to the nearest bfloat16, ties to even: add just under a half, plus the lowest kept bit, and
+    truncate."""
     product_T = np.empty(TILE, np.float32)
     bits_T = product_T.view(np.uint32)
     for run in range(run_G4.shape[0]):

@@ -1,5 +1,6 @@
-"""`fold.Fold` for CUDA devices, in Triton: one launch for all runs. Shapes: S weights, C channels, G runs, F folded
-weights, T of a tile."""
+"""`fold.Fold` for CUDA devices, in Triton, with one launch for all runs.
+
+Shapes: S weights, C channels, G runs, F folded weights, T weights of a tile."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ TILE = 1024
 
 @triton.jit
 def _fold(out_F, weight_S, gain_C, run_G4, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A program a run."""
+    """One program per run."""
     run = run_G4 + 4 * tl.program_id(0)
     first, start, length, channel = tl.load(run), tl.load(run + 1), tl.load(run + 2), tl.load(run + 3)
     gain = tl.load(gain_C + channel)

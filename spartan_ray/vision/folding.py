@@ -1,5 +1,6 @@
-"""BatchNorm folded into the convolutions before it, for scoring. Shapes: C channels of all BatchNorm layers, S weights
-of a memory, G runs of them, F folded weights, R biases."""
+"""Folds BatchNorm layers into the convolutions before them, for scoring.
+
+Shapes: C channels of all BatchNorm layers, S weights of a memory, G runs of them, F folded weights, R biases."""
 
 from __future__ import annotations
 
@@ -17,20 +18,20 @@ from torch.overrides import TorchFunctionMode
 from spartan_ray.vision.fold import fold_for
 from spartan_ray.vision.layers import FoldedBatchNorm2d, LiveConv2d
 
-# Elements that a weight in its memory starts at a multiple of, so that vectors can be loaded whole.
+# Each folded weight starts at a multiple of this many elements, so that vector loads are aligned.
 ALIGNED = 64
 
 
 class Source(NamedTuple):
-    """A memory of float32 weights and the runs of them that are folded: where each is there and in the folded memory,
-    how many they are, and their channel, G x 4."""
+    """A memory of float32 weights and the runs of them to fold. A row of `run_G4` is the run's start in this memory,
+    its start in the folded memory, its length and its channel."""
 
     weight_S: torch.Tensor
     run_G4: torch.Tensor
 
 
 class Memory(NamedTuple):
-    """All folded weights and shifts of a precision, and those of each convolution, which are views of them."""
+    """All folded weights and shifts in one precision, and each convolution's pair of them as views."""
 
     weight_F: torch.Tensor
     shift_R: torch.Tensor
@@ -38,7 +39,7 @@ class Memory(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A convolution or a BatchNorm layer at work."""
+    """One call of a convolution or BatchNorm layer."""
 
     layer: nn.Module
     input_NCHW: torch.Tensor
@@ -46,7 +47,7 @@ class Call(NamedTuple):
 
 
 class _Uses(TorchFunctionMode):
-    """Counts the computations that go on from certain tensors, which are kept meanwhile, by their identities."""
+    """Counts how many computations use each tensor whose id is in `of`. These tensors must stay alive meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,8 +67,8 @@ class _Uses(TorchFunctionMode):
 
 @torch.inference_mode()
 def calls(module: nn.Module, image_NCHW: torch.Tensor) -> tuple[list[Call], dict[int, int]]:
-    """The convolutions and BatchNorm layers of a network in the order in which they are used, and how many computations
-    go on from each output, by its identity."""
+    """Run a network on an image. Return the calls of its convolutions and BatchNorm layers in order, and how many
+    computations use each output, by the output's id."""
     found: list[Call] = []
     uses = _Uses()
 
@@ -87,12 +88,13 @@ def calls(module: nn.Module, image_NCHW: torch.Tensor) -> tuple[list[Call], dict
 
 
 class Folding:
-    """Folds the BatchNorm layers of a network into the convolutions whose output goes nowhere else, for scoring.
+    """Folds each BatchNorm layer of a network into the convolution before it, if nothing else uses that convolution's
+    output. For scoring.
 
-    With its own statistics BatchNorm is a factor and a shift of each channel, which the convolution before it can do
-    on the way: the same function to rounding, in a tenth less time. `with folding(dtype):` folds the weights as they
-    are then, of all layers at once, into memory that is there for it. `image_NCHW` shows which convolution feeds which
-    layer, and the sizes of the maps."""
+    With running statistics, BatchNorm is a factor and a shift per channel, which the convolution can apply itself: the
+    same function up to rounding, in a tenth less time. `with folding(dtype):` folds the current weights of all layers
+    at once, into memory that is allocated once. `image_NCHW` is an example input: it shows which convolution feeds
+    which layer, and the sizes of the maps."""
 
     def __init__(self, module: nn.Module, image_NCHW: torch.Tensor) -> None:
         seen, uses = calls(module, image_NCHW)
@@ -138,7 +140,7 @@ class Folding:
 
     @torch.inference_mode()
     def _folded(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The convolutions' weights and biases, arranged, with those of the layers after them."""
+        """Fold all layers. Return the arranged weight and the bias of each convolution."""
         weight_C, bias_C, mean_C, variance_C = (
             torch.cat([getattr(norm, name) for _, norm in self.pairs])
             for name in ("weight", "bias", "running_mean", "running_var")
@@ -157,7 +159,7 @@ class Folding:
         return folded
 
     def _sources(self) -> list[Source]:
-        """What holds the weights: for theta_D's, one for all of them."""
+        """Return the memories that hold the weights: a single one if the weights are views of theta_D."""
         weights = [conv.weight.contiguous(memory_format=torch.channels_last) for conv, _ in self.pairs]
         places = [(weight.untyped_storage().data_ptr(), int(weight.storage_offset())) for weight in weights]
         if places != self.places:

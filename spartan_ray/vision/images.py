@@ -1,6 +1,6 @@
-"""A folder of images as arrays: train/<class>/* and test/<class>/*, of any size, decoded once into a cache.
+"""Reads a folder of images as arrays: train/<class>/* and test/<class>/*, of any size, decoded once into a cache.
 
-What would change an image without a word is refused by name, or said in one line through `note`.
+Anything that would silently change an image is refused with the file's name, or reported in one line through `note`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from spartan_ray.errors import InputError
 
 Note = Callable[[str], None]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-# Formats whose ranges of values are known, and none that Pillow hands to another program.
+# Formats with known value ranges, and none for which Pillow runs another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# Part of what a cache is of: raise it with every change of the pixels that `_decode` returns.
+# Version of the decoder, a part of the cache's digest. Raise it whenever `_decode` returns other pixels.
 DECODER = 2
 NAMED = 5
 
@@ -34,9 +34,10 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 def list_folder(root: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]], list[Path]]:
-    """The files of each class of the training and of the test part, and what is no image by suffix or place.
+    """Return the image files of each class in train and in test, and the other files, which are no images by their
+    suffix or place.
 
-    Raises InputError for a folder that is not as it should be."""
+    Raises InputError if the folder does not have this structure."""
     try:
         if not root.is_dir():
             raise InputError(f"data.root {root}: no such folder")
@@ -54,14 +55,14 @@ def list_folder(root: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]
 
 
 def read_folder(root: Path, side: int, note: Note) -> tuple[Arrays, Arrays, tuple[str, ...]]:
-    """Pixels (N, side, side, 3) and labels of the training part, those of the test part, and the classes.
+    """Return pixels (N, side, side, 3) and labels of train, those of test, and the classes.
 
-    Raises InputError for a folder that is not as it should be and for files that cannot be read as they are."""
+    Raises InputError if the folder does not have the structure of `list_folder`, and for unreadable files."""
     train, test, left_out = list_folder(root)
     classes = tuple(train)
     if left_out:
         names = shortened([str(path.relative_to(root)) for path in left_out])
-        note(f"data.root {root}: left out, as no images by suffix or place: {len(left_out)} ({names})")
+        note(f"data.root {root}: left out, not images by suffix or place: {len(left_out)} ({names})")
     counts = [len(paths) for part in (train, test) for paths in part.values()]
     labels_N = np.repeat(np.tile(np.arange(len(classes)), 2), counts)
     paths = [path for part in (train, test) for paths in part.values() for path in paths]
@@ -71,7 +72,7 @@ def read_folder(root: Path, side: int, note: Note) -> tuple[Arrays, Arrays, tupl
 
 
 def _list_images(part: Path, left_out: list[Path]) -> dict[str, list[Path]]:
-    """The image files of each class, both sorted by name; what else lies there is added to `left_out`."""
+    """Return the image files of each class, classes and files sorted by name. Add all other files to `left_out`."""
     if not part.is_dir():
         raise InputError(f"data.root: {part}: no such folder (expected {part.name}/<class>/<image>)")
     by_class: dict[str, list[Path]] = {}
@@ -94,13 +95,13 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def shortened(names: Sequence[str]) -> str:
-    """The first few, and the number of the others."""
+    """Return the first few names and the number of the others."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 
 
 def _pixels(root: Path, paths: list[Path], side: int, note: Note) -> NDArray[np.uint8]:
-    """The pixels of the files, from the cache when neither they nor the decoder changed since it was written."""
+    """Return the pixels of the files, from the cache if neither they nor the decoder have changed since."""
     listing = [(str(path.relative_to(root)), _stamp(path)) for path in paths]
     state = json.dumps([DECODER, PIL.__version__, side, listing])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spartan-ray"
@@ -116,15 +117,16 @@ def _pixels(root: Path, paths: list[Path], side: int, note: Note) -> NDArray[np.
 
 
 def _digest(state: str, pixels: NDArray[np.uint8]) -> bytes:
-    """What a cache begins with: another one if it is damaged, or of other files."""
+    """Return the digest at the start of a cache. It differs if the cache is damaged or belongs to other files."""
     digest = hashlib.sha256(state.encode())
     digest.update(pixels.data)
     return digest.digest()
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Changes when the file does: other content may have the same size and, copied with its times, the same
-    modification time, but not the same change time. None if it cannot be looked at: decoding says why."""
+    """Return a stamp that changes with the file, or None if the file has no status; decoding then reports why. Other
+    content may have the same size and, if copied with its times, the same modification time, but not the same change
+    time."""
     try:
         status = path.stat()
     except OSError:
@@ -136,7 +138,7 @@ def _write_cache(cache: Path, digest: bytes, pixels_NHWC: NDArray[np.uint8], not
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with open(cache, "ab") as file:
-            # One writer at a time. Who reads meanwhile, or after a writer was killed, finds a wrong digest and decodes.
+            # One writer at a time. A reader that comes meanwhile, or after a writer was killed, finds a wrong digest.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             file.write(digest)
@@ -154,12 +156,12 @@ def _decode_all(paths: list[Path], side: int, note: Note) -> NDArray[np.uint8]:
     for index, path in enumerate(paths):
         try:
             pixels_NHWC[index] = _decode(path, side, changes)
-        except Exception as error:  # Of damaged files Pillow raises struct.error, zlib.error, KeyError and others.
+        except Exception as error:  # For damaged files Pillow raises struct.error, zlib.error, KeyError and others.
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             unreadable.append(f"{path} ({reason})")
     if unreadable:
         raise InputError(
-            f"data.root: {len(unreadable)} of {len(paths)} not readable as images: {shortened(unreadable)}"
+            f"data.root: {len(unreadable)} of {len(paths)} files are not readable as images: {shortened(unreadable)}"
         )
     if changes:
         counts = ", ".join(f"{count} {change}" for change, count in changes.items())
@@ -168,7 +170,7 @@ def _decode_all(paths: list[Path], side: int, note: Note) -> NDArray[np.uint8]:
 
 
 def _decode(path: Path, side: int, changes: Counter[str]) -> NDArray[np.uint8]:
-    """The pixels of one image, upright, as 8-bit RGB of a side; what is lost on the way is counted in `changes`."""
+    """Return the pixels of one image, upright, as 8-bit RGB at side x side. Count what is lost in `changes`."""
     try:
         opened = Image.open(path, formats=FORMATS)
     except UnidentifiedImageError:
@@ -176,11 +178,11 @@ def _decode(path: Path, side: int, changes: Counter[str]) -> NDArray[np.uint8]:
     with opened:
         _check_range(opened)
         if getattr(opened, "is_animated", False):
-            changes["of several frames or pages (the first is used)"] += 1
+            changes["with several frames or pages (the first is used)"] += 1
         image: Image.Image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):
-            changes["of 16-bit grey (the high byte is used)"] += 1
-            # Pillow's own conversion clips at 255. Of 16-bit colours it takes the high byte, so this does too.
+            changes["in 16-bit grey (the high byte is used)"] += 1
+            # Pillow's own conversion clips at 255. Take the high byte, as Pillow does for 16-bit colours.
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -190,17 +192,18 @@ def _decode(path: Path, side: int, changes: Counter[str]) -> NDArray[np.uint8]:
 
 
 def resized(rgb: Image.Image, side: int) -> NDArray[np.uint8]:
-    """The pixels of an image at side x side. Pillow's integers are the same on every processor."""
+    """Return the pixels of an image at side x side. Pillow computes in integers, so they are equal on every
+    processor."""
     if rgb.size != (side, side):
         rgb = rgb.resize((side, side), Image.Resampling.BILINEAR)
     return np.asarray(rgb)
 
 
 def _check_range(image: Image.Image) -> None:
-    """Raises ValueError if it is not known which values of the image are black and white."""
+    """Raises ValueError if it is unknown which values of the image are black and white."""
     known = image.mode != "F"
     if isinstance(image, tiff.TiffImageFile):
-        # Pillow brings PNG and PPM of more than 8 bits to 0..65535; TIFF it gives as it is: 12 bits, signed, 0 white.
+        # Pillow scales PNG and PPM of more than 8 bits to 0..65535, but not TIFF: 12 bits, signed, 0 as white.
         tags = image.tag_v2
         layout = tags.get(tiff.BITSPERSAMPLE), tags.get(tiff.PHOTOMETRIC_INTERPRETATION)
         unsigned = set(tags.get(tiff.SAMPLEFORMAT, (1,))) == {1}

@@ -1,5 +1,6 @@
-"""Convolutions and BatchNorm as torch has them, computed in less time. Shapes: weights O, H, W, I or O, I, H, W as
-named, W windows, N images, R rows of outputs, G runs of weights."""
+"""Convolution and BatchNorm layers that compute the same as torch's, in less time.
+
+Shapes: weights O, H, W, I or O, I, H, W as named, W windows, N images, R rows of outputs, G runs of weights."""
 
 from __future__ import annotations
 
@@ -15,22 +16,22 @@ from torch import nn
 
 
 class LiveConv2d(nn.Conv2d):
-    """A convolution that computes with its live taps only: those that meet the map and not its padding.
+    """A convolution that computes only its live taps: the ones that meet the map and not just its padding.
 
-    Where a map has no more pixels than the kernel has taps, the convolution is the product with a dense matrix from
-    all pixels to all outputs. It is the same function with the same parameters and gradients (zero for taps
-    that never meet the map), in a fraction of the time: on 32x32 images that is most of the last two
-    stages of ResNet18, two thirds of whose parameters are dead. One of a single tap is a product with the
-    pixels that it meets."""
+    If a map has no more pixels than the kernel has taps, the convolution is computed as a product with a dense matrix
+    from all pixels to all outputs. The function, the parameters and the gradients are the same (zero for taps that
+    never meet the map), in a fraction of the time. On 32x32 images this covers most of the last two stages of ResNet18,
+    where two thirds of the parameters are dead. A 1x1 convolution is computed as a product with the pixels that it
+    meets."""
 
     def __init__(
         self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, padding: int = 0, bias: bool = True
     ) -> None:
         super().__init__(channels_in, channels_out, kernel, stride, padding, bias=bias)
 
-    # Its weights and its bias, both as arranged, with the BatchNorm layer after it folded in, while `Folding` is on.
+    # While `Folding` is active: the arranged weight and bias, with the following BatchNorm layer folded in.
     folded: tuple[torch.Tensor, torch.Tensor] | None = None
-    # The part of the weight that holds its live taps, while that is what is trained, and where it begins.
+    # While `Leaves` is active: the part of the weight that holds the live taps, and its first row and column.
     live: tuple[torch.Tensor, tuple[int, int]] | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -47,8 +48,8 @@ class LiveConv2d(nn.Conv2d):
         return outputs_NR.view(len(input), rows, columns, self.out_channels).permute(0, 3, 1, 2)
 
     def arranged(self, size: torch.Size) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias for maps of a size: as they are, or as a matrix from pixels to outputs, both channels-last,
-        and a bias for each output."""
+        """Return the weight and bias to use for maps of a size: unchanged, or a matrix from pixels to outputs, both in
+        channels-last order, with a bias per output."""
         if not self._is_product(size):
             return self.weight, self.bias
         weight_OHWI, corner = self.live or (self.weight.permute(0, 2, 3, 1), (0, 0))
@@ -57,9 +58,9 @@ class LiveConv2d(nn.Conv2d):
         return matrix, None if self.bias is None else self.bias.repeat(len(windows))
 
     def runs(self, size: torch.Size) -> tuple[torch.Size, NDArray[np.int64]]:
-        """The shape of the arranged weight, with a kernel's input channels last, and the runs of weights that make it,
-        G x 4: the first in the weight as it lies in memory, the first in the arranged one, how many, and their output
-        channel. Between them are zeros."""
+        """Return the shape of the arranged weight, input channels last, and the runs of weights that fill it, G x 4:
+        the run's start in the weight's memory, its start in the arranged weight, its length and its output channel. The
+        arranged weight is zero between the runs."""
         outputs, inputs, taps, width = self.weight.shape
         channel_O = np.arange(outputs)
         if not self._is_product(size):
@@ -76,7 +77,7 @@ class LiveConv2d(nn.Conv2d):
         return torch.Size((len(seen) * outputs, size.numel() * inputs)), np.concatenate(found)
 
     def live_taps(self, size: torch.Size) -> tuple[slice, slice]:
-        """The rows and columns of the kernel that meet maps of a size."""
+        """Return the rows and columns of the kernel that meet maps of a size."""
         if not self._is_product(size):
             return slice(0, self.kernel_size[0]), slice(0, self.kernel_size[1])
         rows, columns = (
@@ -96,8 +97,9 @@ class LiveConv2d(nn.Conv2d):
 
 
 class _Arrange(torch.autograd.Function):
-    """Taps into a matrix: for each output its window of them, and zeros at the pixels that they do not meet. With a
-    backward of its own, since the one of slices makes a whole gradient for each and adds them up."""
+    """Arranges taps in a matrix: each output gets its window of taps, and zeros for the pixels that they do not meet.
+
+    It defines its own backward, because autograd would allocate a whole gradient for each slice and add them up."""
 
     @staticmethod
     def forward(
@@ -124,14 +126,14 @@ class _Arrange(torch.autograd.Function):
         return gradient_OHWI, None, None
 
 
-# The taps that meet the map, and the pixels that they meet.
+# On one axis: the taps that meet the map, and the pixels that they meet.
 Window = tuple[slice, slice]
 
 
 @functools.cache
 def windows(size: int, taps: int, stride: int, padding: int, first_tap: int) -> list[Window]:
-    """What each output of a convolution sees on an axis of this size: output o meets pixel p with tap
-    p - o * stride + padding. Taps are counted from the first one."""
+    """Return the window of each output of a convolution on one axis of the map. Output o meets pixel p with tap
+    p - o * stride + padding. Taps are counted from `first_tap`."""
     found = []
     for output in range((size + 2 * padding - taps) // stride + 1):
         corner = output * stride - padding
@@ -142,7 +144,7 @@ def windows(size: int, taps: int, stride: int, padding: int, first_tap: int) -> 
 
 
 class FoldedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that steps aside while it is folded into the convolution before it."""
+    """BatchNorm that returns its input unchanged while it is folded into the convolution before it."""
 
     folded = False
 
@@ -151,12 +153,13 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
 
 
 def hasten(network: nn.Module) -> None:
-    """Make torch's own layers of a network these ones, which compute the same, where they can be."""
+    """Turn torch's own Conv2d and BatchNorm2d layers of a network into these ones, in place, where they are
+    equivalent."""
     for layer in network.modules():
         if type(layer) is nn.BatchNorm2d and layer.affine and layer.track_running_stats:
             layer.__class__ = FoldedBatchNorm2d
         elif type(layer) is nn.Conv2d:
             plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-            own = "weight" in layer._parameters and not layer._forward_pre_hooks  # and not made from another one
+            own = "weight" in layer._parameters and not layer._forward_pre_hooks  # not a computed weight
             if plain and own and not isinstance(layer.padding, str):
                 layer.__class__ = LiveConv2d

@@ -1,4 +1,6 @@
-"""The live part of a network: what reaches its output, and so what gradient descent moves."""
+"""The live part of a network: the parameters that can affect its output, which gradient descent trains.
+
+Shapes: D parameters, R ranges of them."""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ from spartan_ray.vision.layers import LiveConv2d
 
 
 class Leaves:
-    """What gradient descent moves: the parameters, but of a convolution with dead taps the part of its weight that
-    holds the live ones. The others' gradients are zero, and to hold and to add them takes a tenth of a step.
+    """The tensors that gradient descent trains: the parameters, but only the live part of a convolution's weight with
+    dead taps. The gradients of dead taps are zero, and storing and adding them would take a tenth of a step.
 
-    `with leaves():` makes the network compute with them; they share theta_D's memory. Dead taps stay as they are,
-    under weight decay too. `image_NCHW` shows the sizes of the maps."""
+    `with leaves():` makes the network compute with these tensors, which share theta_D's memory. Dead taps never change,
+    not even by weight decay. `image_NCHW` is an example input: it shows the sizes of the maps."""
 
     def __init__(self, model: FlatModel, image_NCHW: torch.Tensor) -> None:
         self.model = model
@@ -39,7 +41,7 @@ class Leaves:
         ]
 
     def parts(self, vector_D: torch.Tensor) -> list[torch.Tensor]:
-        """A vector of theta_D's layout as a tensor a leaf, which share its memory."""
+        """Split a vector with theta_D's layout into one tensor per leaf. The tensors share its memory."""
         parts = []
         for parameter, view in zip(self.model.parameters, self.model.views(vector_D), strict=True):
             if parameter in self.live:
@@ -49,7 +51,7 @@ class Leaves:
         return parts
 
     def ranges(self) -> NDArray[np.int64]:
-        """The elements of theta_D that reach the output, as R ranges [first, end)."""
+        """Return the elements of theta_D that can affect the output, as ranges [first, end), R x 2."""
         live_D = torch.zeros(len(self.model.theta_D) + 2, dtype=torch.int8)
         for part in self.parts(live_D[1:-1]):
             part.fill_(1)

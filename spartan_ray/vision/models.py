@@ -1,4 +1,4 @@
-"""The networks of a configuration, with their initial weights."""
+"""Builds the network of a configuration, with its initial weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from spartan_ray.vision.weights import imagenet_file, load_weights, read_weights
 
 
 def build_model(config: Parent, classes: int) -> nn.Module:
-    """The network of the configuration with torch's current random state as its initial weights.
+    """Build the network of the configuration, with initial weights drawn from torch's global generator.
 
-    Raises InputError when it cannot be made."""
+    Raises InputError if it cannot be built."""
     if config.model == "resnet18":
         return ResNet18(classes, config.stem, config.width)
     if config.model == "convnet":
@@ -40,13 +40,13 @@ def build_model(config: Parent, classes: int) -> nn.Module:
 
 
 def _logits(network: nn.Module, inputs: Any, output: Any) -> Any:
-    """Of what a network in training returns with auxiliary classifiers, its own logits."""
+    """Return the main logits of a network that also returns those of auxiliary classifiers in training."""
     return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
 def refuse_unfit(network: nn.Module, config: Parent, size: int, classes: int) -> None:
-    """Raises InputError for a network that does not turn images of a size into logits."""
+    """Raises InputError if the network does not turn images of this size into logits, or is not in float32."""
     try:
         shape = tuple(network.eval()(torch.zeros(2, 3, size, size)).shape)
     except Exception as error:
@@ -55,7 +55,7 @@ def refuse_unfit(network: nn.Module, config: Parent, size: int, classes: int) ->
             f"parent.model ({config.model}): cannot take images of {size} x {size} pixels (data.image_size): {reason}"
         ) from error
     if any(parameter.dtype != torch.float32 for parameter in network.parameters() if parameter.requires_grad):
-        raise InputError(f"parent.model ({config.model}): is in half precision: that is parent.precision's to say")
+        raise InputError(f"parent.model ({config.model}): has parameters that are not float32 (see parent.precision)")
     if shape != (2, classes):
         raise InputError(f"parent.model ({config.model}): returns {shape} for 2 images: expected (2, {classes})")
 
@@ -71,7 +71,7 @@ def _convnet(classes: int) -> nn.Module:
 
 
 def initial_model(config: Parent, classes: int, seed: int) -> tuple[nn.Module, list[str]]:
-    """The parent at the start of a run, and what is to be said of its weights."""
+    """Return the network at the start of a run, and notes on its weights for the user."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_model(config, classes)
@@ -82,7 +82,7 @@ def initial_model(config: Parent, classes: int, seed: int) -> tuple[nn.Module, l
 
 
 def describe(config: Parent, splits: Splits) -> str:
-    """What a file of weights says of itself, as JSON: how to build its network and to normalise its images."""
+    """Return the metadata of a file of weights as JSON: how to build its network and normalise its images."""
     about = {name: getattr(config, name) for name in ("model", "stem", "width")}
     images = {name: getattr(splits, name) for name in ("classes", "image_size")}
     return json.dumps(about | images | {"mean": splits.mean_C, "std": splits.std_C})

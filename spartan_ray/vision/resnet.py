@@ -1,6 +1,6 @@
-"""ResNet18 (He et al., arXiv 1512.03385) with torchvision's names, function and initial weights.
+"""ResNet18 (He et al., arXiv 1512.03385) with torchvision's parameter names, function and initial weights.
 
-Of its own, since to import torchvision's takes a second and 90 MB in every worker."""
+It is implemented here because importing torchvision takes a second and 90 MB in every worker."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def _conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> 
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two 3x3 convolutions with a shortcut around them."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
-        # Made first, as torchvision does: the order decides which random numbers are whose.
+        # Created first, as in torchvision: the order decides which random numbers a layer gets.
         downsample = None
         if stride > 1:
             downsample = nn.Sequential(_conv(channels_in, channels_out, 1, stride), FoldedBatchNorm2d(channels_out))
@@ -45,9 +45,11 @@ def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 class ResNet18(nn.Module):
-    """Images to logits; the stem is imagenet's (7x7 stride 2, pooling) or cifar's (3x3).
+    """Maps images to logits.
 
-    width is the number of channels of the first stage; the fourth has eight times as many."""
+    classes    number of classes
+    stem       first layers: imagenet (7x7 convolution with stride 2, max pooling) or cifar (3x3 convolution)
+    width      channels of the first stage; the fourth has eight times as many"""
 
     def __init__(self, classes: int, stem: Literal["imagenet", "cifar"], width: int = 64) -> None:
         super().__init__()
@@ -68,8 +70,8 @@ class ResNet18(nn.Module):
             self.conv1, self.maxpool = _conv(3, width, 3), nn.Identity()
 
     def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
-        # The largest of the positive parts is the positive part of the largest: torchvision's order takes four times
-        # as many of them, for the same values and gradients.
+        # Pool before ReLU: the values and gradients are the same as in torchvision's order, which applies ReLU to four
+        # times as many values.
         x_NCHW = self.relu(self.maxpool(self.bn1(self.conv1(x_NCHW))))
         x_NCHW = self.layer4(self.layer3(self.layer2(self.layer1(x_NCHW))))
         logits_NC: torch.Tensor = self.fc(self.avgpool(x_NCHW).flatten(1))

@@ -1,4 +1,6 @@
-"""Gradient training of the parent. Shapes: N images of a batch, C colours."""
+"""Gradient training of the parent.
+
+Shapes: N images of a batch, C colours, D parameters, T parameter tensors."""
 
 from __future__ import annotations
 
@@ -26,21 +28,21 @@ if TYPE_CHECKING:
     from spartan_ray.vision.config import Parent as ParentConfig
 
 CPU = torch.device("cpu")
-# Purposes of the keys of `permutation` and of torch's generators, beside the seed.
+# Offsets that give each purpose its own keys of `permutation` and of the random generators.
 ORDER_OF_EPOCH = 1 << 32
 AUGMENTATION_OF_EPOCH = 1 << 34
 NOISE_OF_STEP = 1 << 40
 DROPOUT_OF_EPOCH = 1 << 36
-# A shift of augmentation is at most a side over so many pixels.
+# Augmentation shifts an image by at most its side divided by this number.
 CROP_SHARE = 8
-# Exponent of the annealing of gradient noise, the paper's.
+# Annealing exponent of the gradient noise, from the paper.
 NOISE_DECAY = 0.55
-# SGD images whose gradient rescales the optimizer's moments.
+# Number of SGD images whose gradient is used to rescale the optimizer's moments.
 MOMENT_IMAGES = 512
 
 
 def make_optimizer(config: ParentConfig, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
-    """The optimizer of the configuration over all parameters."""
+    """Make the configured optimizer over these parameters."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
@@ -48,18 +50,18 @@ def make_optimizer(config: ParentConfig, parameters: list[torch.Tensor]) -> torc
 
 
 def lr_factor(schedule: str, epoch: int, epochs: int) -> float:
-    """The learning rate of an epoch, from 1 to epochs, over that of the first."""
+    """Return the factor of the learning rate in an epoch, 1 <= epoch <= epochs. It is 1 in the first epoch."""
     return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
 
 
 def noise_deviation(eta: float, step: int) -> float:
-    """Standard deviation of the noise added to the gradient of a step, counted from 0: its variance is
+    """Return the standard deviation of the gradient noise at a step, counted from 0. The variance is
     eta / (1 + step)^0.55 (Neelakantan et al., arXiv 1511.06807)."""
     return math.sqrt(eta / (1 + step) ** NOISE_DECAY)
 
 
 class Trainer:
-    """Trains a FlatModel in place. An epoch's batches are a function of (seed, epoch) alone."""
+    """Trains a FlatModel in place. The batches of an epoch depend on (seed, epoch) alone."""
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class Trainer:
         augment: bool,
         epochs: int = 1,
     ) -> None:
-        """`epochs` is the length of the run, for the schedule."""
+        """`epochs` is the number of epochs of the run, for the learning rate schedule."""
         self.config = config
         self.epochs = epochs
         self.model = model
@@ -85,9 +87,9 @@ class Trainer:
         self.noise_kernel = kernel_for("gaussian", model.theta_D.device)
 
     def train_epoch(self, epoch: int, on_batch: Callable[[int], None]) -> int:
-        """One pass over the images in a new order; calls on_batch(images of the batch) after each step.
-        A last batch of a single image is dropped, since BatchNorm has no variance for it.
-        Returns the number of images trained on."""
+        """Train on all images once, in an order of this epoch's own. Call `on_batch` with the batch size after each
+        step. Skip a last batch of a single image, for which BatchNorm has no variance. Return the number of images
+        trained on."""
         module, device = self.model.module, self.images.labels_N.device
         module.train()
         order_N = torch.from_numpy(permutation(len(self.images), self.seed, ORDER_OF_EPOCH + epoch)).to(device)
@@ -97,7 +99,7 @@ class Trainer:
             group["lr"] = self.config.lr * lr_factor(self.config.schedule, epoch, self.epochs)
         products = float32_products("tf32" if self.config.precision == "tf32" else "ieee")
         with self.leaves(), products, torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(random_key(self.seed, DROPOUT_OF_EPOCH + epoch))  # of a network that draws itself
+            torch.manual_seed(random_key(self.seed, DROPOUT_OF_EPOCH + epoch))  # for dropout and the like
             for index_N in order_N.split(self.config.batch_size):
                 if len(index_N) == 1:
                     continue
@@ -116,19 +118,19 @@ class Trainer:
         return trained
 
     def _add_noise(self) -> None:
-        """Annealed gaussian noise on the gradients, a function of (seed, step) alone."""
+        """Add annealed gaussian noise to the gradients; it depends on (seed, step) alone."""
         if self.config.gradient_noise is None:
             return
         seed_1 = np.array([random_key(self.seed, NOISE_OF_STEP + self.steps)], np.uint64)
         weight_1 = np.array([noise_deviation(self.config.gradient_noise, self.steps)], np.float32)
         noise_D = self.noise_kernel.accumulate(seed_1, weight_1, 0, self.model.theta_D.numel())
         for leaf, noise in zip(self.leaves.tensors, self.leaves.parts(noise_D), strict=True):
-            if leaf.grad is not None:  # of an output that the loss does not use
+            if leaf.grad is not None:  # None if the loss does not depend on it
                 leaf.grad += noise
 
     def gradient_norms(self) -> torch.Tensor:
-        """The norm of each parameter tensor's gradient, T, on the same SGD images every time and with
-        BatchNorm as in training: what `rescale_moments` compares."""
+        """Return the norm of each parameter tensor's gradient, T, for `rescale_moments` to compare. The SGD images are
+        the same at each call, and BatchNorm uses the batch's statistics, as in training."""
         images = self.images[slice(0, MOMENT_IMAGES)]
         self.model.module.zero_grad(set_to_none=True)
         mean_gradient(self.model.module, images, self.normalise, "batch")
@@ -137,19 +139,19 @@ class Trainer:
         return torch.stack([view.double().norm() for view in self.model.views(gradient_D)])
 
     def rescale_moments(self, before_T: torch.Tensor) -> None:
-        """Fit the moments to a parent that evolution moved: the first moment of a tensor by the ratio of
-        its gradient's norm after to before, the second by the ratio's square. Without it Adam divides the
-        new parent's larger gradients by the root of the old one's smaller squares."""
+        """Rescale the optimizer's moments after evolution moved the parent. Multiply a tensor's first moment by the
+        ratio of its gradient's norm now to the one before, and the second moment by the square of the ratio. Otherwise
+        Adam divides the new parent's larger gradients by the root of the old parent's smaller second moments."""
         rescale_moments(self.optimizer, self.leaves.tensors, before_T, self.gradient_norms())
 
     def reset_moments(self) -> None:
-        """Forget the moments: the optimizer starts anew."""
+        """Clear the moments: the optimizer starts anew."""
         self.optimizer.state.clear()
 
 
 class Course:
-    """An epoch of gradient descent, with an optimizer and a learning rate that are said each time. `images` are packed,
-    so that the workers of a node share them."""
+    """An epoch of gradient descent on a worker, with the optimizer and learning rate given at each call. `images` are
+    packed arrays, so that the workers of a node share their memory."""
 
     def __init__(
         self,
@@ -170,7 +172,8 @@ class Course:
     def __call__(
         self, model: FlatModel, settings: Settings, state: OptimizerState | None, seed: int, epoch: int
     ) -> OptimizerState:
-        """Train in place on all images; what the optimizer remembers then."""
+        """Train `model` in place on all images, from the optimizer's `state` if given. Return the optimizer's new
+        state."""
         config = self.config.model_copy(update={"optimizer": settings.optimizer, "lr": settings.lr})
         trainer = Trainer(config, model, self.images, self.normalise, seed, self.augment, self.epochs)
         if state:
@@ -183,8 +186,8 @@ class Course:
 
 
 def shift_and_flip(pixels_NHWC: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Each image flipped left to right half of the time and shifted by up to an eighth of its side (4 pixels of 32),
-    zeros outside."""
+    """Flip each image left to right with probability 1/2, and shift it by up to an eighth of its side (4 pixels at 32)
+    in each direction. Fill with zeros."""
     count, height, width, _ = pixels_NHWC.shape
     margin = height // CROP_SHARE
     device = pixels_NHWC.device

@@ -1,4 +1,4 @@
-"""Initial weights from files, which are never run as code."""
+"""Reads initial weights from files, without ever running code from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from spartan_ray.vision.config import Parent
 
 
 def imagenet_file(config: Parent) -> Path:
-    """torchvision's ImageNet weights of the model, from torch's cache or downloaded into it."""
+    """Return the file of torchvision's ImageNet weights for the model, in torch's cache. Download it if needed.
+
+    Raises InputError if there are no such weights or the download fails."""
     module, _, name = config.model.rpartition(":")
     if module != "torchvision.models" and name != "resnet18":
         raise InputError(f"parent.weights: there are no imagenet weights for parent.model {config.model}")
@@ -40,19 +42,19 @@ def imagenet_file(config: Parent) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from a file. Nothing in the file is ever executed."""
+    """Read a state dict from a file without executing anything in it. Raises InputError for a file that holds none."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with warnings.catch_warnings(action="ignore"):  # it asks for a report of what it cannot read
+        with warnings.catch_warnings(action="ignore"):  # torch asks users to report files that it cannot read
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no pickle make torch's reader raise anything
+    except Exception as error:  # for bytes that are no pickle, torch raises any exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        # torch's text for a pickle proposes to run the file's code.
+        # torch's message for a pickle suggests to run the file's code.
         if not isinstance(error, (OSError, RuntimeError, EOFError, SafetensorError)):
             reason = "not a state dict as .pt, .pth or .safetensors, or one that needs to run code"
         raise InputError(f"parent.weights {path}: cannot be read as weights: {reason}") from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # as many training scripts save it
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # the format of many training scripts
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"parent.weights {path}: holds no state dict (name: tensor)")
@@ -60,7 +62,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(network: nn.Module, path: Path, state: dict[str, torch.Tensor]) -> list[str]:
-    """Copy a state dict into the network; only a classifier of another width may differ."""
+    """Copy a state dict into the network. Only the classifier may have another number of classes; it is then
+    initialised anew, which the returned notes say. Raises InputError for any other difference."""
     own = network.state_dict()
     classifier = [name for name, _ in network.named_parameters()][-2:]
     notes = []
@@ -68,7 +71,7 @@ def load_weights(network: nn.Module, path: Path, state: dict[str, torch.Tensor])
         if name not in own:
             raise InputError(f"parent.weights {path}: {name} is not in the network (parent.model)")
         if name not in state:
-            raise InputError(f"parent.weights {path}: {name} is missing: another network's (parent.model)?")
+            raise InputError(f"parent.weights {path}: {name} is missing: are the weights of another parent.model?")
         if state[name].shape != own[name].shape:
             if name not in classifier or state[name].shape[1:] != own[name].shape[1:]:
                 raise InputError(

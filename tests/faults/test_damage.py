@@ -42,9 +42,9 @@ from spartan_ray.run.checkpoint import (
     load_network,
     prune,
     save_checkpoint,
-    write_whole,
 )
 from spartan_ray.run.config import Config, Run
+from spartan_ray.run.files import write_whole
 from spartan_ray.run.journal import read_journal, write_journal
 from spartan_ray.run.loading import differences, load_config, load_run_config
 from spartan_ray.run.place import lock_folder, make_run_folder
@@ -288,7 +288,7 @@ def test_no_link_leads_out_of_a_run_folder(run: Path, tmp_path: Path) -> None:
     (run / "pipe").unlink()
     (run / "lock").unlink(missing_ok=True)
     os.link(tmp_path / "precious", run / "lock")
-    with pytest.raises(InputError, match="lock: is another file too"):
+    with pytest.raises(InputError, match="lock: is a hard link to another file"):
         lock_folder(run)
     assert (tmp_path / "precious").read_text() == "keep me"
     with pytest.raises(InputError, match=r"run\.name"):

@@ -83,7 +83,7 @@ def test_a_store_that_goes_away_ends_the_run_which_goes_on_when_it_is_back(
 ) -> None:
     s3.fails = lambda method, path: method == "PUT" and "epoch-000004" in path
     try:
-        with pytest.raises(RunError, match=r"cannot write: .*; what it could not take is in ") as caught:
+        with pytest.raises(RunError, match=r"cannot write: .*; unsent files are in ") as caught:
             run_here(change(config, run={"out": URL, "name": "away"}))
     finally:
         s3.fails = lambda method, path: False

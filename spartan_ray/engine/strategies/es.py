@@ -1,4 +1,4 @@
-"""Evolution strategies as the article uses them (Salimans et al., arXiv 1703.03864)."""
+"""Evolution strategies, as in the article (Salimans et al., arXiv 1703.03864)."""
 
 from __future__ import annotations
 
@@ -36,34 +36,27 @@ from spartan_ray.engine.strategies.requests import (
 from spartan_ray.engine.strategies.shaping import SHAPING
 from spartan_ray.noise.contract import member_seeds
 
-# Lengths of a search in units of one mutation. The best was between 0.3 and 1 for 50 to 1,000 members and
-# falls as the population grows: factors of 4 find its neighbourhood, the rounds after that the place.
+# Lengths that a search tries first, in lengths of one perturbation. The best was between 0.3 and 1 for 50 to 1,000
+# members and falls as the population grows. The factors of 4 find the neighbourhood of the best; later rounds refine it.
 SEARCH_LENGTHS = (0.0, 1 / 32, 1 / 8, 1 / 2, 2.0)
 SEARCH_FACTORS = (2.0, 2**0.5)
-# Where the longest is the best, as with a tiny sigma, the search goes on to such lengths.
+# While the longest length is the best, as with a tiny sigma, the search continues up to about this length.
 LONGEST = 1e4
 
 
 class EvolutionStrategies:
-    """theta += lr / (K sigma) * sum_k shaped_k * noise_k, or that direction at another length.
+    """Evolution strategies: the parent moves along a gradient that is estimated from the fitness of its members.
 
-    population    members of a generation, K
-    generations   how many a phase has, one after another, each with members and cases of its own
-    sigma         scale of the noise; with `sigma_scale` relative it is multiplied by the RMS of each parameter tensor
-    lr            learning rate of the estimated gradient, used with `step` lr
-    shaping       fitness to weight: zscore, centered-rank
-    mirrored      members 2j and 2j+1 share a seed, with gains +sigma and -sigma
-    own_cases     cases that each mirrored pair draws of the fitness cases for itself, so that more pairs see more of
-                  them; what is shaped is then a member's fitness less the mean of its pair
-    step          length of the update: lr; ratio, `step_ratio` mutations; search, the best of about ten lengths on
-                  cases that did not choose the direction. Generations after the first try two lengths around the last
-    adapt_sigma   with search, multiply sigma after each generation by the root of twice the length in mutations, within
-                  [0.8, 1.25]: members stay as far from the parent as its moves go
-    accept        always, or if-better
-    confirm       take the update only if it is better on cases that did not choose it
-    diagnostics   take the gradient of the fitness' loss too, for the cosine between it and the update in the outcome
-    optimizer     makes the update of the estimated gradient: sgd, momentum, adam, with `weight_decay` (L2)
-    sigma_decay, lr_decay    factors after each generation; generations are numbered in steps of `every`
+    The default update is::
+
+        theta += lr / (K * sigma) * sum_k(shaped_k * noise_k)
+
+    It is described in Salimans et al., "Evolution Strategies as a Scalable Alternative to Reinforcement Learning",
+    arXiv 1703.03864. The article that this project follows uses it with z-score shaping.
+
+    Attributes:
+        population: Number of members per generation, K.
+        case_sets: The sets of cases that the settings need: "fitness", and "search" and "confirm" if in use.
     """
 
     def __init__(
@@ -89,7 +82,43 @@ class EvolutionStrategies:
         lr_decay: float = 1.0,
         every: int = 1,
     ) -> None:
-        """Raises InputError for a setting that cannot be used, by its name."""
+        """Check and store the settings.
+
+        Args:
+            population: Number of members per generation, K, at least 2, and even if `mirrored`.
+            sigma: Scale of the noise. The perturbation of a member is sigma * noise.
+            lr: Learning rate of the update.
+            shaping: How fitness becomes a weight: "zscore" (subtract the mean, divide by the standard deviation) or
+                "centered-rank" (rank, scaled to [-0.5, 0.5]).
+            mirrored: Use mirrored pairs: members 2j and 2j+1 share a seed, and their perturbations are +sigma * noise
+                and -sigma * noise.
+            own_cases: Number of cases that each mirrored pair draws for itself from the fitness cases, so that more
+                pairs see more cases. The difference between a member's fitness and the mean of its pair is then shaped.
+                None: all members are scored on all fitness cases.
+            generations: Number of generations per phase, one after another, each with its own members and cases.
+            sigma_scale: "absolute" uses sigma as it is. "relative" multiplies it by the RMS of each parameter tensor.
+            step: Length of the update. "lr": as given by `lr`. "ratio": `step_ratio` times the length of one
+                perturbation. "search": the best of about ten lengths on the cases of the set "search", which did not
+                choose the direction; later generations of the phase try only two lengths around the last one found.
+            step_ratio: Length of the update divided by the length of one perturbation, for `step` "ratio".
+            adapt_sigma: With `step` "search" and several generations: after each generation that moved the parent,
+                multiply sigma by sqrt(2 * length), limited to [0.8, 1.25]. `length` is the length found, in lengths of
+                one perturbation.
+            accept: "always" takes every update with a finite fitness. "if-better" takes it only if the fitness rises.
+            confirm: Take an update only if it is also better on the cases of the set "confirm", which did not choose
+                it.
+            diagnostics: Also compute the cosine between the update and the direction in which the loss of the fitness
+                falls. The fitness must have a `loss`.
+            optimizer: Optimizer that turns the estimated gradient into the update: "sgd", "momentum" (0.9), or "adam"
+                (beta1 0.9, beta2 0.999).
+            weight_decay: L2 weight decay of the parent, added to the estimated gradient.
+            sigma_decay: Multiply sigma by this factor after each evolve phase.
+            lr_decay: Multiply `lr` by this factor after each evolve phase.
+            every: Difference between the numbers of two successive phases; the decay counts phases with it.
+
+        Raises:
+            InputError: A setting cannot be used. The message names it.
+        """
         refuse(population < 2, f"population ({population}) must be at least 2")
         refuse(mirrored and population % 2 == 1, f"population ({population}) must be even when mirrored")
         refuse(generations < 1, f"generations ({generations}) must be at least 1")
@@ -126,7 +155,15 @@ class EvolutionStrategies:
             self.case_sets += ("confirm",)
 
     def generation(self, seed: int, number: int) -> Generation:
-        """One phase: score the members and move the parent along the estimated gradient, once or several times."""
+        """Run one evolve phase: score members and move the parent along the estimated gradient.
+
+        Args:
+            seed: Seed of the population.
+            number: Number of the phase.
+
+        Returns:
+            A generator of requests that returns the `Outcome`. `Population.step` runs it.
+        """
         sigma, length = decayed(self.sigma, self.sigma_decay, number, self.every), None
         outcomes: list[Outcome] = []
         for draw in range(self.generations):
@@ -135,7 +172,7 @@ class EvolutionStrategies:
             outcome = yield from self._generation(seed, number, draw, sigma, length)
             outcomes.append(outcome)
             if self.search:
-                # After a first direction that led nowhere nothing is known of the next one's length.
+                # If no generation has moved the parent yet, no length is known, and the next search is a full one.
                 length = outcome.length if outcome.accepted else length and length / 2
             if self.adapt_sigma and outcome.accepted and length:
                 factor = adaptation(length)
@@ -147,7 +184,7 @@ class EvolutionStrategies:
         return in_one(outcomes, float(scores.fitness_K[0]))
 
     def _generation(self, seed: int, number: int, draw: int, sigma: float, length: float | None) -> Generation:
-        """One generation; `length` is what the last one found."""
+        """Run one generation. `length` is the last length found in this phase, if any."""
         members = self._members(seed, number, draw, sigma)
         if self.relative:
             yield SetScale("rms")
@@ -197,7 +234,7 @@ class EvolutionStrategies:
         return outcome
 
     def _score(self, members: Members) -> Generate[Request, Scores, tuple[float, Scores]]:
-        """The fitness of the parent, and the members' scores."""
+        """Score the parent and the members; return the parent's fitness and the members' scores."""
         if self.own_cases is None:
             scores = yield Score(joined(PARENT, members))
             return float(scores.fitness_K[0]), scores[1:]
@@ -205,7 +242,7 @@ class EvolutionStrategies:
         return float(parent.fitness_K[0]), (yield Score(members, own=self.own_cases))
 
     def direction(self, seed_U: NDArray[np.uint64], weight_U: NDArray[np.float32], rate: float) -> SetDirection:
-        """The request that makes the update of weighted seeds."""
+        """Return the request that turns weighted seeds into an update."""
         return SetDirection(seed_U, weight_U, rate, self.ratio, self.optimizer, self.weight_decay)
 
     def _members(self, seed: int, number: int, draw: int, sigma: float) -> Members:
@@ -219,22 +256,27 @@ class EvolutionStrategies:
 
 
 def less_pair_mean(fitness_K: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The fitness of members 2j and 2j+1 less the mean of both: what is left of scores on cases of their own. NaN for
-    both where one is not finite."""
+    """Subtract from the fitness of members 2j and 2j+1 the mean of both, because pairs are scored on different cases.
+
+    Both become NaN if one is not finite."""
     pair_P2 = fitness_K.reshape(-1, 2)
     centred_K: NDArray[np.float64] = (pair_P2 - pair_P2.mean(1, keepdims=True)).reshape(-1)
     return centred_K
 
 
 def adaptation(length: float) -> float:
-    """The factor of sigma after a move of so many mutations. The best length of an update stays near half a mutation
-    while sigma suits the distance to go: a longer one asks for a larger sigma, and a shorter one for a smaller."""
+    """Return the factor of sigma after an update of this length, in lengths of one perturbation.
+
+    While sigma suits the distance to go, the best length stays near half a perturbation. A longer update asks for a
+    larger sigma, a shorter one for a smaller sigma."""
     return float(np.clip(np.sqrt(2 * length), 0.8, 1.25))
 
 
 def in_one(outcomes: list[Outcome], after: float) -> Outcome:
-    """The account of a phase of several generations: the members of all in order, and the parent's fitness after the
-    last on the cases of the first."""
+    """Combine the outcomes of several generations into the outcome of their phase.
+
+    It has the members of all generations in order. `after` is the parent's fitness after the last generation, on the
+    cases of the first."""
     columns = zip(*((one.fitness_K, one.cases_K, one.weight_K) for one in outcomes), strict=True)
     fitness_K, cases_K, weight_K = (np.concatenate(column) for column in columns)
     moved = [one for one in outcomes if one.accepted]
@@ -251,9 +293,10 @@ def in_one(outcomes: list[Outcome], after: float) -> Outcome:
 
 
 def search_lengths(last: float | None = None) -> Generate[Request, Scores, dict[float, float]]:
-    """Fitness of a few lengths of the update on cases that did not choose the direction. 0, the parent, is one of
-    them, and when it is best the search ends. After a generation that found one (`last`) it is that length, a step
-    shorter or longer, or 0."""
+    """Score a few lengths of the update on the search cases, which did not choose the direction.
+
+    Length 0, the parent, is always among them; the search ends if it is the best. If an earlier generation found a
+    length (`last`), only 0 and two lengths around it are tried. Return the fitness of each length."""
     fitness_of: dict[float, float] = {}
     if last:
         yield from _try((0.0, last / SEARCH_FACTORS[1], last * SEARCH_FACTORS[1]), fitness_of)
@@ -275,12 +318,14 @@ def _try(lengths: tuple[float, ...], fitness_of: dict[float, float]) -> Generate
 
 
 def best_length(fitness_of: dict[float, float]) -> float:
-    """The length of the highest fitness, the shortest of equals; NaN is the lowest."""
+    """Return the length with the highest fitness, the shortest on a tie. NaN is the lowest fitness."""
     return max(sorted(fitness_of), key=lambda length: -np.inf if np.isnan(fitness_of[length]) else fitness_of[length])
 
 
 def peak(fitness_of: dict[float, float]) -> float | None:
-    """The vertex of the parabola through the best length and its neighbours, if it has one."""
+    """Return the vertex of the parabola through the best length and its two neighbours.
+
+    None if a neighbour is missing, not finite, or as good as the best."""
     lengths = sorted(fitness_of)
     place = lengths.index(best_length(fitness_of))
     near = np.array(lengths[max(0, place - 1) : place + 2])

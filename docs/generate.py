@@ -1,0 +1,160 @@
+"""Writes the pages that follow from the code: `python docs/generate.py`. A test compares them with the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from spartan_ray.cli.flags import metavar, off
+from spartan_ray.run.config import Config
+from spartan_ray.run.loading import PRESETS, preset_names
+from spartan_ray.section import Section
+
+DOCS = Path(__file__).parent
+PACKAGE = DOCS.parent / "spartan_ray"
+
+CONFIGURATION = """# Configuration
+
+A run is configured by five sections. Each field is a flag of `spartan train`, `--section.field VALUE`. `--config` names
+a base (a preset, a YAML file, or a run folder) and flags override it:
+
+```console
+$ spartan train --config article-es --evolution.population 1000 --run.seed 1
+```
+
+The same in a file, for `spartan train --config my.yaml`:
+
+```yaml
+run: {seed: 1}
+evolution: {strategy: es, population: 1000}
+```
+
+From Python: `sr.train("article-es", evolution={"population": 1000}, run={"seed": 1})`. An unknown name or a value out
+of bounds is refused in one line that names the field.
+
+This page is generated from the code.
+"""
+
+
+def configuration() -> str:
+    """The page of all fields, from the models."""
+    lines, config = [CONFIGURATION], Config()
+    for section in Config.model_fields:
+        values: Section = getattr(config, section)
+        lines += [f"## {section}\n", f"{(type(values).__doc__ or '').strip()}\n"]
+        lines += ["| flag | values | default | meaning |", "| --- | --- | --- | --- |"]
+        for name, info in type(values).model_fields.items():
+            text, value = " ".join((info.description or "").split()), getattr(values, name)
+            said = re.search(r" ?\(default: ([^)]*)\)", text)
+            default = said[1] if said else "none" if value is None else f"`{value}`"
+            kind = (
+                metavar(info)
+                .replace("|", ", ")
+                .replace("INT", "integer")
+                .replace("FLOAT", "number")
+                .replace("TEXT", "text")
+            )
+            flag = f"{section}.{name}".replace("_", "-")
+            if isinstance(value, bool):
+                kind, default = "flag", f"on; `--{off(flag)}`" if value else "off"
+            meaning = text.replace(said[0], "") if said else text
+            lines.append(f"| `--{flag}` | {kind} | {default} | {meaning.replace('|', ' or ').replace('<', '&lt;')} |")
+        lines.append("")
+    lines += ["## Presets\n"]
+    for preset in preset_names():
+        lines += [f"### {preset}\n", f"```yaml\n{(PRESETS / f'{preset}.yaml').read_text().strip()}\n```\n"]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# The rooms of the package, on the floors of the picture: a room uses those below it.
+FLOORS = [["cli"], ["study", "report", "run"], ["distributed", "vision"], ["engine"], ["noise"]]
+WIDTH, HEIGHT, BOX = 760, 500, (150, 56)
+
+
+def job(path: Path) -> str:
+    """The first sentence of a module's docstring."""
+    text = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
+    return re.split(r"(?<=[a-z)`\"])\. (?=[A-Z])", " ".join(text.split()))[0].rstrip(".")
+
+
+def imports() -> dict[str, set[str]]:
+    """The rooms that each room imports."""
+    rooms = {room for floor in FLOORS for room in floor}
+    found: dict[str, set[str]] = {room: set() for room in rooms}
+    for room in rooms:
+        for path in (PACKAGE / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                found[room] |= {name.split(".")[1] for name in names if name.startswith("spartan_ray.")} & rooms
+    return {room: used - {room} for room, used in found.items()}
+
+
+def arrows() -> list[tuple[str, str]]:
+    """The imports between rooms, without those that follow from others."""
+    found = imports()
+    reached: dict[str, set[str]] = {}
+    for room in (room for floor in reversed(FLOORS) for room in reversed(floor)):  # what a room uses comes before it
+        reached[room] = found[room].union(*(reached[other] for other in found[room]))
+    return [
+        (room, other)
+        for room, used in sorted(found.items())
+        for other in sorted(used)
+        if not any(other in reached[between] for between in used - {other})
+    ]
+
+
+def picture() -> str:
+    """The imports between rooms as an SVG."""
+    place = {}
+    for row, floor in enumerate(FLOORS):
+        for column, room in enumerate(floor):
+            place[room] = (WIDTH * (column + 1) // (len(floor) + 1), 46 + row * (HEIGHT - 92) // (len(FLOORS) - 1))
+    half_width, half_height = BOX[0] // 2, BOX[1] // 2
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
+        "<title>Imports between the packages of spartan_ray; arrows point to what is used</title>",
+        '<defs><marker id="head" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0 0L8 4L0 8z" fill="#666"/></marker></defs>',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="#fff"/>',
+    ]
+    for room, other in arrows():
+        (x, y), (to_x, to_y) = place[room], place[other]
+        if y == to_y:
+            path = f"M{x + half_width} {y}L{to_x - half_width} {y}"
+        else:
+            start, end = y + half_height, to_y - half_height
+            path = f"M{x} {start}C{x} {(start + end) // 2} {to_x} {(start + end) // 2} {to_x} {end}"
+        lines.append(f'<path d="{path}" fill="none" stroke="#666" stroke-width="1.2" marker-end="url(#head)"/>')
+    for room, (x, y) in place.items():
+        count = sum(path.name != "__init__.py" for path in (PACKAGE / room).rglob("*.py"))
+        lines += [
+            f'<rect x="{x - half_width}" y="{y - half_height}" width="{BOX[0]}" height="{BOX[1]}" rx="6" '
+            'fill="#e8f1f8" stroke="#0072B2"/>',
+            f'<text x="{x}" y="{y - 2}" text-anchor="middle" font-size="17" font-weight="600">{room}</text>',
+            f'<text x="{x}" y="{y + 17}" text-anchor="middle" font-size="12" fill="#444">{count} modules</text>',
+        ]
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def modules() -> str:
+    """The map of the package: the rooms and the job of each module."""
+    rooms = ["", "noise", "engine", "engine/strategies", "vision", "distributed", "run", "report", "study", "cli"]
+    about = "A package imports only what is below it. Arrows that follow from others are left out."
+    lines = ["# Module map", "", about, "", "![imports between packages](modules.svg)", ""]
+    for room in rooms:
+        lines += [f"## spartan_ray/{room}".rstrip("/"), ""]
+        about = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())) or ""
+        lines += [about, ""] if room else []
+        lines += ["| module | job |", "| --- | --- |"]
+        paths = sorted(path for path in (PACKAGE / room).glob("*.py") if path.name != "__init__.py" or not room)
+        lines += [f"| `{path.name}` | {job(path)} |" for path in paths] + [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+PAGES = {"configuration.md": configuration, "modules.md": modules, "modules.svg": picture}
+
+if __name__ == "__main__":
+    for name, text in PAGES.items():
+        (DOCS / name).write_text(text())

@@ -1,0 +1,144 @@
+"""`spartan watch`: show a run while it goes on, from its folder alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from spartan_ray.cli.follow import print_line, row_line
+from spartan_ray.errors import InputError
+from spartan_ray.report.reading import RunRecord, read_run
+from spartan_ray.report.tables import effect, number
+from spartan_ray.run.place import reading
+from spartan_ray.section import is_url
+
+# Seconds between two looks at a folder, and at a URL.
+LOOK_SECONDS, LOOK_SECONDS_URL = 1.0, 15.0
+# Epochs shown.
+SHOWN = 12
+BARS = "▁▂▃▄▅▆▇█"
+# Files that a watcher reads.
+WATCHED = ("config.yaml", "environment.json", "metrics.jsonl", "log.txt")
+
+
+def watch(place: str, console: Console | None = None) -> int:
+    """Show a run until it ends: a live view in a terminal, a line per epoch elsewhere. Ctrl-C leaves the run alone.
+
+    Raises InputError if `place`, a folder or a URL, holds no run."""
+    console = console or Console()
+    looks = _looks(place)
+    try:
+        if console.is_terminal:
+            with Live(console=console, auto_refresh=False, transient=False) as live:
+                for run, log in looks:
+                    live.update(view(place, run, log), refresh=True)
+        else:
+            said, last = 0, ""
+            for run, log in looks:
+                rows = run.metrics.to_dict("records")[said:] if run else []
+                for row in rows:
+                    print_line(console, row_line(row, run.config.run.epochs))  # type: ignore[union-attr]
+                said, last = said + len(rows), _last_line(log)
+            print_line(console, last)
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _looks(place: str) -> Iterator[tuple[RunRecord | None, list[str]]]:
+    """Yield the run, None before its first epoch ended, and the lines of its log, until it ends."""
+    while True:
+        with reading(place, lambda name: name in WATCHED) as folder:
+            if not (folder / "config.yaml").exists():
+                raise InputError(f"{place}: there is no run")
+            path = folder / "log.txt"
+            log = path.read_text().splitlines() if path.exists() else []
+            metrics = folder / "metrics.jsonl"
+            run = read_run(folder) if metrics.exists() and metrics.read_bytes().count(b"\n") else None
+        yield run, log
+        if has_ended(log):
+            return
+        time.sleep(LOOK_SECONDS_URL if is_url(place) else LOOK_SECONDS)
+
+
+def has_ended(log: list[str]) -> bool:
+    """Return whether the last line of a log says that the run ended."""
+    said = _last_line(log)
+    return said in ("finished", "stopped by the user") or said.split(":")[0].endswith(("Error", "Diverged"))
+
+
+def _last_line(log: list[str]) -> str:
+    """Return the last line of a log without its time."""
+    return log[-1].partition(" ")[2] if log else ""
+
+
+def view(place: str, run: RunRecord | None, log: list[str]) -> Group:
+    """Return what a terminal shows of a run: progress, the last epochs, and the last lines of the log."""
+    if run is None:
+        return Group(Text(place, style="bold"), Text("no epoch has ended yet"), *_log_lines(log))
+    frame, epochs = run.metrics, run.config.run.epochs
+    rows = frame.to_dict("records")
+    evolution = run.config.evolution
+    what = "SGD" if evolution.strategy == "none" else f"{evolution.strategy}, K = {evolution.population}"
+    head = Text.assemble((place, "bold"), f"  {run.config.parent.model}, {run.config.data.name}, {what}")
+
+    done, table = len(rows), Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("epoch", "", "train loss", "validation", "test", "seconds", "parent on its images"):
+        table.add_column(name, justify="left" if name in ("", "parent on its images") else "right")
+    for row in rows[-SHOWN:]:
+        change = ""
+        if row["kind"] == "evolve":
+            before, after = number(row["parent_fitness_before"]), number(row["parent_fitness_after"])
+            change = f"{before} -> {after} {effect(row)}"
+        table.add_row(
+            str(row["epoch"]),
+            row["kind"],
+            number(row["train_loss"]),
+            number(row["validation_accuracy"]),
+            number(row["test_accuracy"]),
+            f"{row['seconds']:.1f}",
+            change,
+            style="bold" if row["kind"] == "evolve" else "",
+        )
+    seconds = frame["seconds"] + frame["evaluation_seconds"]
+    state = _last_line(log) if has_ended(log) else f"about {_duration(seconds.tail(10).mean() * (epochs - done))} left"
+    progress, bar = Table.grid(padding=(0, 2, 0, 0)), ProgressBar(total=epochs, completed=done, width=40)
+    progress.add_row(f"epoch {done}/{epochs}", bar, state, _age(rows[-1]))
+    best = frame["validation_accuracy"].max()
+    spark = Text.assemble(("validation ", "dim"), sparkline(list(frame["validation_accuracy"])), f"  best {best:.4f}")
+    return Group(head, progress, spark, Text(), table, Text(), *_log_lines(log))
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+    """Return values as a line of blocks, the last `width` of them."""
+    shown = values[-width:]
+    low, high = min(shown), max(shown)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((value - low) * scale)] for value in shown)
+
+
+def _log_lines(log: list[str]) -> list[Text]:
+    return [Text(line, style="dim", overflow="ellipsis", no_wrap=True) for line in log[-4:]]
+
+
+def _age(row: Mapping[Any, Any]) -> str:
+    """Return how long ago an epoch ended, if that is known."""
+    if not isinstance(row.get("time"), str):
+        return ""
+    ago = datetime.now(UTC) - datetime.fromisoformat(str(row["time"]))
+    return f"(last epoch {_duration(max(0.0, ago.total_seconds()))} ago)"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,35 @@
+"""Runs the blocks of a page, one after another, in the current folder: `python run_page.py PAGE`.
+
+`python` blocks share one namespace, `bash` blocks run under `bash -e`."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The language and the text of each block of a page."""
+    return BLOCK.findall(page.read_text())
+
+
+def main(page: Path) -> None:
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module  # so that functions of the page are pickled by value
+    for number, (language, text) in enumerate(blocks(page)):
+        if language == "python":
+            name = f"<block {number} of {page.name}>"
+            linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+            exec(compile(text, name, "exec"), module.__dict__)
+        elif language == "bash":
+            subprocess.run(["bash", "-euo", "pipefail", "-c", text], check=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

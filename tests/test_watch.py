@@ -1,0 +1,108 @@
+"""`spartan watch` shows what is in a run folder while it grows, and ends when the run does."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_report import write_run
+
+from spartan_ray.cli import main as cli
+from spartan_ray.cli import watch
+from spartan_ray.errors import InputError
+
+
+def grow(folder: Path, monkeypatch: pytest.MonkeyPatch, *steps: Callable[[], object]) -> list[float]:
+    """Take a step whenever the watcher sleeps; how long it slept."""
+    slept: list[float] = []
+    left = iter(steps)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        next(left)()
+
+    monkeypatch.setattr("time.sleep", sleep)
+    return slept
+
+
+def append(path: Path, line: str) -> None:
+    with open(path, "a") as lines:
+        lines.write(f"{line}\n")
+
+
+def test_it_prints_each_epoch_as_it_ends_and_stops_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path / "x", [0.5, 0.6], {2: True})
+    (folder / "log.txt").write_text("2026-01-01T00:00:00+00:00 100 sgd images\n")
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").unlink()
+    slept = grow(
+        folder,
+        monkeypatch,
+        lambda: append(folder / "metrics.jsonl", rows[0]),
+        lambda: append(folder / "metrics.jsonl", rows[1]),
+        lambda: append(folder / "log.txt", "2026-01-01T00:01:00+00:00 finished"),
+    )
+    output = io.StringIO()
+    assert watch.watch(str(folder), Console(file=output, width=40)) == 0
+    lines = output.getvalue().splitlines()
+    assert [line.split(" train")[0].strip() for line in lines] == ["epoch 1/50 sgd", "epoch 2/50 evolve", "finished"]
+    assert "parent -1.0000 -> -0.8000 better" in lines[1]
+    assert len(slept) == 3
+
+
+def test_a_terminal_shows_progress_and_the_last_epochs(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "x", [0.5] * 14 + [0.75], {5: True, 15: False})
+    console = Console(file=io.StringIO(), width=120, record=True)
+    from spartan_ray.report.reading import read_run
+
+    console.print(watch.view("runs/x", read_run(folder), ["t one", "t two"]))
+    text = console.export_text()
+    assert "epoch 15/50" in text
+    assert "about 52 s left" in text  # 35 epochs of 1.5 s
+    assert "best 0.7500" in text
+    assert re.search(r"15 +evolve +0\.0667 +0\.7500 +0\.6500 +1\.0 +-1\.0000 -> -0\.8000 unmoved", text)
+    assert not re.search(r"^ *3 +sgd", text, re.MULTILINE)
+    assert text.rstrip().endswith("t two")
+
+
+@pytest.mark.parametrize(
+    ("said", "ended"),
+    [
+        ("finished", True),
+        ("stopped by the user", True),
+        ("RunError: no worker is left", True),
+        ("Diverged: epoch 3", True),
+        ("a worker was lost: RayActorError: it died", False),
+        ("going on after epoch 3", False),
+    ],
+)
+def test_the_log_says_whether_a_run_has_ended(said: str, ended: bool) -> None:
+    assert watch.has_ended(["2026-01-01T00:00:00+00:00 begins", f"2026-01-01T00:00:01+00:00 {said}"]) is ended
+
+
+def test_a_sparkline_spans_the_values_that_it_shows() -> None:
+    assert watch.sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert watch.sparkline([2.0, 2.0]) == "▁▁"
+    assert watch.sparkline([9.0, 0.0, 1.0], width=2) == "▁█"
+
+
+def test_ctrl_c_leaves_the_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "x", [0.5], {})
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    grow(folder, monkeypatch, interrupt)
+    assert watch.watch(str(folder), Console(file=io.StringIO())) == 0
+
+
+def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no run"):
+        watch.watch(str(tmp_path))
+    assert cli.parse(["watch", "runs/x"]).run == "runs/x"
