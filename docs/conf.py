@@ -16,7 +16,8 @@ myst_enable_extensions = ["dollarmath"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_format = "short"
-autodoc_class_signature = "separated"
+autodoc_typehints_description_target = "documented"
+autoclass_content = "both"
 napoleon_numpy_docstring = False
 python_use_unqualified_type_names = True
 

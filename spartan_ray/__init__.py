@@ -1,4 +1,4 @@
-"""Spartan Ray: SGD alternated with evolution, the population scored in this process or on a Ray cluster."""
+"""Spartan Ray: alternate SGD with evolution, and score the population in this process or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
     "train",
 ]
 
-# Imported when they are asked for: `spartan --help` needs no torch.
+# These names are imported on first use, because `spartan --help` must not import torch.
 _HOMES = {
     "EvolutionOptimizer": "engine.optimizer",
     "EvolutionStrategies": "engine.strategies.es",

@@ -1,4 +1,8 @@
-"""What a strategy of one's own is made of: docs/howto/own-strategy.md shows one."""
+"""The building blocks of your own strategies: members, requests, answers and the outcome.
+
+The guide docs/howto/own-strategy.md shows how to write a strategy. `PARENT` is the parent itself, as a table of one
+member.
+"""
 
 from spartan_ray.engine.strategies.requests import (
     PARENT,

@@ -339,7 +339,7 @@ class Wrong:
     ("members", r"the strategy yielded Members\(.*: expected a request of spartan_ray\.strategies"),
     ("set", r"cases 'search': not in the strategy's case_sets"),
     ("take", r"Take: expected one member, got 4: members\[k : k \+ 1\] is one"),
-    ("row", r"rows of a table: \[2 : 3\] is a table of one row, \[2\] is none"),
+    ("row", r"use \[2 : 3\] for a table of one row; \[2\] is not a table"),
     ("outcome", r"the strategy's generation did not return an Outcome"),
     ("sizes", r"the strategy's Outcome has \[4, 5, 4, 4\] members, fitnesses, cases and weights"),
 ])  # fmt: skip
@@ -354,7 +354,7 @@ def test_a_mistake_in_a_strategy_is_one_line(mistake: str, said: str) -> None:
 def test_what_is_no_strategy_no_fitness_or_another_network_s_optimizer_is_said() -> None:
     population: Any = Population(network(), WithLoss())
     for wrong in (Wrong, object()):
-        with pytest.raises(InputError, match="is no strategy: it needs population, case_sets and generation"):
+        with pytest.raises(InputError, match="is not a strategy: it needs population, case_sets and generation"):
             population.step(wrong)
     with pytest.raises(InputError, match=r"^WithLoss is a class: give an object, WithLoss\(\)$"):
         Population(network(), WithLoss)  # type: ignore[arg-type]

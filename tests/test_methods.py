@@ -169,7 +169,7 @@ def test_own_cases_are_those_that_there_are_where_more_are_wanted_and_need_pairs
         for count in (60, 1000)
     ]
     assert both[0].fitness_K.tolist() == both[1].fitness_K.tolist()
-    with pytest.raises(InputError, match=r"^own_cases \(9\) compares the members of a mirrored pair$"):
+    with pytest.raises(InputError, match=r"^own_cases \(9\) needs mirrored pairs: set mirrored$"):
         EvolutionStrategies(8, own_cases=9)
 
 

@@ -34,7 +34,7 @@ class Result:
     path: Path | str
     """The run folder, or its URL."""
     metrics: pd.DataFrame
-    """One row per epoch: the lines of metrics.jsonl."""
+    """The lines of metrics.jsonl, one row per epoch."""
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:

@@ -65,10 +65,10 @@ class Population(population.Population):
                 (N,), or M statistics per case, shape (N, M). With a function, the fitness of a network is the mean of
                 the first statistic over the cases. Higher is better.
             cases: Number of cases. Required if `fitness` is a function; a `Fitness` has its own.
-            workers: "local" scores in this process, without Ray. A number starts as many Ray actors. "auto" starts one
-                per free GPU, or one per free CPU core if there are no GPUs. The workers run on the Ray that this
-                process is connected to, else on that of `cluster.address` or RAY_ADDRESS, else on a new local Ray,
-                which `close` shuts down.
+            workers: "local" scores in this process, without Ray. A number starts this number of Ray actors. "auto"
+                starts one per free GPU, or one per `threads` free CPU cores if there are no GPUs. The workers run on
+                the Ray that this process is connected to, else on that of `cluster.address` or RAY_ADDRESS, else on a
+                new local Ray, which `close` shuts down.
             seed: Seed of the noise, and of the cases drawn for each generation: at least 0, less than 2**63.
             noise: Distribution of the noise: "uniform" in [-1, 1), "gaussian" (standard normal), or "rademacher"
                 (-1 or 1).

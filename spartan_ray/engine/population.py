@@ -160,7 +160,7 @@ class Population(Phase):
                 phase are functions of the population's seed and this number.
 
         Returns:
-            The outcome: members, fitnesses, weights, and the parent's fitness before and after.
+            The outcome, with the members, fitnesses and weights, and the parent's fitness before and after.
 
         Raises:
             InputError: The strategy or one of its requests cannot be used, or the population is closed.
@@ -169,7 +169,7 @@ class Population(Phase):
         """
         refuse(
             isinstance(strategy, type) or not isinstance(strategy, Strategy),
-            f"{strategy!r:.60} is no strategy: it needs population, case_sets and generation(seed, number)",
+            f"{strategy!r:.60} is not a strategy: it needs population, case_sets and generation(seed, number)",
         )
         refuse(self.closed, "the population is closed: its workers have ended")
         number = self.generation + 1 if generation is None else generation
@@ -237,7 +237,7 @@ class Population(Phase):
                 the last one.
 
         Returns:
-            One row per member: the means of the statistics, the fitness, and the number of cases.
+            One row per member, with the means of the statistics, the fitness, and the number of cases.
 
         Raises:
             InputError: A case number is out of range, or the population is closed.
@@ -270,9 +270,9 @@ class Population(Phase):
         """Return the state that the next generations depend on. Save the `state_dict` of the network with it.
 
         Returns:
-            A dict: the number of the last generation, the remembered parents, the moments of the strategy's optimizer,
-            and a float32 copy of the evolved parameters if the network is in half precision. The settings are not
-            included.
+            A dict with the number of the last generation, the remembered parents, the moments of the strategy's
+            optimizer, and a float32 copy of the evolved parameters if the network is in half precision. The settings
+            are not included.
         """
         return {
             "generation": self.generation,

@@ -1,11 +1,12 @@
-"""The noise contract: element i of the noise vector of a 64-bit seed, on every device and for every slice.
+"""The noise contract: the definition of element i of a seed's noise vector, the same on every device.
 
     block     = i // 4
     word      = philox4x32_10(counter=(lo(block), hi(block), 0, 0), key=(lo(seed), hi(seed)))[i % 4]
     uniform_i = 2 * ((word & 0xFFFFFF) * 2**-24) - 1          in [-1, 1), exact in float32
 
-This file is the definition in plain NumPy: slow, readable, the oracle of the tests. The kernels in
-the files beside it compute the same numbers fused with what is done to them; `kernels.py` picks one by device.
+Seeds have 64 bits. An element does not depend on the slice in which it is computed. This file is the definition in
+plain NumPy: slow, readable, and the reference of the tests. The kernels in the neighbouring files compute the same
+numbers and use them in the same pass; `kernels.py` picks one by device.
 
 Source: Philox4x32-10 is from Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 Shapes: D parameters, K members, S elements of a slice.
@@ -20,19 +21,20 @@ from numpy.typing import NDArray
 
 NoiseKind = Literal["uniform", "gaussian", "rademacher"]
 
-# Root mean square of one element: |noise| is RMS * sqrt(D) to one part in sqrt(D).
+# Root mean square of one element. The norm of a noise vector is RMS * sqrt(D), within a relative error of about
+# 1 / sqrt(D).
 RMS: dict[NoiseKind, float] = {"uniform": 3**-0.5, "gaussian": 1.0, "rademacher": 1.0}
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 LOW_32 = np.uint64(0xFFFFFFFF)
-# Words 2 and 3 of the counter: (0, 0) is noise, this pair derives the seeds of members.
+# Words 2 and 3 of the counter are (0, 0) for noise, and (SEED_DOMAIN, 0) to derive the seeds of members.
 SEED_DOMAIN = 0x5EED
 
 
 def philox4x32_10(counter_4N: NDArray[np.uint64], key_2: tuple[int, int]) -> NDArray[np.uint64]:
-    """Random123's philox4x32-10 of N counters, as 4 x N words below 2**32 held in uint64."""
+    """Return Random123's philox4x32-10 of N counters: 4 x N words below 2**32, stored as uint64."""
     c0, c1, c2, c3 = (counter.astype(np.uint64) for counter in counter_4N)
     k0, k1 = key_2
     for _ in range(ROUNDS):
@@ -48,12 +50,12 @@ def philox4x32_10(counter_4N: NDArray[np.uint64], key_2: tuple[int, int]) -> NDA
 
 
 def split_key(seed: int) -> tuple[int, int]:
-    """A 64-bit seed as Philox's key: (low 32 bits, high 32 bits)."""
+    """Return a 64-bit seed as the key of Philox: (low 32 bits, high 32 bits)."""
     return seed & 0xFFFFFFFF, seed >> 32
 
 
 def noise(kind: NoiseKind, seed: int, start: int, stop: int) -> NDArray[np.float32]:
-    """Elements start..stop-1 of the noise vector of `seed`.
+    """Return elements [start, stop) of the noise vector of `seed`, by kind:
 
     uniform     2 * u - 1 with u = (word & 0xFFFFFF) * 2**-24
     rademacher  +1 where the word's highest bit is clear, else -1
@@ -82,7 +84,16 @@ def noise(kind: NoiseKind, seed: int, start: int, stop: int) -> NDArray[np.float
 
 
 def member_seeds(run_seed: int, generation: int, count: int) -> NDArray[np.uint64]:
-    """The noise seeds of members 0..count-1: a function of (run seed, generation, member) alone."""
+    """Return the noise seeds of members 0..count-1.
+
+    Args:
+        run_seed: Seed of the run or the population.
+        generation: Number of the generation.
+        count: Number of members, K.
+
+    Returns:
+        Seeds, uint64, shape (K,). Each depends only on the run seed, the generation and the member's number.
+    """
     member_K = np.arange(count, dtype=np.uint64)
     counter_4K = np.stack(
         [member_K, np.full_like(member_K, generation), np.full_like(member_K, SEED_DOMAIN), np.zeros_like(member_K)]

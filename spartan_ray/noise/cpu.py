@@ -1,8 +1,8 @@
 """The noise kernels for CPUs, in numba: equal to the definition in `contract.py`, gaussian to 1e-6.
 
-A tile of words is generated into a buffer that stays in the first-level cache, turned into noise and
-used at once, so that a noise vector never exists. The loops are written for LLVM's vectoriser: no
-branches, one pass each. Shapes: S elements of a slice, K members, T elements of a tile, P pairs of them.
+The kernels generate a tile of words in a buffer that stays in the first-level cache, turn it into noise and use it at
+once. A whole noise vector is never stored. The loops suit LLVM's vectoriser: no branches, one pass each. Shapes: S
+elements of a slice, K members, B rows, R ranges, T elements of a tile, C elements of the slice in a tile, P pairs.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ BITS_OF_ROOT_HALF, EXPONENT_BITS = np.uint64(0x3FE6A09E667F3BCD), np.uint64(0xFF
 TWO_TO_MINUS_24 = np.float32(2.0**-24)
 ONE, TWO = np.float32(1), np.float32(2)
 
-# Without a check for division by zero, which is a branch.
+# error_model="numpy" leaves out the check for division by zero, which would be a branch.
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
 @jit
 def _fill_words(word_T, first_block, seed):  # type: ignore[no-untyped-def]
-    """Philox4x32-10 of consecutive blocks, the low and the high word of each pair as one uint64.
+    """Compute Philox4x32-10 of consecutive blocks; each uint64 holds the low and the high word of a pair.
 
-    A round's words are carried with whatever the product left above their 32 bits, since a multiplication
-    takes the low half alone: masks would be a third of the work."""
+    Between rounds, the bits above the low 32 of a word are not cleared, because the next multiplication uses only the
+    low half. Clearing them would be a third of the work."""
     for block in range(word_T.size // 2):
         counter = uint64(first_block) + uint64(block)
         c0, c1, c2, c3 = counter, counter >> BITS_32, uint64(0), uint64(0)
@@ -54,11 +54,11 @@ def _fill_words(word_T, first_block, seed):  # type: ignore[no-untyped-def]
 
 @jit
 def _fill_gaussian(pair_P, radius_P, noise_T):  # type: ignore[no-untyped-def]
-    """Box-Muller in float64 with polynomials for log, cos and sin, since calls would not vectorise.
+    """Do Box-Muller in float64 with polynomials for log, cos and sin, because calls would not vectorise.
 
     log u: u = mantissa * 2**exponent with mantissa in [sqrt(1/2), sqrt(2)), both from the bits of u;
     log(mantissa) = 2 atanh(t) with t = (mantissa - 1) / (mantissa + 1), |t| < 0.172, by its series to t**11.
-    cos and sin of 2 pi v: v is folded to |f| <= 1/8 of a turn, Taylor to the 9th and 10th power.
+    cos and sin of 2 pi v: v is reduced to at most 1/8 of a turn; Taylor series to the 10th and 9th power.
     """
     bits_P = radius_P.view(np.uint64)
     for p in range(pair_P.size):
@@ -104,7 +104,7 @@ def _fill_noise(kind, pair_P, radius_P, noise_T, first_block, seed):  # type: ig
 
 @jit
 def _descend(kind, theta_S, scale_S, offset, gain, seed, start, out_S, needed_R2):  # type: ignore[no-untyped-def]
-    """With an empty scale_S the scale is 1."""
+    """Compute `Kernel.descend`. An empty scale_S means a scale of 1."""
     pair_P, radius_P, noise_T = np.empty(TILE // 2, np.uint64), np.empty(TILE // 2), np.empty(TILE, np.float32)
     for needed in range(needed_R2.shape[0]):
         done, stop = needed_R2[needed, 0], needed_R2[needed, 1]
@@ -115,7 +115,7 @@ def _descend(kind, theta_S, scale_S, offset, gain, seed, start, out_S, needed_R2
             _fill_noise(
                 kind, pair_P[: 2 * blocks], radius_P[: 2 * blocks], noise_T[: 4 * blocks], (start + done) // 4, seed
             )
-            # Slices, whose indices need no check for counting from the end.
+            # Indices into these slices need no check for negative values.
             theta_C, out_C, noise_C = theta_S[done:end], out_S[done:end], noise_T[skip:]
             if scale_S.size:
                 scale_C = scale_S[done:end]
@@ -152,7 +152,7 @@ def _accumulate(kind, seed_K, weight_K, start, out_S):  # type: ignore[no-untype
 
 
 class CpuKernel:
-    """`noise.Kernel` on tensors in CPU memory, one thread."""
+    """`noise.kernels.Kernel` for tensors in CPU memory, with one thread."""
 
     def __init__(self, kind: NoiseKind) -> None:
         self.code = KIND_CODES[kind]

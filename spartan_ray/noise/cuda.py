@@ -1,8 +1,8 @@
 """The noise kernels for CUDA devices, in Triton: equal to the definition in `contract.py`, gaussian to 1e-6.
 
-One launch an operation, and the noise never reaches the device's memory. A program owns a tile of whole
-Philox blocks; what lies outside the slice is masked, so that a slice may start anywhere.
-Shapes: S elements of a slice, K members, N blocks of a tile, T = 4 N elements of a tile.
+Each operation is one kernel launch, and the noise is never written to device memory. A Triton program handles a tile of
+whole Philox blocks. It masks elements outside the slice, so that a slice may start anywhere. Shapes: S elements of a
+slice, K members, B rows, N blocks of a tile, T = 4 N elements of a tile.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ TWO_PI = tl.constexpr(2 * math.pi)
 
 @triton.jit
 def _box_muller(word_N, other_N):  # type: ignore[no-untyped-def]
-    """In float64: two units in the last place of a float32 of 5.8, the largest radius, are 1e-6 already."""
+    """Do Box-Muller in float64. In float32, an error of two units in the last place of 5.8, the largest radius, would
+    already be 1e-6."""
     u_N = ((word_N & 0xFFFFFF) + 1).to(tl.float64) * 2.0**-24
     angle_N = TWO_PI * ((other_N & 0xFFFFFF).to(tl.float64) * 2.0**-24)
     radius_N = tl.sqrt(-2.0 * tl.log(u_N))
@@ -42,7 +43,7 @@ def _uniform_or_sign(word_N, KIND: tl.constexpr):  # type: ignore[no-untyped-def
 
 @triton.jit
 def _noise(seed, block_N, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The noise of N blocks: a vector for each of the four elements of a block."""
+    """Return the noise of N blocks as four vectors, one per element of a block."""
     zero_N = tl.zeros_like(block_N).to(tl.uint32)
     a_N, b_N, c_N, d_N = tl.philox(seed, block_N.to(tl.uint32), (block_N >> 32).to(tl.uint32), zero_N, zero_N)
     if KIND == "gaussian":
@@ -56,13 +57,13 @@ def _noise(seed, block_N, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _in_order(a_N, b_N, c_N, d_N):  # type: ignore[no-untyped-def]
-    """The elements as they lie in memory, so that neighbouring threads access neighbouring addresses."""
+    """Return the elements in memory order, so that neighbouring threads access neighbouring addresses."""
     return tl.interleave(tl.interleave(a_N, c_N), tl.interleave(b_N, d_N))
 
 
 @triton.jit
 def _tile(start, size, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's blocks, the places of their elements in the slice, and whether the slice has them."""
+    """Return the blocks of this program, the positions of their elements in the slice, and the mask of those inside."""
     first_block = start // 4 + tl.program_id(0).to(tl.int64) * BLOCKS
     place_T = 4 * first_block - start + tl.arange(0, 4 * BLOCKS)
     return first_block + tl.arange(0, BLOCKS), place_T, (place_T >= 0) & (place_T < size)
@@ -80,7 +81,7 @@ def _move(  # type: ignore[no-untyped-def]
     tl.store(out_S + place_T, tl.load(theta_S + place_T, inside_T) + perturbation_T, inside_T)
 
 
-# Types are given and values not specialised on, so that no other seed or start compiles a kernel anew.
+# The types are given and the values are not specialised on, so that a new seed or start does not recompile a kernel.
 @triton.jit(do_not_specialize=["start", "size", "seed"])
 def _descend(  # type: ignore[no-untyped-def]
     out_S, start: tl.int64, size: tl.int64, theta_S, scale_S, seed: tl.uint64, offset, gain,
@@ -94,7 +95,7 @@ def _descend_from(  # type: ignore[no-untyped-def]
     out_S, start: tl.int64, size: tl.int64, theta_S, scale_S, seed_1, offset_1, gain_1,
     KIND: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """With a seed and factors that are in the device's memory."""
+    """Do the work of `_descend` with a seed, an offset and a gain that are in device memory."""
     seed = tl.load(seed_1).to(tl.uint64, bitcast=True)
     _move(out_S, start, size, theta_S, scale_S, seed, tl.load(offset_1), tl.load(gain_1), KIND, BLOCKS)
 
@@ -104,8 +105,8 @@ def _accumulate(  # type: ignore[no-untyped-def]
     out_S, start: tl.int64, size: tl.int64, seed_K, weight_K, count: tl.int32, KIND: tl.constexpr, BLOCKS: tl.constexpr
 ):
     block_N, place_T, inside_T = _tile(start, size, BLOCKS)
-    # A sum for each element of a block: to put the noise in order for every member would cost passes
-    # through shared memory.
+    # Keep one sum per element of a block. Putting the noise in memory order for every member would cost passes through
+    # shared memory.
     zero_N = tl.zeros([BLOCKS], tl.float32)
     sum_a_N, sum_b_N, sum_c_N, sum_d_N = zero_N, zero_N, zero_N, zero_N
     for k in range(count):
@@ -119,7 +120,7 @@ def _accumulate(  # type: ignore[no-untyped-def]
 
 
 class CudaKernel:
-    """`noise.Kernel` on contiguous tensors in the memory of a CUDA device."""
+    """`noise.kernels.Kernel` for contiguous tensors in the memory of a CUDA device."""
 
     def __init__(self, kind: NoiseKind, device: torch.device) -> None:
         self.kind = kind
@@ -159,7 +160,7 @@ class CudaKernel:
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
     ) -> torch.Tensor:
         out_S = torch.empty(stop - start, dtype=torch.float32, device=self.device)
-        # The bits of the seeds as int64: Philox takes them apart, and torch does more for signed integers.
+        # Pass the bits of the seeds as int64: Philox splits them anyway, and torch supports signed integers better.
         seeds, weights = (torch.tensor(array, device=self.device) for array in (seed_K.view(np.int64), weight_K))
         self._launch(_accumulate, out_S, start, seeds, weights, len(seed_K))
         return out_S
@@ -168,5 +169,5 @@ class CudaKernel:
         size = out_S.numel()
         grid = (triton.cdiv(start % 4 + size, 4 * BLOCKS),)
         with torch.cuda.device_of(out_S):
-            # A fused multiply-add would round once less than the definition does.
+            # A fused multiply-add would skip one rounding of the definition.
             kernel[grid](out_S, start, size, *arguments, KIND=self.kind, BLOCKS=BLOCKS, enable_fp_fusion=False)

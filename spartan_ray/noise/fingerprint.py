@@ -1,4 +1,4 @@
-"""How a process shows that its kernel computes the contract. Needs no torch."""
+"""The fingerprint of a kernel, which proves that it computes the noise contract. Importing it needs no torch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ OFFSET, GAIN = 0.3, -0.7
 
 
 def fingerprint(kernel: Kernel) -> NDArray[np.float32]:
-    """A sample of what a kernel computes, which a worker shows when it joins: noise, and noise moved by itself, with a
-    seed and factors that are numbers and with those that are in the device's memory."""
+    """Return a sample of the results of a kernel, which a worker sends when it joins.
+
+    The sample has two slices of noise, and the descendants for which parent and scale are that noise. The seed and the
+    factors are numbers for the first slice and tensors on the device for the second."""
     seed_1, weight_1 = np.array([FINGERPRINT_SEED], np.uint64), np.ones(1, np.float32)
     slices = []
     for number, (start, stop) in enumerate(FINGERPRINT_SLICES):
@@ -37,7 +39,7 @@ def fingerprint(kernel: Kernel) -> NDArray[np.float32]:
 
 
 def definition(kind: NoiseKind) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """The sample by the contract's definition, and what each element may be off where the noise is gaussian."""
+    """Return the sample as the contract defines it, and the tolerance of each element for gaussian noise."""
     expected, tolerance = [], []
     for start, stop in FINGERPRINT_SLICES:
         noise_S = noise(kind, FINGERPRINT_SEED, start, stop)
@@ -47,7 +49,9 @@ def definition(kind: NoiseKind) -> tuple[NDArray[np.float32], NDArray[np.float64
 
 
 def fingerprint_agrees(kind: NoiseKind, sample: NDArray[np.float32]) -> bool:
-    """Whether a sample is the definition's: to the bit, for gaussian to 1e-6, or to 1e-5 where it was moved."""
+    """Return whether a sample agrees with the definition.
+
+    Uniform and rademacher noise must agree to the bit, gaussian noise to 1e-6 and its descendants to 1e-5."""
     expected, tolerance = definition(kind)
     if sample.shape != expected.shape:
         return False

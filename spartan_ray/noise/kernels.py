@@ -1,5 +1,7 @@
-"""The fused operations on noise, and which of their kernels a device gets. Shapes: K members, B rows, S elements of a
-slice, R ranges."""
+"""The fused operations on noise, and the choice of a kernel for a device.
+
+Shapes: K members, B rows, S elements of a slice, R ranges.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from spartan_ray.noise.contract import RMS, NoiseKind
 
 
 class Kernel(Protocol):
-    """The fused operations on noise. Those with a `start` take any slice, it is its first element."""
+    """The fused operations on noise. Operations with a `start` work on any slice; `start` is its first element."""
 
     def descend(
         self,
@@ -28,9 +30,10 @@ class Kernel(Protocol):
         start: int = 0,
         needed_R2: NDArray[np.int64] | None = None,
     ) -> None:
-        """out = theta + scale * (offset + gain * noise) in float32, one rounding an operation; no scale
-        is a scale of 1. Seed, as int64, and factors may be tensors of one element on the device. Elements of the slice
-        outside the needed ranges, R of [first, end), may be left as they are."""
+        """Compute out = theta + scale * (offset + gain * noise) in float32, rounding after each operation.
+
+        A scale of None means 1. The seed (as int64), the offset and the gain may be one-element tensors on the device.
+        `needed_R2` holds R ranges [first, end) of the slice; elements outside them may be left unchanged."""
 
     def descend_rows(
         self,
@@ -42,18 +45,20 @@ class Kernel(Protocol):
         out_BS: torch.Tensor,
         needed_R2: NDArray[np.int64] | None = None,
     ) -> None:
-        """`descend` for several members of whole vectors, a row each."""
+        """Do the work of `descend` for B members. Each row of `out_BS` receives one member's whole vector."""
 
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
     ) -> torch.Tensor:
-        """sum_k weight_k * noise_k over [start, stop): float32, added in the order of k, so that
-        every element has the same bits in whatever slice it is computed."""
+        """Return elements [start, stop) of sum_k weight_k * noise_k, in float32.
+
+        The terms are added in the order of k, so that the bits of an element do not depend on the slice."""
 
 
 def kernel_for(kind: NoiseKind, device: torch.device) -> Kernel:
-    """The fastest kernel for the device: numba on CPU, Triton on CUDA, integer tensor operations elsewhere
-    and where PyTorch came without Triton."""
+    """Return the fastest kernel for a device: numba on CPUs, Triton on CUDA.
+
+    Other devices, and CUDA without Triton, get integer tensor operations. Raises InputError for an unknown kind."""
     if kind not in RMS:
         raise InputError(f"noise ({kind!r}) must be one of {', '.join(RMS)}")
     if device.type == "cpu":

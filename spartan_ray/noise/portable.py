@@ -1,8 +1,8 @@
-"""The noise kernels as integer tensor operations: the same numbers on any device torch runs on,
-for those without a kernel of their own.
+"""The noise kernels as integer tensor operations of torch, for devices without a kernel of their own.
 
-Slower than a fused kernel, since every operation of the generator is a pass over memory, but exact
-(gaussian to 1e-6). Shapes: S elements of a slice, K members, N blocks of four elements.
+They compute the same numbers as the definition in `contract.py` on any device (gaussian to 1e-6). They are slower than
+a fused kernel, because every operation of the generator is a pass over memory. Shapes: S elements of a slice, K
+members, N blocks of four elements.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 
 from spartan_ray.noise.contract import KEY_STEPS, MULTIPLIERS, ROUNDS, NoiseKind, split_key
 
-# Elements generated at once: bounds the temporaries to a few hundred megabytes.
+# Elements generated at once. It limits the temporary tensors to a few hundred megabytes.
 TILE = 1 << 22
 LOW_32 = 0xFFFFFFFF
 
 
 def _words(seed: int, first_block: int, end_block: int, device: torch.device) -> torch.Tensor:
-    """Philox4x32-10 of consecutive blocks as int64, N x 4. A product of two words may wrap to a
-    negative int64; its halves are masked out, which is exact in two's complement."""
+    """Return Philox4x32-10 of consecutive blocks, N x 4, as int64.
+
+    A product of two words may overflow to a negative int64. Its halves are extracted with masks, which is exact in
+    two's complement."""
     block_N = torch.arange(first_block, end_block, dtype=torch.int64, device=device)
     c0, c1 = block_N & LOW_32, block_N >> 32
     c2 = c3 = torch.zeros_like(block_N)
@@ -40,7 +42,7 @@ def _words(seed: int, first_block: int, end_block: int, device: torch.device) ->
 
 
 class PortableKernel:
-    """`noise.Kernel` on tensors of any device."""
+    """`noise.kernels.Kernel` for tensors on any device."""
 
     def __init__(self, kind: NoiseKind, device: torch.device) -> None:
         self.kind = kind
@@ -74,8 +76,8 @@ class PortableKernel:
         start: int = 0,
         needed_R2: NDArray[np.int64] | None = None,
     ) -> None:
-        # The factors rounded to float32 as every kernel has them, and one operation at a time: a fused
-        # multiply-add would round once less.
+        # Round the factors to float32, as every kernel does. Do one operation at a time, because a fused multiply-add
+        # would skip one rounding.
         offset, gain = float(np.float32(float(offset))), float(np.float32(float(gain)))
         for done in range(0, theta_S.numel(), TILE):
             part = slice(done, min(done + TILE, theta_S.numel()))

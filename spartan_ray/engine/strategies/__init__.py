@@ -1,1 +1,5 @@
-"""Strategies turn fitnesses into the next parent: pure maths, no Ray, no torch and no network."""
+"""Strategies, which turn fitnesses into the next parent, and the requests that they yield.
+
+Only mathematics on seeds and numbers lives here. Ray, torch and networks must not: they belong to the object that
+answers the requests, such as a Population.
+"""

@@ -37,7 +37,7 @@ from spartan_ray.engine.strategies.shaping import SHAPING
 from spartan_ray.noise.contract import member_seeds
 
 # Lengths that a search tries first, in lengths of one perturbation. The best was between 0.3 and 1 for 50 to 1,000
-# members and falls as the population grows. The factors of 4 find the neighbourhood of the best; later rounds refine it.
+# members and falls as the population grows. Steps of a factor of 4 find its neighbourhood; later rounds refine it.
 SEARCH_LENGTHS = (0.0, 1 / 32, 1 / 8, 1 / 2, 2.0)
 SEARCH_FACTORS = (2.0, 2**0.5)
 # While the longest length is the best, as with a tiny sigma, the search continues up to about this length.
@@ -87,7 +87,7 @@ class EvolutionStrategies:
         Args:
             population: Number of members per generation, K, at least 2, and even if `mirrored`.
             sigma: Scale of the noise. The perturbation of a member is sigma * noise.
-            lr: Learning rate of the update.
+            lr: Learning rate of the update. No effect if `step` is "ratio" or "search".
             shaping: How fitness becomes a weight: "zscore" (subtract the mean, divide by the standard deviation) or
                 "centered-rank" (rank, scaled to [-0.5, 0.5]).
             mirrored: Use mirrored pairs: members 2j and 2j+1 share a seed, and their perturbations are +sigma * noise
@@ -123,11 +123,9 @@ class EvolutionStrategies:
         refuse(mirrored and population % 2 == 1, f"population ({population}) must be even when mirrored")
         refuse(generations < 1, f"generations ({generations}) must be at least 1")
         refuse(own_cases is not None and own_cases < 1, f"own_cases ({own_cases}) must be at least 1")
-        refuse(
-            own_cases is not None and not mirrored, f"own_cases ({own_cases}) compares the members of a mirrored pair"
-        )
+        refuse(own_cases is not None and not mirrored, f"own_cases ({own_cases}) needs mirrored pairs: set mirrored")
         refuse(adapt_sigma and step != "search", f"adapt_sigma has no effect with step {step!r}: it needs search")
-        refuse(adapt_sigma and generations == 1, "adapt_sigma has no effect with one generation a phase (generations)")
+        refuse(adapt_sigma and generations == 1, "adapt_sigma has no effect unless generations is above 1")
         for name, number in (("sigma", sigma), ("lr", lr), ("step_ratio", step_ratio)):
             refuse(not 0 < number < np.inf, f"{name} ({number}) must be above 0 and finite")
         for name, number in (("sigma_decay", sigma_decay), ("lr_decay", lr_decay)):

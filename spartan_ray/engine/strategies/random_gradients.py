@@ -1,7 +1,8 @@
-"""Random gradients, the article's first experiment: the parent's gradient, each element times a number of
-its own, as the step to a descendant that is kept when it is better.
+"""Random gradients, the article's first experiment: descendants differ by random multiples of the gradient.
 
     descendant = parent - lr * temperature * gradient * u,   u uniform in [low, high) per element
+
+A descendant is kept if it is better than the parent.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ NONE_BETTER = "no member is better than the parent"
 
 
 class RandomGradients:
-    """The best of K random multiples of a gradient step, or a chain of them. The fitness needs a `loss`.
+    """Random gradients: members are random multiples of a gradient step.
 
-    population       members of a generation, K
-    lr               length of the step, lr * temperature * gradient * u
-    low, high        u is uniform from `low` to `high`
-    temperature      factor of the step: a function of the parent's mean statistics (M) on the fitness cases
-    accept           best: all members descend from one parent, and the best replaces it if it is better;
-                     chain: one member after another, a better one becomes the parent at once
-    wave             members of a chain that are scored at once; the result is the same for each
-    confirm          take a member only if it is better on cases that did not choose it
-    racing           n rounds of successive halving, with `accept` best: all members on 1/2^n of the cases, the better
-                     half on twice as many, and so on
-    early_rejection  stop scoring a member that cannot win any more; changes no result
-    lr_decay         factor after each generation; generations are numbered in steps of `every`
+    The best member becomes the parent if it is better, or each better member does so in turn (a chain). Each member
+    is::
+
+        parent - lr * temperature * gradient * u
+
+    with u drawn uniformly from [low, high) for each element. It is the first experiment of the article that this
+    project follows. The gradient comes from the population's `gradient` function or from the `loss` of the fitness. The
+    noise of the population must be "uniform" for u to be uniform.
+
+    Attributes:
+        population: Number of members per generation, K.
+        case_sets: The sets of cases that the settings need: "fitness", and "confirm" if in use.
     """
 
     def __init__(
@@ -71,7 +72,29 @@ class RandomGradients:
         lr_decay: float = 1.0,
         every: int = 1,
     ) -> None:
-        """Raises InputError for a setting that cannot be used, by its name."""
+        """Check and store the settings.
+
+        Args:
+            population: Number of members per generation, K, at least 2.
+            lr: Learning rate of the step.
+            low: Lower bound of the random factor u.
+            high: Upper bound of the random factor u.
+            temperature: A function from the parent's mean statistics on the fitness cases, shape (M,), to a factor of
+                the step. None: 1.
+            accept: "best": all members descend from one parent, and the best replaces it if it is better than the
+                parent. "chain": members are tried one after another, and each better one becomes the parent at once.
+            wave: Number of members of a chain that are scored at once. Does not change which members are kept.
+            confirm: Take a member only if it is also better on the cases of the set "confirm", which did not choose it.
+            racing: Number n of successive halvings with `accept` "best", 0 to 8. All members are scored on 1/2**n of
+                the cases, the better half on twice as many, and so on. 0: score all members on all cases.
+            early_rejection: Stop scoring a member that can no longer win. Does not change the next parent. Needs
+                `Fitness.best`; not used in a race.
+            lr_decay: Multiply `lr` by this factor after each evolve phase.
+            every: Difference between the numbers of two successive phases; the decay counts phases with it.
+
+        Raises:
+            InputError: A setting cannot be used. The message names it.
+        """
         refuse(population < 2, f"population ({population}) must be at least 2")
         refuse(not 0 < lr < np.inf, f"lr ({lr}) must be above 0 and finite")
         refuse(not -np.inf < low < high < np.inf, f"low ({low}) must be below high ({high}), both finite")
@@ -87,14 +110,22 @@ class RandomGradients:
         self.case_sets: tuple[CaseSet, ...] = ("fitness", "confirm") if confirm else ("fitness",)
 
     def generation(self, seed: int, number: int) -> Generation:
-        """One phase: score the members of the gradient, and take the best or each better one."""
+        """Run one evolve phase: score the members and take the best, or each better one.
+
+        Args:
+            seed: Seed of the population.
+            number: Number of the phase.
+
+        Returns:
+            A generator of requests that returns the `Outcome`. `Population.step` runs it.
+        """
         seed_K = member_seeds(seed, number, self.population)
         yield SetScale("gradient")
         parent = yield from self._race(PARENT)
         return (yield from (self._chain if self.chain else self._best)(seed_K, number, parent))
 
     def _members(self, seed_K: NDArray[np.uint64], number: int, parent: Scores) -> Members:
-        """The members that descend from a parent of these scores: u = middle + half * noise."""
+        """Return the members of a parent with these scores: u = middle + half * noise."""
         step = decayed(self.lr, self.lr_decay, number, self.every)
         step *= self.temperature(parent.mean_KM[0]) if self.temperature else 1.0
         middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
@@ -109,7 +140,7 @@ class RandomGradients:
         scores = yield from self._race(members, self._threshold(before))
         fitness_K = scores.fitness_K
         outcome = Outcome(members, fitness_K, scores.cases_K, np.zeros(len(members)), before, before)
-        # Who was left behind in a race was scored on less than the parent.
+        # A member that dropped out of a race was scored on fewer cases than the parent, and cannot win.
         lost_K = scores.cases_K < (parent.cases_K[0] if self.racing else 0)
         best = int(np.argmax(np.where(np.isnan(fitness_K) | lost_K, -np.inf, fitness_K)))
         if not is_better(before, fitness_K[best]):
@@ -124,9 +155,10 @@ class RandomGradients:
         return outcome
 
     def _race(self, members: Members, threshold: float = -np.inf) -> Generate[Request, Scores, Scores]:
-        """The members' scores. With `racing` all are scored on the first part of the cases, the better half on the
-        next part too, and so on; one that is left has its means over the parts that it saw, and there is no
-        threshold."""
+        """Score the members, in a race if `racing` is above 0.
+
+        In a race, all members are scored on the first part of the cases, the better half also on the next part, and so
+        on. A member that drops out keeps its means over the parts that it saw. A race uses no threshold."""
         rounds = parts(self.racing)
         if len(rounds) == 1:
             return (yield Score(members, threshold=threshold))
@@ -142,8 +174,10 @@ class RandomGradients:
         return scores
 
     def _chain(self, seed_K: NDArray[np.uint64], number: int, parent: Scores) -> Generation:
-        """In waves: the members of a wave descend from one parent; those after the first better one are
-        discarded and drawn again from it. What is kept is the same for waves of every length."""
+        """Run a chain in waves. The members of a wave descend from one parent.
+
+        Members after the first better one are discarded and built again from that new parent. The members that are kept
+        are the same for any length of the waves."""
         before = current = float(parent.fitness_K[0])
         kept: list[tuple[Members, Scores]] = []
         accepted: list[int] = []
@@ -182,7 +216,7 @@ class RandomGradients:
             current,
             discarded_cases=discarded,
         )
-        if checks:  # of the whole chain, or of the last candidate where none was taken
+        if checks:  # for the whole chain, or for the last candidate if none was taken
             taken = [after for before, after in checks if is_better(before, after)]
             outcome.confirm = (checks[0][0], (taken or checks[-1])[-1])
         if not accepted:
