@@ -368,7 +368,7 @@ def test_what_is_no_strategy_no_fitness_or_another_network_s_optimizer_is_said()
     )
     with pytest.raises(InputError, match="has no 'evolution'"):
         mine.load_state_dict(mine.base.state_dict())
-    with pytest.raises(RunError, match="TypeError: the fitness returned a float: expected a tensor with a row a case"):
+    with pytest.raises(RunError, match="TypeError: the fitness returned a float: expected a tensor, one row per case"):
         Population(network(), lambda network, case_N: 0.5, cases=60).score()  # type: ignore[arg-type, return-value]
 
 

@@ -332,9 +332,9 @@ def test_a_subspace_that_cannot_be_is_said(settings: dict[str, Any], said: str) 
 
 def test_a_subspace_has_no_scale() -> None:
     population = Population(network(), WithLoss(), subspace="random:2")
-    with pytest.raises(InputError, match=r"^a subspace has no scale 'rms'$"):
+    with pytest.raises(InputError, match=r"^a subspace cannot be combined with the scale 'rms'$"):
         population.step(EvolutionStrategies(4, sigma_scale="relative"))
-    with pytest.raises(InputError, match=r"^a subspace has no scale 'gradient'$"):
+    with pytest.raises(InputError, match=r"^a subspace cannot be combined with the scale 'gradient'$"):
         population.step(RandomGradients(4))
     with pytest.raises(InputError, match=r"^remember is for a subspace trajectory:m$"):
         population.remember()

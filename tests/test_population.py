@@ -316,13 +316,14 @@ def test_what_a_fitness_lacks_is_named() -> None:
         Population(network(), likelihood, cases=60).step(RandomGradients(4))
     with pytest.raises(InputError, match=r"^cases: a function does not say how many"):
         Population(network(), likelihood)
-    with pytest.raises(RunError, match="expected a row a case"):
+    with pytest.raises(RunError, match="expected one row per case"):
         Population(network(), lambda network, case_N: torch.zeros(1), cases=60).step(EvolutionStrategies(4))
 
 
 @pytest.mark.parametrize(("make", "said"), [
     (lambda: Population(nn.Sequential(nn.ReLU()), likelihood, cases=3), "the network has no parameter that requires a"),
     (lambda: Population(network().double(), likelihood, cases=3), r"the network's 0\.weight is torch\.float64"),
+    (lambda: Population(network().to(torch.float8_e4m3fn), likelihood, cases=3), r"the network's 0\.weight is torch\.float8"),
     (lambda: Population(network(), likelihood, cases=3, mutate="9.*"), r"mutate '9\.\*': matches no parameter"),
     (lambda: Population(network(), likelihood, cases=0), r"cases \(0\) must be at least 1"),
     (lambda: Population(network(), WithLoss(), cases=3), r"cases \(3\): the fitness has 60"),

@@ -1,5 +1,8 @@
-"""Networks that are trained side by side and selected together, as evolutionary SGD does: what it takes on one device,
-and what is made of it. Knows nothing of Ray. Shapes: D parameters, N cases, P parents, K offspring, C = P + K."""
+"""The parents of evolutionary SGD: training, scoring and selection of whole networks.
+
+A `Breeder` does the work on one device; `Breeding` keeps the parents and selects the next ones. Does not depend on Ray.
+Shapes: D parameters, N cases, P parents, K offspring, R parents of one offspring, C = P + K candidates.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +29,26 @@ from spartan_ray.engine.strategies.requests import PARENT, Members, Outcome, noi
 from spartan_ray.errors import RunError
 from spartan_ray.noise.contract import NoiseKind
 
-# Beside the seed: what a parent's data order and the like are drawn by.
+# Purpose of the key from which a parent's data order and other draws of its training are derived.
 ORDER_OF_PARENT = 1 << 41
 
-# An optimizer's state as it is sent: its tensors as `packed` has them, and the rest.
+# The state of an optimizer as it is sent: its tensors, converted by `packed`, and the rest.
 OptimizerState = tuple[dict[str, Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Individual:
-    """A whole network, with what its optimizer remembers; None is a fresh optimizer. The arrays may be shared: they are
-    never written to."""
+    """A whole network and the state of its optimizer. None means a fresh optimizer.
+
+    The arrays may be shared and are never written to."""
 
     theta_D: NDArray[np.float32]
     buffers: list[Any]
     optimizer: OptimizerState | None = None
-    fitness: float | None = None  # None: not known yet
+    fitness: float | None = None  # None: unknown so far
 
     def become(self, model: FlatModel) -> None:
-        """Make a network this one."""
+        """Give a model the parameters and buffers of this individual."""
         device = model.theta_D.device
         model.theta_D.copy_(unpacked(self.theta_D, device))
         model.write()
@@ -52,37 +56,41 @@ class Individual:
 
 
 class Course(Protocol):
-    """Trains a network for an epoch, whatever that is; picklable."""
+    """Trains a network for an epoch. It is picklable, and defines what an epoch is."""
 
     def to(self, device: torch.device) -> None:
-        """Move what it trains on to a device."""
+        """Move the training data to a device."""
 
     def __call__(
         self, model: FlatModel, settings: Settings, state: OptimizerState | None, seed: int, epoch: int
     ) -> OptimizerState:
-        """Train in place; what the optimizer remembers then. A function of what it is given alone."""
+        """Train the model in place and return the new state of its optimizer.
+
+        The result depends only on the arguments and on the data."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What became of an individual: what it is now, or None where it backs off to what it was, the fitness that it has,
-    and the one that training led to."""
+    """The result of training one individual."""
 
     individual: Individual | None
+    """The trained individual, or None if it backs off to what it was before."""
     fitness: float
+    """Fitness of the individual that is kept."""
     found: float
+    """Fitness after training, whether it is kept or not."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The fitness of an offspring, NaN with the reason where it could not be scored."""
+    """The fitness of an offspring, or NaN and the reason if it could not be scored."""
 
     fitness: float
     reason: str = ""
 
 
 class Breeder(Evaluator):
-    """What is done with individuals on one device. They are scored on the same cases in the whole run."""
+    """Trains, scores and builds individuals on one device. All scores of a run use the same cases."""
 
     def __init__(
         self,
@@ -99,8 +107,9 @@ class Breeder(Evaluator):
         self.case_N = case_N
 
     def train(self, items: Sequence[tuple[Individual, Settings, int, int]]) -> list[Trained]:
-        """Train individuals with settings, a seed and the number of an epoch each. One whose fitness falls backs off to
-        what it was."""
+        """Train individuals. Each item is an individual, its settings, a seed and the number of the epoch.
+
+        An individual whose fitness falls backs off to what it was."""
         return [self._train(*item) for item in items]
 
     def _train(self, individual: Individual, settings: Settings, seed: int, epoch: int) -> Trained:
@@ -114,7 +123,7 @@ class Breeder(Evaluator):
         return Trained(replace(trained, fitness=after) if after >= before else None, max(before, after), after)
 
     def score(self, offspring: Sequence[Offspring], parents: Sequence[Individual]) -> list[Scored]:
-        """The fitness of offspring, each a table of one row."""
+        """Score offspring, each given as a table of one row."""
         found = []
         for one in offspring:
             self._load_mean(one, parents)
@@ -123,7 +132,7 @@ class Breeder(Evaluator):
         return found
 
     def make(self, offspring: Sequence[Offspring], parents: Sequence[Individual]) -> list[Individual]:
-        """Offspring as individuals, of a fitness that `score` knows."""
+        """Build offspring as individuals. Their fitness is left unset; the caller knows it from `score`."""
         made = []
         for one in offspring:
             self._load_mean(one, parents)
@@ -134,7 +143,9 @@ class Breeder(Evaluator):
         return made
 
     def _load_mean(self, one: Offspring, parents: Sequence[Individual]) -> None:
-        """Take the mean of the parents of a row of offspring for the parent. What is not trained is the same in all."""
+        """Load the mean of an offspring's parents as the parent of the evaluator.
+
+        Parameters that are not trained are equal in all parents, and are taken from the first."""
         chosen = [parents[place] for place in one.parent_KR[0]]
         theta_D = mean([unpacked(parent.theta_D, self.device) for parent in chosen])
         buffers = chosen[0].buffers.copy()
@@ -146,7 +157,9 @@ class Breeder(Evaluator):
         self.load(ParentState(theta_D, buffers, {"fitness": self.case_N}), same_cases=True)
 
     def _fitness_of(self, individual: Individual) -> float:
-        """Raises what the fitness raised: without a score nothing can be compared with it."""
+        """Return the fitness of an individual.
+
+        Raises RunError if it cannot be scored, because training and selection need its fitness."""
         self._load(individual.theta_D, individual.buffers)
         scores, failed = self.evaluate(PARENT, "fitness", -math.inf)
         if failed:
@@ -154,14 +167,14 @@ class Breeder(Evaluator):
         return float(scores.fitness_K[0])
 
     def _individual(self, state: OptimizerState | None) -> Individual:
-        """The network as it is."""
+        """Return a copy of the network as it is now, with this optimizer state."""
         buffers = [packed(buffer.clone()) for buffer in self.model.buffers]
         return Individual(packed(self.model.theta_D.clone()), buffers, state)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BreederSpec(EvaluatorSpec):
-    """What a breeder is made from; sent to each worker once."""
+    """The parts from which a worker builds its breeder. Sent to each worker once."""
 
     course: Course
     case_N: NDArray[np.int64]
@@ -172,17 +185,17 @@ class BreederSpec(EvaluatorSpec):
 
 
 class Breeders(Protocol):
-    """What does the work of breeders: a pool of workers, or this process."""
+    """The interface to breeders, which run on a pool of workers or in this process."""
 
     counts: dict[str, float]
-    """What happened so far, by name."""
+    """Counters since the start, by name, such as retries."""
 
     @property
     def workers(self) -> int:
-        """How many breeders there are now."""
+        """The present number of breeders."""
 
     def share(self, value: Any) -> Any:
-        """What stands for a value among the arguments of `each`: it is sent to each node once."""
+        """Send a value to each node once. Return its stand-in for the arguments of `each`."""
 
     def each(
         self,
@@ -194,17 +207,24 @@ class Breeders(Protocol):
         is_finite: Callable[[Any], bool] = lambda answer: True,
         give_up: Callable[[str], Any] | None = None,
     ) -> list[Any]:
-        """What `method(items, *shared)` of a breeder answers for each of some items, in their order. Each forwards so
-        many cases; a breeder gets so many items `at_once`, or as many as it does of members. An answer that is not
-        finite is asked of a second breeder too; what no breeder can answer has the answer that `give_up` makes of the
-        reason, or ends the run."""
+        """Call `method(items, *shared)` on breeders. Return one answer per item, in their order.
+
+        Args:
+            method: Name of a method of `Breeder`.
+            items: The items. They are split among the breeders.
+            shared: Further arguments of the method, such as results of `share`.
+            cases: Number of cases that each item forwards.
+            at_once: Number of items per call. None: as for members.
+            is_finite: Whether an answer is finite. If not, a second breeder computes it too.
+            give_up: The answer to an item that no breeder can answer, from the reason. None: the run ends.
+        """
 
     def could_not_score(self, member: Members, reason: str) -> None:
-        """Say that an offspring is the worst, or end the run, as the configuration says."""
+        """Report that an offspring could not be scored and is the worst, or end the run if so configured."""
 
 
 class LocalBreeders:
-    """One breeder in this process, with the bits of a worker."""
+    """One breeder in this process. It gives the same bits as a worker."""
 
     workers = 1
 
@@ -226,10 +246,10 @@ class LocalBreeders:
 
 
 class Breeding:
-    """The parents of evolutionary SGD, and what becomes of them. The same bits whoever does the work."""
+    """The parents of evolutionary SGD and their selection. The bits do not depend on which breeders do the work."""
 
     def __init__(self, strategy: EvolutionarySGD, breeders: Breeders, seed: int, model: FlatModel, cases: int) -> None:
-        """All parents begin as one network. `cases` is how many score an individual."""
+        """Start all parents as copies of one network. `cases` is the number of cases that score an individual."""
         self.strategy, self.breeders, self.seed, self.cases = strategy, breeders, seed, cases
         self.individuals = [
             Individual(packed(model.theta_D.clone()), [packed(buffer.clone()) for buffer in model.buffers])
@@ -238,19 +258,20 @@ class Breeding:
 
     @property
     def fitness_P(self) -> NDArray[np.float64]:
-        """NaN where it is not known yet."""
+        """Fitness of each parent, shape (P,). NaN if it is unknown so far."""
         known = [math.nan if one.fitness is None else one.fitness for one in self.individuals]
         return np.array(known)
 
     @property
     def best(self) -> int:
-        """The place of the fittest parent, the first of equals."""
+        """Index of the fittest parent; the first one if several are equal."""
         fitness_P = self.fitness_P
         return int(np.nanargmax(fitness_P)) if np.isfinite(fitness_P).any() else 0
 
     def train(self, epoch: int, generation: int, cases: int) -> int:
-        """Train each parent for an epoch of so many cases, with its settings up to a generation; how many backed off,
-        since their fitness fell."""
+        """Train each parent for an epoch of `cases` cases, with its settings for the epochs up to `generation`.
+
+        Return the number of parents that backed off because their fitness fell."""
         settings = self.strategy.settings(self.seed, generation)
         items = [
             (individual, settings[place], random_key(self.seed, ORDER_OF_PARENT + place), epoch)
@@ -266,7 +287,9 @@ class Breeding:
         return sum(answer.individual is None for answer in answers)
 
     def evolve(self, generation: int) -> tuple[Outcome, dict[str, NDArray[Any]]]:
-        """The selection of a generation; its account, of the offspring, and what the journal needs beside it."""
+        """Score the offspring of a generation and select the next parents.
+
+        Return the outcome, whose members are the offspring, and the other arrays that the journal needs."""
         before_P, parents = self.fitness_P, self._shared()
         offspring = self.strategy.offspring(self.seed, generation)
         count = len(offspring)
@@ -308,8 +331,14 @@ class Breeding:
     def become(
         self, offspring: Offspring, fitness_K: NDArray[np.float64], order_P: NDArray[np.int64], parents: Any = None
     ) -> None:
-        """Make the candidates of these numbers the parents: the parents come first, then the offspring. Their
-        optimizers are fresh. `parents` are the parents as they were shared."""
+        """Make the candidates at these indices the parents, each with a fresh optimizer.
+
+        Args:
+            offspring: The offspring, K rows.
+            fitness_K: Fitness of the offspring.
+            order_P: Indices of the next parents, in order. Candidates are the P parents, then the K offspring.
+            parents: The stand-in for the present parents, if they were shared already.
+        """
         count = len(self.individuals)
         taken = [place - count for place in order_P.tolist() if place >= count]
         shared = parents or self._shared()
@@ -322,11 +351,11 @@ class Breeding:
         ]
 
     def _shared(self) -> Any:
-        """The parents as breeders need them, without their optimizers."""
+        """Share the parents, without the state of their optimizers. Return their stand-in."""
         return self.breeders.share([replace(one, optimizer=None) for one in self.individuals])
 
     def digest(self) -> str:
-        """SHA-256 of the parameters and buffers of all parents, in their order."""
+        """Return the SHA-256 of the parameters and buffers of all parents, in their order."""
         digest = hashlib.sha256()
         for individual in self.individuals:
             for array in (individual.theta_D, *individual.buffers):

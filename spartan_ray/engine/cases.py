@@ -1,4 +1,4 @@
-"""Cases as a fitness prepares them, in batches. Shapes: N cases, B seeds."""
+"""The cases of a generation in batches, as the fitness prepares them. Shapes: N cases, B seeds, K members."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ from spartan_ray.engine.draws import own_cases
 from spartan_ray.engine.fitness import Fitness
 from spartan_ray.engine.strategies.requests import CaseSet, Part
 
-# Members whose own cases go to the device at once.
+# Number of members whose own cases are copied to the device at once.
 TOGETHER = 256
-# How many cases, and what the fitness prepared of them.
+# The number of cases, and the result of `Fitness.prepare` for them.
 Batch = tuple[int, Any]
 
 
 class PreparedCases:
-    """The sets of cases of a generation on one device. `kept` puts what is prepared where it is to be."""
+    """The sets of cases of a generation, prepared on one device.
+
+    `kept(name, value)` returns a prepared value, or a copy of it at the address that belongs to the name."""
 
     def __init__(self, fitness: Fitness, device: torch.device, kept: Callable[[Hashable, Any], Any]) -> None:
         self.fitness, self.device, self.kept = fitness, device, kept
         self.sets: dict[CaseSet, NDArray[np.int64]] = {}
         self.prepared: dict[tuple[CaseSet, Part], list[Batch]] = {}
-        self.own: dict[int, torch.Tensor] = {}  # by the seeds that have drawn them, of the next members
-        self.last: tuple[int | None, list[Batch]] = None, []  # those of the last seed, which a mirrored pair shares
+        self.own: dict[int, torch.Tensor] = {}  # own cases by seed, for the next members
+        self.last: tuple[int | None, list[Batch]] = None, []  # the last seed and its batches, shared by a mirrored pair
 
     def load(self, sets: dict[CaseSet, NDArray[np.int64]], same: bool) -> None:
-        """Take other sets, or the same, which stay prepared as they are."""
+        """Replace the sets. With `same`, they are equal to the present ones, and prepared batches are kept."""
         self.sets = sets
         if not same:
             self.prepared.clear()
 
     def of(self, cases: CaseSet, part: Part) -> list[Batch]:
-        """A part of a set, prepared once for all members."""
+        """Return a part of a set in batches, prepared once for all members."""
         if (cases, part) not in self.prepared:
             case_N = self.sets[cases]
             start, stop = (int(share * len(case_N)) for share in part)
@@ -47,12 +49,14 @@ class PreparedCases:
         return self.prepared[cases, part]
 
     def draw(self, cases: CaseSet, own: int, seed_K: NDArray[np.uint64]) -> None:
-        """Let each of these seeds draw `own` cases of a set, when `drawn` asks for them."""
+        """Let each seed draw `own` cases of a set. The draw happens when `drawn` needs it."""
         self.drawing = self.sets[cases], own, seed_K
         self.own, self.last = {}, (None, [])
 
     def drawn(self, seed_B: NDArray[np.uint64]) -> list[Batch]:
-        """The cases that each seed has drawn, of one as the fitness prepares them, of more stacked in rows."""
+        """Return the batches of the cases that each seed drew.
+
+        For one seed they are as the fitness prepared them. For several, the tensors are stacked, one row per seed."""
         rows: dict[int, list[Batch]] = {}
         for seed in seed_B.tolist():
             if seed not in rows:
@@ -70,7 +74,9 @@ class PreparedCases:
         ]
 
     def _own(self, seed: int) -> torch.Tensor:
-        """The cases of a seed, which go to the device with those of many that follow: the host waits for it."""
+        """Return the cases of a seed on the device.
+
+        The cases of the seeds that follow are copied with them, because the host waits for each copy."""
         if seed not in self.own:
             case_N, own, seed_K = self.drawing
             place = int(np.argmax(seed_K == np.uint64(seed)))
@@ -84,7 +90,9 @@ class PreparedCases:
 
 
 def batched(case_N: torch.Tensor, largest: int | None) -> Iterator[torch.Tensor]:
-    """Cases in batches of equal size (to one), so that no small remainder has statistics of its own."""
+    """Split cases into batches of at most `largest`, whose sizes differ by at most one.
+
+    Otherwise a small remainder would form a batch with its own statistics."""
     passes = -(-len(case_N) // largest) if largest else 1
     for start, stop in pairwise(len(case_N) * number // passes for number in range(passes + 1)):
         yield case_N[start:stop]

@@ -1,7 +1,7 @@
-"""Scores members on one device: parent + seed -> descendant -> fitness, and its slice of the update.
+"""The evaluator: scores members on one device (parent + seed -> descendant -> fitness) and sums slices of the update.
 
-Knows nothing of Ray; a worker is the Ray actor around one evaluator. Shapes: D parameters, K members, N cases,
-M statistics, R ranges of parameters.
+Does not depend on Ray; a worker is the Ray actor around one evaluator. Shapes: D parameters, K members, B members of a
+pass, N cases, M statistics, R ranges of parameters.
 """
 
 from __future__ import annotations
@@ -34,26 +34,27 @@ from spartan_ray.noise.contract import NoiseKind
 from spartan_ray.noise.kernels import kernel_for
 from spartan_ray.noise.portable import PortableKernel
 
-# What a fitness may raise through no fault of its own: another process would not, or this one is broken from now on.
+# Errors that are not the fault of the fitness: another process may not raise them, or this process is now broken.
 DEVICE_ERRORS = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
 
-# An array, or where it stays in this process, or numpy has no such type, a tensor.
+# A NumPy array. It is a tensor if it stays in this process, or if NumPy does not have its type.
 Sent = Any
 
 
 @dataclass(frozen=True)
 class ParentState:
-    """The parent as it is broadcast, with the cases that its descendants are scored on, and the seed of the random
-    numbers that their fitness may draw from torch."""
+    """The parent as it is broadcast, and what its descendants are scored on."""
 
     theta_D: Sent
     buffers: list[Sent]
     case_sets: dict[CaseSet, NDArray[np.int64]]
+    """The cases on which members are scored."""
     seed: int = 0
+    """Seed of torch's random numbers while a member is scored."""
 
 
-# Of a member: as it is, or a tensor of one element in a device's memory.
+# Seed, offset or gain of a member: a number, or a tensor of one element in device memory.
 Number = Any
 # What multiplies noise and offset: one factor per parameter tensor, or per element; None means 1.
 Scale = Sent | None
@@ -61,8 +62,10 @@ Scale = Sent | None
 
 @dataclass(frozen=True)
 class EvaluatorSpec:
-    """What an evaluator is made from; sent to each worker once. A function makes the network, or it is copied; the
-    layout is the parent's."""
+    """The parts from which a worker builds its evaluator. Sent to each worker once.
+
+    `network` is a network to copy, or a function that builds one. `layout` is the layout of the parent's parameters,
+    which the network must match. Raises InputError in `make` if it does not."""
 
     network: nn.Module | Callable[[], nn.Module]
     fitness: Fitness
@@ -83,13 +86,13 @@ class EvaluatorSpec:
         return evaluator
 
     def parts(self) -> tuple[nn.Module, Fitness]:
-        """A network and a fitness of an evaluator's own."""
+        """Return a copy of the network and of the fitness, for one evaluator."""
         network = copy.deepcopy(self.network) if isinstance(self.network, nn.Module) else self.network()
         return network, copy.copy(self.fitness)
 
 
 class Evaluator:
-    """Builds descendants in place in its own network, always from the pristine parent."""
+    """Scores descendants. Each is built in place in the evaluator's own network, always from the pristine parent."""
 
     def __init__(
         self,
@@ -111,28 +114,29 @@ class Evaluator:
         self.scale_D: torch.Tensor | None = None
         self.basis: Basis | None = None
         self.random = torch.Generator().get_state()
-        # Without Triton noise is made in steps that the host waits for, which no graph can hold.
+        # Without Triton, the host waits while noise is generated, which a CUDA graph cannot record.
         recordable = device.type == "cuda" and not self.stack and not isinstance(self.kernel, PortableKernel)
         self.record_with(Recorder(device) if fitness.graphs and recordable else None)
 
     @property
     def device_name(self) -> str:
-        """What the bits of a score may depend on."""
+        """Name of the device. The bits of a score may depend on it."""
         if self.device.type == "cuda":
             portable = isinstance(self.kernel, PortableKernel)
             return torch.cuda.get_device_name(self.device) + " without Triton, which is slow" * portable
         return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
     def record_with(self, recorder: Recorder | None) -> None:
-        """Repeat the work of members from recordings, or not."""
+        """Use this recorder to replay the work of members. None: do not record."""
         self.recorder = recorder
-        # Not a method of this object: in a cycle a GPU's memory would wait for the garbage collector.
+        # Not a method of this object: a reference cycle would keep GPU memory until the garbage collector runs.
         self.keep = recorder.keep if recorder else as_it_is
         self.cases = PreparedCases(self.fitness, self.device, self.keep)
 
     def load(self, parent: ParentState, same_cases: bool = False) -> None:
-        """Take a new parent. On a CPU its parameters stay where they are, shared with other workers. With `same_cases`
-        they stay prepared as they are."""
+        """Set the parent and the cases. With `same_cases`, the cases are the present ones and stay prepared.
+
+        On a CPU, the parameters are used without a copy, in memory that other workers share."""
         self.theta_D = self.keep("parent", unpacked(parent.theta_D, self.device))
         self.parent, self.buffers = parent, self.model.buffers
         self.versions, self.statistics = [-1] * len(self.buffers), len(list(self.model.module.buffers()))
@@ -141,24 +145,39 @@ class Evaluator:
         self.cases.load(parent.case_sets, same_cases)
 
     def load_scale(self, scale: Scale) -> None:
-        """Take a new scale. On a CPU one of D elements stays where it is."""
+        """Set the scale. On a CPU, a scale of D elements is used without a copy."""
         self.scale_D = None if scale is None else unpacked(scale, self.device)
         if self.scale_D is not None and len(self.scale_D) != len(self.theta_D):
             self.scale_D = self.model.spread(self.scale_D)
         self.scale_D = self.keep("scale", self.scale_D)
 
     def load_basis(self, basis: Basis | None) -> None:
-        """Take another subspace, or the whole space. On a CPU its directions stay where they are."""
+        """Set the subspace; None is the whole space. On a CPU, its directions are used without a copy."""
         self.basis = basis
         self.rows_MD = None if basis is None else unpacked(basis.rows_MD, self.device)
 
     def evaluate(
         self, members: Members, cases: CaseSet, threshold: float, part: Part = WHOLE, own: int | None = None
     ) -> tuple[Scores, dict[int, str]]:
-        """Score each member on a part of the cases, or on `own` of them, which its seed draws; one that can no longer
-        exceed the threshold is left. What is not finite in any statistic has NaN for all of them, and for its fitness.
-        So has a member for which the fitness raised an error, and its text is in the second answer by the member's
-        place."""
+        """Score members on a set of cases.
+
+        A member with a statistic that is not finite gets NaN for all its statistics and for its fitness. A member for
+        which the fitness raises an error gets the same.
+
+        Args:
+            members: The members, K rows.
+            cases: Name of the set.
+            threshold: Stop scoring a member once its fitness can no longer exceed this.
+            part: Part of the set.
+            own: Number of cases that each seed draws from the set, instead of a part. None: the part.
+
+        Returns:
+            The scores, and the texts of the errors by index of the member.
+
+        Raises:
+            MemoryError: Memory ran out, on the host or, as torch.OutOfMemoryError, on the device.
+            torch.AcceleratorError: The device failed.
+        """
         size = self.stack.size if self.stack else 1
         sums: list[torch.Tensor | None] = []
         failed: dict[int, str] = {}
@@ -172,16 +191,16 @@ class Evaluator:
             while passes:
                 first, stop = passes.pop()
                 try:
-                    # A pass always has as many rows: the last member stands in those that are left.
+                    # A pass always has `size` rows. The last member fills the rows that are left over.
                     rows = [*range(first, stop), *[stop - 1] * (first + size - stop)]
                     batches = self.cases.drawn(members.seed_K[rows]) if own else self.cases.of(cases, part)
                     sum_BM, cases_B = self._score(members, rows, batches, threshold, bool(own))
                     sums.append(sum_BM if size == 1 else sum_BM[: stop - first])
                     cases_K[first:stop] = cases_B[: stop - first]
-                except DEVICE_ERRORS:  # the worker's fault, or that of what runs beside it
+                except DEVICE_ERRORS:  # caused by this process or by others on the device
                     raise
                 except Exception as error:
-                    if stop - first > 1:  # one of them has raised it: each by itself
+                    if stop - first > 1:  # one of several raised it: score each by itself
                         passes += [(k, k + 1) for k in reversed(range(first, stop))]
                     else:
                         sums.append(None)
@@ -190,7 +209,7 @@ class Evaluator:
                             failed[first] += f"; with batch_members={size} it runs under torch.func.vmap"
         known = next((sum_BM for sum_BM in sums if sum_BM is not None), torch.empty(1, 0))
         nothing_1M = torch.full_like(known[:1], torch.nan)
-        # One wait for the device a call.
+        # Wait for the device once per call.
         sum_KM = torch.cat([nothing_1M if sum_BM is None else sum_BM for sum_BM in sums]).cpu().numpy()
         mean_KM = sum_KM / np.maximum(cases_K, 1)[:, None]
         mean_KM[~np.isfinite(mean_KM).all(1)] = np.nan
@@ -211,10 +230,11 @@ class Evaluator:
         threshold: float,
         own: bool,
     ) -> tuple[torch.Tensor, list[int]]:
-        """The sums of the statistics of B members, B x M in float64, and on how many cases; B is one, or as many as the
-        stack has rows, and with `own` the batches are in as many rows.
+        """Score the members of one pass.
 
-        Whatever the fitness does to the network or draws, the next member finds what this one found."""
+        Return the sums of their statistics, B x M in float64, and the number of cases of each. B is 1, or the number of
+        rows of the stack. With `own`, the batches have B rows too. Buffers, modes and random state are restored before
+        each pass, so that members do not affect each other."""
         if self.model.module.training:
             self.model.module.eval()
         if self.versions != [buffer._version for buffer in self.buffers]:
@@ -244,15 +264,17 @@ class Evaluator:
         self, seed: Number, offset: Number, gain: Number, batches: Sequence[Batch], threshold: float
     ) -> tuple[torch.Tensor, list[int]]:
         fitness, network = self.fitness, self.model.module
-        torch.clear_autocast_cache()  # a weight that is cast once for all would be another member's
+        torch.clear_autocast_cache()  # a cached cast of a weight belongs to another member
         self._descend(seed, offset, gain, self.model.theta_D, self.needed_R2)
         self.model.write()
         with fitness.ready(network):
             return self._sum(lambda batch: _tensor_of(fitness(network, batch))[None], batches, threshold)
 
     def _load_changed_buffers(self) -> None:
-        """Make those buffers the parent's that are no longer. BatchNorm writes its statistics without counting a
-        version, and counts its batches: of the network's own buffers all are taken, or none."""
+        """Restore the buffers that the fitness has changed.
+
+        BatchNorm changes its statistics without a new version, but its batch counter gets one. The network's own
+        buffers are therefore restored all together, or not at all."""
         changed = [buffer._version != version for buffer, version in zip(self.buffers, self.versions, strict=True)]
         changed[: self.statistics] = [any(changed[: self.statistics])] * self.statistics
         for place in np.flatnonzero(changed):
@@ -262,24 +284,26 @@ class Evaluator:
     def _sum(
         self, score: Callable[[Any], torch.Tensor], batches: Sequence[Batch], threshold: float
     ) -> tuple[torch.Tensor, list[int]]:
-        """The sums of B members' statistics over the cases, B x M in float64 and in a fixed order, and how many cases
-        they were, B. A member is left once its fitness cannot exceed the threshold; its means up to there do not
-        exceed it either. Without a threshold nothing waits for the device."""
+        """Return the sums of B members' statistics over the cases, B x M, and the number of cases of each member.
+
+        Sums are in float64 and in a fixed order. Scoring of a member stops once its fitness cannot exceed the
+        threshold; the fitness of its means so far does not exceed it either. Without a threshold, nothing waits for the
+        device."""
         fitness, scored, count = self.fitness, 0, sum(size for size, _ in batches)
         total_BM: torch.Tensor | None = None
-        lost: dict[int, int] = {}  # rows that are left, with the cases that they were scored on
+        lost: dict[int, int] = {}  # rows no longer scored, with their number of cases
         for size, batch in batches:
             statistic_BNM = score(batch)
             rows, *shape = statistic_BNM.shape
             if shape[:1] != [size] or len(shape) > 2:
-                raise ValueError(f"the fitness of {size} cases is {tuple(shape)}: expected a row a case")
+                raise ValueError(f"the fitness of {size} cases is {tuple(shape)}: expected one row per case")
             sum_BM = statistic_BNM.reshape(rows, size, -1).sum(1, dtype=torch.float64)
-            if lost:  # they keep what they had
+            if lost:  # their sums stay unchanged
                 sum_BM[list(lost)] = 0
             total_BM = sum_BM if total_BM is None else total_BM + sum_BM
             scored += size
             if threshold > -np.inf and fitness.best is not None:
-                # The same division as at the end, so that rounding rejects nobody who would have won.
+                # Divide as at the end, so that rounding rejects no member that would have won.
                 most_BM = (total_BM.cpu().numpy() + (count - scored) * fitness.best) / count
                 for row, most_M in enumerate(most_BM):
                     if row not in lost and not fitness.value(most_M) > threshold:
@@ -290,7 +314,7 @@ class Evaluator:
         return total_BM, [lost.get(row, scored) for row in range(len(total_BM))]
 
     def descend(self, seed: int, offset: float, gain: float) -> None:
-        """Make the network a descendant of the parent, whole."""
+        """Make the network a descendant of the parent, including parameters that never reach the output."""
         self._descend(seed, offset, gain, self.model.theta_D)
         self.model.write()
 
@@ -305,7 +329,7 @@ class Evaluator:
         if self.basis is None or self.rows_MD is None or not gain:
             self.kernel.descend(self.theta_D, self.scale_D, seed, offset, gain, out_D, needed_R2=needed_R2)
             return
-        assert self.scale_D is None, "the population has no other with a subspace"
+        assert self.scale_D is None, "a population with a subspace has no scale"
         size, count = len(self.theta_D), len(self.rows_MD)
         seed_1, gain_1 = np.array([seed], np.uint64), np.array([gain], np.float32)
         out_D.copy_(self.theta_D)
@@ -316,12 +340,12 @@ class Evaluator:
     def accumulate(
         self, seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], start: int, stop: int
     ) -> NDArray[np.float32]:
-        """Elements [start, stop) of sum_k weight_k * noise_k."""
+        """Return elements [start, stop) of sum_k weight_k * noise_k."""
         return self.kernel.accumulate(seed_K, weight_K, start, stop).cpu().numpy()
 
 
 def pooled(fitness: Fitness, first: Scores, second: Scores) -> Scores:
-    """The scores of the same members on the cases of both."""
+    """Combine two scores of the same members into their scores on the cases of both."""
     cases_K = first.cases_K + second.cases_K
     if first.mean_KM.shape != second.mean_KM.shape:  # none of them could be scored
         return Scores(first.mean_KM * math.nan, np.full(len(cases_K), math.nan), cases_K)
@@ -334,7 +358,7 @@ def pooled(fitness: Fitness, first: Scores, second: Scores) -> Scores:
 
 
 def _finite(mean_KM: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The members whose mean statistics are all finite."""
+    """Return the indices of members whose mean statistics are all finite."""
     return np.flatnonzero(np.isfinite(mean_KM).all(1) & (mean_KM.shape[1] > 0))
 
 
@@ -347,18 +371,18 @@ def _value(fitness: Fitness, mean_M: NDArray[np.float64]) -> float:
 
 
 def _said(error: Exception) -> str:
-    """An error of the fitness, in one line."""
+    """Return an error of the fitness as one line."""
     return f"{one_line(f'{type(error).__name__}: {error}')}{_where(error)}"
 
 
 def _tensor_of(statistic_NM: Any) -> torch.Tensor:
     if not isinstance(statistic_NM, torch.Tensor):
-        raise TypeError(f"the fitness returned a {type(statistic_NM).__name__}: expected a tensor with a row a case")
+        raise TypeError(f"the fitness returned a {type(statistic_NM).__name__}: expected a tensor, one row per case")
     return statistic_NM
 
 
 def _where(error: Exception) -> str:
-    """The last line of the user's own code that an error came through."""
+    """Return the file and line of the innermost user code in an error's traceback, in brackets, or an empty string."""
     lines = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -368,19 +392,20 @@ def _where(error: Exception) -> str:
 
 
 def as_it_is(name: Any, values: Any) -> Any:
-    """Values, for whatever name."""
+    """Return the values unchanged, without a copy at the address of their name."""
     return values
 
 
 def packed(buffer: torch.Tensor) -> Any:
-    """A tensor as it is sent: as an array if numpy has its type, which takes a tenth of the time."""
+    """Return a tensor as it is sent: as a NumPy array if NumPy has its type, which takes a tenth of the time."""
     buffer = buffer.detach().cpu()
     return buffer if buffer.dtype == torch.bfloat16 else buffer.numpy()
 
 
 def unpacked(array: Any, device: torch.device) -> torch.Tensor:
-    """What was sent as a tensor on a device, where it stays if it is there. Memory that is shared is read-only, and so
-    is what is done with the tensor."""
+    """Return what was sent as a tensor on a device, without a copy if it is there already.
+
+    Shared memory is read-only, so the tensor must not be written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
         return torch.as_tensor(array).to(device)

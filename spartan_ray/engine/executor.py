@@ -1,5 +1,7 @@
-"""What evaluates members: a pool of workers, or this process. Both give the same bits. Shapes: D parameters,
-K members, U seeds."""
+"""The executor, which evaluates members in this process or on a pool of workers.
+
+Both give the same bits. Shapes: D parameters, K members, U seeds.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +21,27 @@ from spartan_ray.errors import RunError
 
 
 class Executor(Protocol):
-    """Scores members and sums updates, from seeds."""
+    """The interface of an executor: scores members and sums updates, both from seeds."""
 
     counts: dict[str, float]
-    """What happened so far, by name: retries, seconds of broadcasting and the like."""
+    """Counters since the start, by name, such as retries or seconds of broadcasting."""
 
     @property
     def workers(self) -> int:
-        """How many evaluators there are now."""
+        """The present number of evaluators."""
 
     @property
     def devices(self) -> set[str]:
-        """The names of the devices that score."""
+        """Names of the devices on which members are scored."""
 
     def broadcast(self, parent: ParentState) -> None:
-        """Make this the parent of the members that are evaluated from here on."""
+        """Set the parent of the members that are evaluated from now on, and their cases."""
 
     def broadcast_scale(self, scale: Scale) -> None:
-        """Make this the scale of what is added to the parent."""
+        """Set the scale of what is added to the parent."""
 
     def broadcast_basis(self, basis: Basis | None) -> None:
-        """Make this the subspace of the noise; None is the whole space."""
+        """Set the subspace of the noise. None is the whole space."""
 
     def evaluate(
         self,
@@ -49,21 +51,30 @@ class Executor(Protocol):
         part: Part = WHOLE,
         own: int | None = None,
     ) -> Scores:
-        """The scores of every member on a part of the cases, in their order; one that can no longer exceed the
-        threshold may be left. With `own` each seed draws so many of them for its members."""
+        """Score members on a set of cases. Return their scores in the order of the members.
+
+        Args:
+            members: The members, K rows.
+            cases: Name of the set.
+            threshold: Scoring of a member may stop once its fitness can no longer exceed this.
+            part: Part of the set.
+            own: Number of cases that each seed draws from the set for its members. None: the part.
+        """
 
     def weighted_sum(
         self, seed_U: NDArray[np.uint64], weight_U: NDArray[np.float32], start: int, stop: int
     ) -> NDArray[np.float32]:
-        """Elements [start, stop) of sum_u weight_u * noise(seed_u), in float32, added in the order of u."""
+        """Return elements [start, stop) of sum_u weight_u * noise(seed_u), in float32, added in the order of u."""
 
     def close(self) -> None:
-        """End what was started."""
+        """Stop everything that the executor started."""
 
 
 def given_up(members: Members, k: int, tries: int, reason: str, stop: bool = False) -> str:
-    """What is said of a member that could not be scored, and is the worst. Raises RunError to stop, and for one without
-    noise, which is the parent or its update: there is no phase without its score."""
+    """Return the message about a member that could not be scored and is therefore the worst.
+
+    Raises RunError if `stop` is true, or if the member has no noise. It is then the parent or its update, and the phase
+    cannot continue without its score."""
     who = f"the member of seed {members.seed_K[k]}" if members.gain_K[k] else "the parent, or its update,"
     said = f"{who} failed" + f" on {tries} workers" * (tries > 1)
     if stop or not members.gain_K[k]:
@@ -72,7 +83,7 @@ def given_up(members: Members, k: int, tries: int, reason: str, stop: bool = Fal
 
 
 class LocalExecutor:
-    """One evaluator in this process, in the order of the members."""
+    """One evaluator in this process. It scores members in their order."""
 
     workers = 1
 

@@ -1,4 +1,4 @@
-"""What is done with a network for a while, and undone: its modes and its gradients."""
+"""Context managers that restore the modes and the gradients of a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def keeping_modes(module: nn.Module) -> Iterator[None]:
-    """Within it the network may be set to evaluation mode; afterwards each layer has the mode that it had."""
+    """Restore the training or evaluation mode of each layer on exit."""
     modes = [(layer, layer.training) for layer in module.modules()]
     try:
         yield
@@ -21,7 +21,7 @@ def keeping_modes(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keeping_gradients(module: nn.Module) -> Iterator[None]:
-    """Within it the parameters have no gradients at first; afterwards they have those that they had."""
+    """Clear the gradients of all parameters on entry, and restore the former ones on exit."""
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None

@@ -1,5 +1,7 @@
-"""What a gradient optimizer remembers: as tensors that can be kept, and fitted to parameters that evolution moved.
-Shapes: T parameter tensors."""
+"""The state of a gradient optimizer: saved as tensors, and rescaled after evolution has moved the parameters.
+
+Shapes: T parameter tensors.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch.optim import Optimizer
 from spartan_ray.errors import InputError
 
 TensorDict = dict[str, torch.Tensor]
-# State tensors of torch's optimizers that go with a power of the gradient.
+# State tensors of torch's optimizers that are proportional to a power of the gradient, with the power.
 MOMENT_POWERS = {"momentum_buffer": 1, "exp_avg": 1, "exp_inf": 1, "grad_avg": 1}
 MOMENT_POWERS |= {"exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2}
 
@@ -20,20 +22,30 @@ MOMENT_POWERS |= {"exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 
 def rescale_moments(
     optimizer: Optimizer, parameters: Sequence[torch.Tensor], before_T: torch.Tensor, after_T: torch.Tensor
 ) -> None:
-    """Fit the moments to parameters that evolution moved: the first moment of a tensor by the ratio of its gradient's
-    norm after to before, the second by the ratio's square. Without it Adam divides the new parent's larger gradients
-    by the root of the old one's smaller squares."""
+    """Rescale the moments of an optimizer after evolution has moved the parameters.
+
+    First moments of a parameter tensor are multiplied by the ratio of its gradient norm after the move to the norm
+    before, second moments by the square of the ratio. Otherwise Adam would divide the larger gradients of the new
+    parent by the root of the smaller squares of the old one. A ratio is 1 if one of the norms is 0.
+
+    Args:
+        optimizer: The optimizer. Its state is changed in place.
+        parameters: The T parameter tensors of the network.
+        before_T: Gradient norm of each parameter tensor before the move, shape (T,).
+        after_T: Gradient norm of each parameter tensor after the move, shape (T,).
+    """
     ratio_T = torch.where((before_T > 0) & (after_T > 0), after_T / before_T, torch.ones_like(after_T))
     for parameter, ratio in zip(parameters, ratio_T.tolist(), strict=True):
-        state = optimizer.state.get(parameter, {})  # none of what it does not train
+        state = optimizer.state.get(parameter, {})  # empty for a parameter that it does not train
         for name in MOMENT_POWERS.keys() & state.keys():
             if state[name] is not None:
                 state[name] *= ratio ** MOMENT_POWERS[name]
 
 
 def optimizer_state(optimizer: Optimizer) -> tuple[TensorDict, dict[str, Any]]:
-    """The state dict of an optimizer in two parts: its tensors, named `3.exp_avg` for the parameter number 3, and the
-    rest, which JSON can hold."""
+    """Return the state dict of an optimizer in two parts: its tensors, and the rest, which JSON can store.
+
+    The tensors are named by parameter, such as `3.exp_avg` for parameter number 3."""
     state, tensors = optimizer.state_dict(), {}
     rest: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
     for number, values in state["state"].items():
@@ -46,8 +58,10 @@ def optimizer_state(optimizer: Optimizer) -> tuple[TensorDict, dict[str, Any]]:
 
 
 def load_optimizer(optimizer: Optimizer, tensors: TensorDict, rest: dict[str, Any]) -> None:
-    """Give an optimizer the state that `optimizer_state` took. What has the shape of its parameter gets its layout in
-    memory too, since torch rounds differently in another. Raises InputError for another optimizer's."""
+    """Load a state that `optimizer_state` returned.
+
+    Tensors with the shape of their parameter also get its memory layout, because torch rounds differently in another
+    layout. Raises InputError if the state belongs to another optimizer."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         state: dict[int, dict[str, Any]] = {int(number): dict(values) for number, values in rest["state"].items()}

@@ -1,4 +1,4 @@
-"""Which of a network's parameters evolution moves."""
+"""The choice of the parameters that evolution moves."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ GROUPS = ("all", "batchnorm", "no-batchnorm", "classifier", "biases")
 
 
 def moved_parameters(module: nn.Module, mutate: str = "all") -> dict[str, nn.Parameter]:
-    """The parameters that evolution moves, by name, in `named_parameters()` order: tied ones once, and none that
-    requires no gradient.
+    """Return the parameters that evolution moves, by name, in `named_parameters()` order.
 
-    `mutate` is a group, a pattern of parameter names as in a shell, or a list of both with commas between them:
+    Tied parameters appear once. Parameters that require no gradient are left out. `mutate` is a group, a shell pattern
+    of parameter names such as `layer4.*`, or several of these separated by commas. The groups are:
 
-        all                        batchnorm     scale and shift of the BatchNorm layers
-        biases                     classifier    of the last layer that has parameters
-        no-batchnorm               layer4.*,fc.*
+        all             all parameters
+        batchnorm       scale and shift of the BatchNorm layers
+        no-batchnorm    all other parameters
+        classifier      parameters of the last layer that has trainable ones
+        biases          parameters named `bias`
 
-    Raises InputError for a network without parameters to move, and by name for what matches none."""
+    Raises InputError if the network has no trainable parameter, or if an item of `mutate` matches none."""
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     if not trained:
         raise InputError("the network has no parameter that requires a gradient: there is nothing to evolve")

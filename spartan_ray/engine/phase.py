@@ -1,4 +1,4 @@
-"""What a strategy asks of a parent, answered: scores of members, updates, moves.
+"""`Phase`: answers the requests of a strategy by scoring members, computing updates and moving the parent.
 
 Shapes: D parameters, T parameter tensors, K members, N cases, U seeds.
 """
@@ -42,18 +42,18 @@ from spartan_ray.errors import InputError
 from spartan_ray.noise.contract import RMS, NoiseKind
 from spartan_ray.noise.kernels import Kernel
 
-# Purpose of the key of what a fitness draws from torch, beside the seed.
+# Purposes of keys, each used together with the seed: the random numbers that a fitness draws from torch,
 RANDOM_OF_GENERATION = 1 << 42
-# Of the keys of the directions of a random subspace.
+# and the directions of a random subspace.
 BASIS_OF_GENERATION = 1 << 41
 
 Gradient = Callable[[nn.Module, int], None]
 
 
 class Phase:
-    """A parent in an evolve phase, one phase after another: `begin`, and an answer to each request.
+    """A parent and its evolve phases, one after another. `begin` starts a phase; `answer` answers each request.
 
-    `here` is the executor of this process: updates are scored there, where the other one would get them sent."""
+    `here` is the executor in this process. It scores updates, so that they need not be sent to the workers."""
 
     def __init__(
         self,
@@ -78,15 +78,15 @@ class Phase:
         self.gradient, self.gradient_cases = gradient or self._loss_gradient, gradient_cases
         self.updates = Updates(model.theta_D)
         self.subspace = subspace
-        self.basis: Basis | None = None  # of this phase, once it is needed
+        self.basis: Basis | None = None  # of this phase; made when it is first needed
         self.basis_sent = False
         self.parent_changed = self.scale_changed = self.scale_is_gradient = self.scale_is_update = False
-        # What multiplies noise, and what multiplies all that is added now: the same, or the update.
+        # `noise_scale` multiplies the noise of members. `scale` is the present scale: the same, or the update.
         self.noise_scale: torch.Tensor | None = None
         self.scale: torch.Tensor | None = None
 
     def begin(self, sets: tuple[CaseSet, ...], generation: int) -> None:
-        """Be before a generation: draw what it is scored on."""
+        """Start a generation: take the network as its parent, and draw the cases that score it."""
         self.case_counts = share_cases(sets, self.fitness_cases, self.confirm_cases, self.fitness.cases)
         self.set_out(draw_cases(self.case_counts, self.fitness.cases, self.seed, generation), generation)
 
@@ -98,11 +98,11 @@ class Phase:
         self.parent_changed = True
         if draw:
             self.mutation_norm = 0.0
-        if self.scale_is_update:  # of a generation that took none
+        if self.scale_is_update:  # the generation before did not take its update
             self.scale, self.scale_is_update, self.scale_changed = self.noise_scale, False, True
 
     def set_out(self, case_sets: dict[CaseSet, NDArray[np.int64]], generation: int) -> None:
-        """Take the network as it is now for the parent, and these cases."""
+        """Take the network as it is now as the parent, with these cases."""
         self.model.read()
         self.generation_begun, self.case_sets = generation, case_sets
         self.random = random_key(self.seed, RANDOM_OF_GENERATION + generation)
@@ -112,7 +112,9 @@ class Phase:
         self._set_scale("none")
 
     def answer(self, request: Request) -> Scores | float | None:
-        """Do what the strategy asks."""
+        """Carry out a request and return its answer. The requests are described in `strategies.requests`.
+
+        Raises InputError if the request cannot be used."""
         match request:
             case Score():
                 refuse(request.cases not in self.case_sets, f"cases {request.cases!r}: not in the strategy's case_sets")
@@ -148,8 +150,8 @@ class Phase:
         return None
 
     def _set_scale(self, kind: Literal["none", "rms", "gradient"]) -> None:
-        """What multiplies noise from here on; the gradient is taken when it is needed."""
-        refuse(kind != "none" and self.subspace is not None, f"a subspace has no scale {kind!r}")
+        """Set the scale of the noise from now on. The gradient is computed when it is needed."""
+        refuse(kind != "none" and self.subspace is not None, f"a subspace cannot be combined with the scale {kind!r}")
         self.scale_is_gradient, self.scale_is_update, self.scale_changed = kind == "gradient", False, True
         self.scale = self.noise_scale = self.model.rms() if kind == "rms" else None
 
@@ -158,7 +160,7 @@ class Phase:
         without_noise = len(members) == 1 and not members.gain_K[0]
         here = self.here if self.here is not self.executor else None
         if here and without_noise and self.scale_changed and self.executor.devices == here.devices:
-            # An update's score keeps one worker busy, and all else that it would cost is to send the update.
+            # Scoring an update keeps only one worker busy. Scored here, the update need not be sent.
             try:
                 with self._timed("scoring"):
                     here.broadcast(self._parent_state(here))
@@ -166,7 +168,7 @@ class Phase:
                     scores = here.evaluate(members, request.cases, request.threshold, request.part, request.own)
                 self.cases_scored += int(scores.cases_K.sum())
                 return scores
-            except torch.OutOfMemoryError:  # a driver has little of a GPU
+            except torch.OutOfMemoryError:  # the driver may have only a small share of a GPU
                 self.here = None
         self.broadcast(bool(members.gain_K.any()))
         self.mutation_norm = self.mutation_norm or self._mutation_norm(members)
@@ -176,7 +178,7 @@ class Phase:
         return scores
 
     def broadcast(self, with_noise: bool = True) -> None:
-        """Give the executor what members are made and scored from now, as far as it changed."""
+        """Send the executor the parent, the scale and the subspace, as far as they changed."""
         if self.subspace and with_noise and not self.basis_sent:
             self.executor.broadcast_basis(self.take_basis())
             self.basis_sent = True
@@ -188,7 +190,7 @@ class Phase:
         self.parent_changed = self.scale_changed = False
 
     def take_gradient(self) -> None:
-        """Where the scale is the gradient: make it that of the parent as it is now."""
+        """If the scale is the gradient, compute it for the present parent."""
         if not self.scale_is_gradient or self.scale_is_update:
             return
         with self._timed("gradient"), keeping_gradients(self.model.module):
@@ -196,7 +198,7 @@ class Phase:
             self.noise_scale = self.scale = self.model.gradient()
 
     def take_basis(self) -> Basis:
-        """The subspace of a generation, as it is where the phase begins."""
+        """Return the subspace of the phase, made at the first call."""
         assert self.subspace
         if self.basis is None:
             with self._timed("gradient"):
@@ -204,19 +206,19 @@ class Phase:
         return self.basis
 
     def _random_direction(self, number: int) -> torch.Tensor:
-        """One of unit variance, D."""
+        """Return random direction `number` of unit variance, shape (D,)."""
         key = random_key(self.seed, BASIS_OF_GENERATION + self.generation_begun + number * DRAWS_APART)
         weight_1 = np.array([1 / RMS[self.noise]], np.float32)
         return self.kernel.accumulate(np.array([key], np.uint64), weight_1, 0, self.model.theta_D.numel())
 
     def _gradient_direction(self, number: int) -> torch.Tensor:
-        """The gradient on images of its own, D."""
+        """Return gradient `number`, shape (D,). By default each is computed on its own draw of cases."""
         with keeping_gradients(self.model.module):
             self.gradient(self.model.module, self.generation_begun + number * DRAWS_APART)
             return self.model.gradient()
 
     def _loss_gradient(self, network: nn.Module, generation: int) -> None:
-        """Of the fitness cases of a generation, since those that confirm must have chosen nothing."""
+        """Compute the default gradient, on fitness cases only: confirm cases must not influence any choice."""
         case_N = gradient_cases(self.case_sets["fitness"], self.gradient_cases, self.seed, generation)
         self._backward(network, case_N)
 
@@ -228,7 +230,7 @@ class Phase:
             (loss * (len(batch_N) / len(case_N))).backward()
 
     def _cosine(self) -> float:
-        """Of the update to the direction in which the loss of the fitness cases falls."""
+        """Return the cosine between the update and the direction in which the loss of the fitness cases falls."""
         refuse(not self.scale_is_update or self.scale is None, "Compare: there is no update before SetDirection")
         assert self.scale is not None
         with self._timed("gradient"), keeping_gradients(self.model.module):
@@ -238,7 +240,7 @@ class Phase:
         return -dot(self.scale, gradient_D) / lengths if lengths else math.nan
 
     def _scale(self, executor: Executor) -> Scale:
-        """As an executor wants it: that of this process where it is, others an array."""
+        """Return the scale as an executor needs it: a tensor for the one in this process, else an array."""
         scale = self.scale
         return scale if scale is None or executor is self.here else scale.cpu().numpy()
 
@@ -249,15 +251,16 @@ class Phase:
         return ParentState(theta_D.cpu().numpy(), [packed(buffer) for buffer in buffers], self.case_sets, self.random)
 
     def _direction(self, wanted: SetDirection) -> tuple[torch.Tensor, float]:
-        """The update, as long as the learning rate makes it or as the ratio that is wanted, and the factor of
-        the latter."""
+        """Return the update, and the factor that gives it the wanted step ratio.
+
+        Without a ratio, the learning rate determines its length, and the factor is 1."""
         theta_D = self.model.theta_D
         estimate_D = self._estimate(wanted)
         if self.noise_scale is not None and len(self.noise_scale) == len(theta_D):
             estimate_D *= self.noise_scale
         elif self.noise_scale is not None:
             self.model.multiply(estimate_D, self.noise_scale)
-        if not estimate_D.isfinite().all():  # the optimizer's moments would never be finite again
+        if not estimate_D.isfinite().all():  # keep the moments of the optimizer finite
             return torch.full_like(estimate_D, math.nan), 1.0
         if wanted.weight_decay:
             estimate_D -= wanted.weight_decay * theta_D
@@ -269,7 +272,7 @@ class Phase:
         return update_D * factor, factor
 
     def _estimate(self, wanted: SetDirection) -> torch.Tensor:
-        """sum_u weight_u * noise(seed_u), D, or what noise is in the subspace."""
+        """Return sum_u weight_u * noise(seed_u), shape (D,), with the noise of the subspace if there is one."""
         size, basis = self.model.theta_D.numel(), self.take_basis() if self.subspace else None
         start, stop = basis.elements if basis else (0, size)
         sum_S = torch.from_numpy(self.executor.weighted_sum(wanted.seed_U, wanted.weight_U, start, stop))
@@ -285,7 +288,9 @@ class Phase:
         self.fitness.moved(self.model.module)
 
     def _mutation_norm(self, members: Members) -> float:
-        """The norm to expect of scale * (offset + gain * noise) for members with noise."""
+        """Return the expected norm of scale * (offset + gain * noise).
+
+        Offset and gain are those of the first member with noise. 0 if no member has noise."""
         with_noise = np.flatnonzero(members.gain_K)
         if not len(with_noise):
             return 0.0

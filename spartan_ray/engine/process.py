@@ -1,4 +1,7 @@
-"""What holds for a whole process: set once, where it starts, and by nothing that is made later in it."""
+"""Settings of a process that affect the speed and the bits of its results.
+
+`set_up` makes them once, when the process starts. The context managers change some of them for a block.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,20 @@ import numba
 import torch
 from llvmlite import binding as llvm
 
-# Numbers of malloc.h.
+# Constants of malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def set_up(threads: int | None = None, gpu: bool = False) -> torch.device:
-    """Set this process up to compute fast and the same again: torch's threads, the allocator, numba's vectors, and
-    for a GPU deterministic algorithms. Returns its device: the first GPU that it sees, or the CPU."""
+    """Set up this process to compute fast and reproducibly.
+
+    Args:
+        threads: CPU threads of torch. None leaves torch's setting unchanged.
+        gpu: Also select deterministic algorithms on GPUs, and compute on the first visible one.
+
+    Returns:
+        The device: the first visible GPU with `gpu`, else the CPU.
+    """
     if threads:
         torch.set_num_threads(threads)
     _keep_freed_memory()
@@ -27,7 +37,7 @@ def set_up(threads: int | None = None, gpu: bool = False) -> torch.device:
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # All memory is written before it is read; to fill it first would be one launch more for each `empty`.
+    # All memory is written before it is read. Filling it first would cost one more launch per `empty`.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     for products in _products():
@@ -37,7 +47,7 @@ def set_up(threads: int | None = None, gpu: bool = False) -> torch.device:
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """torch with so many threads, None as it is: its bits depend on them."""
+    """Set the number of CPU threads of torch for a block. None leaves it. The bits of results depend on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -48,7 +58,9 @@ def threads(count: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_in_a_worker(count: int | None, device: torch.device) -> Iterator[None]:
-    """Compute as a process of its own would, whatever is set in this one: no autocast, so many threads, no TF32."""
+    """Compute with the settings of a worker for a block, whatever this process has set.
+
+    They are `count` threads, no autocast, no TF32, and deterministic cuDNN algorithms."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark, cudnn.deterministic = False, True
@@ -60,15 +72,18 @@ def as_in_a_worker(count: int | None, device: torch.device) -> Iterator[None]:
 
 
 def _products() -> tuple[Any, ...]:
-    """What multiplies float32 on a GPU. `allow_tf32`, the older setting of the same, cannot be read where one of these
-    was set."""
+    """Return the backends that multiply float32 on a GPU, each with a setting `fp32_precision`.
+
+    The older setting `allow_tf32` cannot be read once one of these was set."""
     cudnn: Any = torch.backends.cudnn
     return cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul
 
 
 @contextlib.contextmanager
 def float32_products(kind: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """A GPU multiplies float32 as it is, or in TF32: with 10 bits of mantissa instead of 23, several times as fast."""
+    """Set how a GPU multiplies float32 for a block.
+
+    "ieee" uses all 23 bits of the mantissa. "tf32" uses 10, and is several times faster."""
     before = [products.fp32_precision for products in _products()]
     try:
         for products in _products():
@@ -80,8 +95,10 @@ def float32_products(kind: Literal["ieee", "tf32"]) -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Let the allocator of glibc keep what is freed. By default it gives the larger activations back to the system and
-    has each page zeroed again in the next batch: a twentieth of a forward pass."""
+    """Make glibc's allocator keep freed memory.
+
+    By default it returns larger activations to the system, which zeroes each page again for the next batch. That takes
+    a twentieth of a forward pass."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
@@ -89,8 +106,10 @@ def _keep_freed_memory() -> None:
 
 
 def _use_whole_vectors() -> None:
-    """LLVM's choice on processors with AVX-512 is half of their width; the whole one makes the update 1.7 times as
-    fast. It has to be said before numba compiles anything."""
+    """Make numba use the full vector width of processors with AVX-512.
+
+    LLVM uses half of it by default. The full width makes the update 1.7 times as fast. Must be called before numba
+    compiles anything."""
     compiler: Any = numba.config
     features = llvm.get_host_cpu_features()
     if compiler.CPU_FEATURES is None and compiler.CPU_NAME is None and features.get("avx512f"):

@@ -1,7 +1,7 @@
-"""The work of a member, recorded once and repeated: on a GPU one launch where there are hundreds.
+"""Recordings of the work of a member as CUDA graphs: a replay is one launch instead of hundreds.
 
-A recording reads and writes the memory that it was made with. So what differs between members is put into memory that
-stays where it is: seed and factors for each member, the parent and the cases when they change.
+A recording reads and writes the memory with which it was made. Whatever changes is therefore copied to fixed addresses:
+the seed and the factors for each member, the parent and the cases when they change.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from torch.utils._pytree import tree_map
 
 from spartan_ray.engine.strategies.requests import Members
 
-# Runs before a recording, in which libraries choose what they do and take their memory.
+# Number of runs before a recording, in which libraries choose algorithms and allocate memory.
 WARM_UPS = 3
-# Recordings, and tensors kept for them, at most: a run has a few kinds of requests, a population that lives on may see
-# more.
+# Maximum numbers of recordings, and of tensors kept for them. A run has a few kinds of requests; a population that is
+# used for long may see more.
 MOST, MOST_KEPT = 16, 256
 
 Work = Callable[[], torch.Tensor]
 
 
 class Recorder:
-    """Recordings of work on one device, by what they read. On a CPU to repeat is to call again. When there is one too
-    many, all are forgotten."""
+    """Records and replays work on one device. Recordings are found by the values that they read.
+
+    On a CPU, the work is called again instead. If there is one recording too many, all are discarded."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seed_1 = torch.zeros(1, dtype=torch.int64, device=device)
         self.factor_2 = torch.zeros(2, device=device)
-        # One for all recordings: libraries keep memory for each stream that they have worked on.
+        # One stream for all recordings, because libraries keep memory for each stream that they have used.
         self.beside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._forget()
 
@@ -42,8 +43,10 @@ class Recorder:
         self.pool: Any = None
 
     def keep(self, name: Hashable, values: Any) -> Any:
-        """Copies of tensors, or of those in what holds some, at an address that is the same for a name and a shape:
-        the copy made last for that name and shape is overwritten."""
+        """Copy the tensors in a structure to fixed addresses, one per name, position, shape and type.
+
+        Return the structure with the copies. They overwrite the last ones of the same name, position, shape and type.
+        """
         number = 0
 
         def kept(tensor: Any) -> Any:
@@ -60,25 +63,27 @@ class Recorder:
         return tree_map(kept, values)
 
     def upload(self, members: Members) -> None:
-        """Have the seeds and factors of members on the device, with one wait for all."""
+        """Copy the seeds, offsets and gains of all members to the device, waiting for it only once."""
         self.seed_K = torch.tensor(members.seed_K.view(np.int64), device=self.device)
         self.factor_K2 = torch.from_numpy(np.stack([members.offset_K, members.gain_K], 1)).to(self.device)
 
     def repeat(self, read: Sequence[Any], work: Work, member: int) -> torch.Tensor:
-        """The result of work for one of the uploaded members: by the recording of what it reads, tensors where they are
-        and numbers as they are, which is made of this work where there is none."""
+        """Return the result of the work for one of the uploaded members, by replaying its recording.
+
+        The recording is found by `read`, the values that the work reads: tensors by address, numbers by value. If there
+        is none, the work is recorded first."""
         self.seed_1.copy_(self.seed_K[member : member + 1])
         self.factor_2.copy_(self.factor_K2[member])
         key = tuple(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in read)
         if key not in self.recorded:
             if len(self.recorded) >= MOST:
                 self._forget()
-            # With what it reads, whose memory must not become another tensor's while there is a recording of it.
+            # Also store `read`: no other tensor may get its memory as long as the recording exists.
             self.recorded[key] = self._recorded(work) if self.device.type == "cuda" else work, read
         return self.recorded[key][0]().clone()
 
     def _recorded(self, work: Work) -> Work:
-        """Raises RuntimeError for work that cannot be recorded, or that gives something else when it is repeated."""
+        """Record the work. Raises RuntimeError if it cannot be recorded, or if a replay gives another result."""
         beside, graph = self.beside, torch.cuda.CUDAGraph()
         assert beside
         with torch.cuda.device(self.device):
@@ -88,20 +93,20 @@ class Recorder:
                 for _ in range(WARM_UPS):
                     expected = work()
             try:
-                # What other threads do on the device does not concern this one.
+                # Other threads may use the device during the recording.
                 with torch.cuda.graph(graph, pool=self.pool, stream=beside, capture_error_mode="thread_local"):
                     result = work()
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                raise RuntimeError(f"this fitness cannot be a CUDA graph (graphs = False): {error}") from error
+                raise RuntimeError(f"this fitness cannot be a CUDA graph; set graphs = False: {error}") from error
             finally:
                 torch.cuda.set_stream(here)
             here.wait_stream(beside)
             graph.replay()
             if not torch.allclose(result, expected, rtol=0, atol=0, equal_nan=True):
-                raise RuntimeError("this fitness gives something else as a CUDA graph (graphs = False)")
-        # One recording's results are taken before another one runs.
+                raise RuntimeError("this fitness gives another result as a CUDA graph; set graphs = False")
+        # Recordings may share memory: the result of one is copied before another one runs.
         self.pool = self.pool or graph.pool()
 
         def again() -> torch.Tensor:

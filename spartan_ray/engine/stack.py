@@ -1,4 +1,7 @@
-"""Several small networks scored in one pass. Shapes: B members, D parameters, N cases, M statistics."""
+"""`Stack`: scores several small networks in one forward pass.
+
+Shapes: B members, D parameters, N cases, M statistics.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from spartan_ray.engine.flat import FlatModel
 
 
 class Stack:
-    """B descendants as rows of one tensor, and what scores them together.
+    """B descendants as rows of one tensor, scored together by `torch.func.vmap`.
 
-    A pass always has B rows, so that a member's bits depend on B alone and not on those beside it."""
+    A pass always has B rows, so that the bits of a member depend only on B, not on the other members of the pass."""
 
     def __init__(self, model: FlatModel, fitness: Fitness, size: int) -> None:
         self.size = size
-        # Rows that are not written yet are never read: a pass fills them all.
+        # The initial values are never read, because each pass writes all rows first.
         self.theta_BD = model.theta_D.repeat(size, 1)
         self.views = model.views(self.theta_BD)
         self.dtypes = [parameter.dtype for parameter in model.parameters]
@@ -27,9 +30,10 @@ class Stack:
         self.names = [f"network.{name}" for name in model.names]
 
     def score(self, batch: Any, own: bool = False) -> torch.Tensor:
-        """The statistics of each row on a batch of cases, B x N or B x N x M; with `own` the batch has a row for each
-        too. Random numbers are the same for all
-        rows, as they are for members that are scored one after another from the same seed."""
+        """Return the statistics of each row on a batch of cases, shape (B, N) or (B, N, M).
+
+        With `own`, the batch has a leading dimension of B rows too. Random numbers are the same for all rows, as they
+        are for members that are scored one after another."""
 
         def score_one(batch: Any, *parameters: torch.Tensor) -> torch.Tensor:
             named = dict(zip(self.names, parameters, strict=True))
@@ -43,7 +47,7 @@ class Stack:
 
 
 class _Scoring(nn.Module):
-    """The fitness as a module around the network, whose parameters `functional_call` replaces."""
+    """The fitness as a module around the network, so that `functional_call` can replace its parameters."""
 
     def __init__(self, network: nn.Module, fitness: Fitness) -> None:
         super().__init__()

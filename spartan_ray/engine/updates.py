@@ -1,4 +1,4 @@
-"""What an optimizer makes of the gradient that a generation estimates. Shapes: D parameters."""
+"""`Updates`: turns the gradient that a generation estimates into an update. Shapes: D parameters."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ Moments = tuple[OptimizerKind, dict[str, Any]]
 
 
 class Updates:
-    """Makes updates of estimated gradients with an optimizer of torch. Its moments are of all estimates, whether their
-    update was taken or not."""
+    """Turns estimated gradients into updates, with an optimizer of torch.
+
+    The moments of the optimizer contain every estimate, whether its update was taken or not."""
 
     def __init__(self, theta_D: torch.Tensor) -> None:
         self.theta_D = theta_D
@@ -23,9 +24,9 @@ class Updates:
         self.optimizer: torch.optim.Optimizer | None = None
 
     def optimizer_of(self, kind: OptimizerKind) -> torch.optim.Optimizer:
-        """The optimizer of a kind: a new one where the last was of another kind."""
+        """Return the optimizer of a kind. It is a new one if the last one was of another kind."""
         if self.optimizer is None or self.kind != kind:
-            # It moves a vector of zeros, so that the update can be had alone.
+            # It moves a vector of zeros, which then is the update.
             update_D = torch.zeros_like(self.theta_D)
             if kind == "adam":
                 self.optimizer = torch.optim.Adam([update_D])
@@ -35,8 +36,16 @@ class Updates:
         return self.optimizer
 
     def make(self, estimate_D: torch.Tensor, kind: OptimizerKind, rate: float) -> torch.Tensor:
-        """The update, D, for an estimate of the gradient, D, which is overwritten, at a learning rate. It holds until
-        the next one is made."""
+        """Return the update for an estimated gradient.
+
+        Args:
+            estimate_D: Estimated gradient of the fitness, shape (D,). It is overwritten.
+            kind: Kind of the optimizer.
+            rate: Learning rate.
+
+        Returns:
+            The update, shape (D,). The next call overwrites it.
+        """
         optimizer = self.optimizer_of(kind)
         (group,) = optimizer.param_groups
         (update_D,) = group["params"]
@@ -49,11 +58,11 @@ class Updates:
         return moved_D
 
     def moments(self) -> Moments | None:
-        """What the next updates depend on, copied; None before the first one."""
+        """Return a copy of the state that the next updates depend on; None before the first update."""
         return (self.kind, copy.deepcopy(self.optimizer.state_dict())) if self.kind and self.optimizer else None
 
     def load_moments(self, moments: Moments | None) -> None:
-        """Go on where `moments` was taken."""
+        """Restore a state that `moments` returned."""
         self.kind = self.optimizer = None
         if moments:
             self.optimizer_of(moments[0]).load_state_dict(moments[1])
