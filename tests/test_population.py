@@ -323,7 +323,7 @@ def test_what_a_fitness_lacks_is_named() -> None:
 @pytest.mark.parametrize(("make", "said"), [
     (lambda: Population(nn.Sequential(nn.ReLU()), likelihood, cases=3), "the network has no parameter that requires a"),
     (lambda: Population(network().double(), likelihood, cases=3), r"the network's 0\.weight is torch\.float64"),
-    (lambda: Population(network().to(torch.float8_e4m3fn), likelihood, cases=3), r"the network's 0\.weight is torch\.float8"),
+    (lambda: Population(network().to(torch.float8_e5m2), likelihood, cases=3), r"network's 0\.weight is torch\.float8"),
     (lambda: Population(network(), likelihood, cases=3, mutate="9.*"), r"mutate '9\.\*': matches no parameter"),
     (lambda: Population(network(), likelihood, cases=0), r"cases \(0\) must be at least 1"),
     (lambda: Population(network(), WithLoss(), cases=3), r"cases \(3\): the fitness has 60"),

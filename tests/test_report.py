@@ -160,6 +160,9 @@ def test_settings_that_differ_stand_out(tmp_path: Path) -> None:
     assert found == {"run.seed": ["0", "3"], "evolution.population": ["50", "200"], "evolution.step": ["lr", "search"]}
     assert changed(runs[0]) == {}
     assert changed(runs[1]) == {"run.seed": "3", "evolution.population": "200", "evolution.step": "search"}
+    gradients = write_run(tmp_path / "c", [0.5], {})
+    (gradients / "config.yaml").write_text(dump_config(Config(evolution=Evolution(strategy="random-gradients"))))
+    assert differing({"a": runs[0], "c": read_run(gradients)})["evolution.accept"] == ["always", "best"]
     page = write_report(runs, tmp_path / "report")[-1].read_text()
     assert "<mark>search</mark>" in page
     assert "<mark>lr</mark>" not in page
