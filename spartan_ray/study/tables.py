@@ -48,9 +48,10 @@ def _about(runs: list[Planned], rows: pd.DataFrame) -> str:
     return (
         f"{done} of {len(runs)} runs: {len(runs) // seeds} cells of {seeds} seeds, on {processors}. "
         "Values are means over the seeds with 95 % intervals (Student's t). Differences are taken seed by seed, from "
-        "runs with the same split of the images and the same initial weights. Bold: the interval excludes 0. *Wins* "
-        "is the number of seeds with the higher test accuracy. *Trained* and *scored* are millions of images forwarded "
-        "for gradients and for evolution. *Seconds* is the sum of the epochs' durations."
+        "runs with the same split of the images and the same initial weights. Bold: the interval excludes 0, which "
+        "happens by chance to about one difference in 20. *Wins* is the number of seeds with the higher test accuracy. "
+        "*Trained* and *scored* are millions of images forwarded for gradients and for evolution. *Seconds* is the sum "
+        "of the epochs' durations."
         f"{files}\n"
     )
 
