@@ -385,9 +385,9 @@ def test_the_record_and_the_report_of_a_run(esgd_run: Path) -> None:
         assert 0 <= row["backed_off"] <= 4
     assert rows[0]["evolution_loss"] == pytest.approx(-best[0], rel=1e-6)  # all evolution images score
     page = next(path for path in write_report([read_run(esgd_run)], esgd_run / "report") if path.suffix == ".html")
-    assert "convnet; esgd every 3 epochs: 10 members of 4 parents" in page.read_text()
+    assert "<dt>evolution.elite</dt><dd>2</dd>" in page.read_text()
     assert (esgd_run / "report" / "parents.png").stat().st_size > 10_000
-    assert "fitness of the parents" in page.read_text()
+    assert "Fitness of the parents" in page.read_text()
     assert load_file(esgd_run / "final.safetensors").keys() == initial_model(PARENT, 10, 0)[0].state_dict().keys()
 
 

@@ -87,7 +87,7 @@ def test_a_store_that_goes_away_ends_the_run_which_goes_on_when_it_is_back(
             run_here(change(config, run={"out": URL, "name": "away"}))
     finally:
         s3.fails = lambda method, path: False
-    kept = Path(str(caught.value).split("is in ")[1]) / "away"
+    kept = Path(str(caught.value).split("are in ")[1]) / "away"
     assert kept.is_relative_to(tempfile.gettempdir())
     assert (kept / "checkpoints" / "epoch-000004.sha256").exists()
     assert "checkpoints/epoch-000003.sha256" in s3.names("runs/away/")
