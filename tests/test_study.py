@@ -103,6 +103,12 @@ def test_the_key_of_a_run_is_of_what_changes_its_numbers() -> None:
         ({"grid": [{"method": {"a.b": {}}}]}, "study.grid: 'a.b': letters"),
         ({"baselines": ["sdg"]}, r"baselines: sdg: no such way in scratch \(perhaps sgd"),
         ({"claims": [{"says": "", "group": "x", "way": "es"}]}, "claims: x: no such group"),
+        ({"baselines": ["es, average"]}, "baselines: es, average: no such way in scratch"),  # it has no parent.average
+        ({"baselines": ["es", "sgd, stopped early"]}, "baselines: sgd, stopped early: no such way"),  # only the first
+        (
+            {"pictures": [SMALL["pictures"][0] | {"methods": ["sgd, average"]}]},
+            "pictures: sgd, average: no such method in scratch",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_named(changes: dict[str, Any], wrong: str) -> None:

@@ -39,7 +39,6 @@ Measure = Literal[
 
 # A way is a method at its last epoch, or with one of these suffixes the average of its weights, or stopped early.
 AVERAGE, STOPPED = ", average", ", stopped early"
-SUFFIXES = (AVERAGE, STOPPED)
 
 
 class Claim(Section):
@@ -162,7 +161,7 @@ def planned_runs(study: Study, given: dict[str, dict[str, Any]]) -> list[Planned
                 cells[cell] = override(config, _merged(base, *(sections for _, sections in settings), given))
             except InputError as error:
                 raise InputError(f"{'.'.join(names)}: {error}") from None
-    _refuse_names(study, list(cells))
+    _refuse_names(study, cells)
     seeds = range(study.seeds) if isinstance(study.seeds, int) else study.seeds
     return [
         Planned(group, method, seed, override(config, {"run": {"seed": seed, "resume": "auto"}}))
@@ -171,18 +170,25 @@ def planned_runs(study: Study, given: dict[str, dict[str, Any]]) -> list[Planned
     ]
 
 
-def _refuse_names(study: Study, cells: list[tuple[str, str]]) -> None:
-    """Raises InputError if a way to compare or draw is not in the grid."""
-    suffixes = ("", *SUFFIXES)
-    ways = {group: [f"{name}{end}" for of, name in cells for end in suffixes if of == group] for group, _ in cells}
-    asked = [("baselines", group, way) for way in study.baselines for group in ways]
-    asked += [("claims", claim.group, way) for claim in study.claims for way in (claim.way, *claim.over)]
-    asked += [("pictures", picture.group, way) for picture in study.pictures for way in picture.methods]
-    for where, group, way in asked:
-        if group not in ways:
-            raise InputError(f"{where}: {group}: no such group{perhaps(group, ways)}")
-        if way not in ways[group]:
-            raise InputError(f"{where}: {way}: no such way in {group}{perhaps(way, ways[group])}")
+def _refuse_names(study: Study, cells: dict[tuple[str, str], Config]) -> None:
+    """Raises InputError if a way to compare, or a method to draw, does not exist."""
+    methods: dict[str, list[str]] = {}
+    ways: dict[str, list[str]] = {}
+    for (group, method), config in cells.items():
+        methods.setdefault(group, []).append(method)
+        averaged = config.parent.average != "none"
+        stopped = [method] == study.baselines[:1]
+        ends = [""] + [AVERAGE] * averaged + [STOPPED] * stopped
+        ways.setdefault(group, []).extend(f"{method}{end}" for end in ends)
+    asked = [("baselines", group, way, ways) for way in study.baselines for group in ways]
+    asked += [("claims", claim.group, way, ways) for claim in study.claims for way in (claim.way, *claim.over)]
+    asked += [("pictures", picture.group, name, methods) for picture in study.pictures for name in picture.methods]
+    for where, group, way, there in asked:
+        if group not in there:
+            raise InputError(f"{where}: {group}: no such group{perhaps(group, there)}")
+        if way not in there[group]:
+            what = "method" if there is methods else "way"
+            raise InputError(f"{where}: {way}: no such {what} in {group}{perhaps(way, there[group])}")
 
 
 def _merged(*all_sections: dict[str, Any]) -> dict[str, Any]:
