@@ -1,4 +1,4 @@
-"""Writes the pages that follow from the code: `python docs/generate.py`. A test compares them with the code."""
+"""Writes the pages that follow from the code and the results: `python docs/generate.py`. A test compares them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import ast
 import re
 from pathlib import Path
 
+import pandas as pd
+
 from spartan_ray.cli.flags import metavar, off
+from spartan_ray.report.tables import markdown
 from spartan_ray.run.config import Config
 from spartan_ray.run.loading import PRESETS, preset_names
 from spartan_ray.section import Section
+from spartan_ray.study.plan import load_study, planned_runs
+from spartan_ray.study.rows import Rows
+from spartan_ray.study.statistics import ends
+from spartan_ray.study.tables import group_table
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "spartan_ray"
@@ -153,7 +160,46 @@ def modules() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-PAGES = {"configuration.md": configuration, "modules.md": modules, "modules.svg": picture}
+# The ways that README shows, and their names there.
+SHOWN = {
+    "sgd": "SGD",
+    "sgd, average": "SGD, average of its last 5 epochs",
+    "sgd-all": "SGD on both splits",
+    "sgd-all, average": "SGD on both splits, average of its last 5 epochs",
+    "es-loss": "evolution strategies, 50 descendants, by loss, as published",
+    "gradients-chain-loss": "random gradients, 50 descendants, by loss, as published",
+    "es-own-50": "50 descendants, each pair on its own images, by accuracy",
+    "es-own-2000": "2,000 of them",
+    "es-own-8x50": "8 updates of 50 of them",
+    "es-own-8x500": "8 updates of 500 of them",
+    "esgd": "evolutionary SGD, 4 parents",
+}
+
+
+def readme() -> str:
+    """README.md with its table of the study, made from the study's rows."""
+    study = load_study(DOCS.parent / "results" / "article-small.yaml")
+    runs = planned_runs(study, {})
+    rows = Rows(DOCS.parent / "results" / "article-small" / "rows.csv").of(runs)
+    seeds = len({run.seed for run in runs})
+    table = group_table(ends(rows, study.baselines[0]), "scratch", study.baselines, seeds).set_index("way")
+    table = table.loc[list(SHOWN)]
+    over = {
+        "over sgd, points": "over SGD",
+        "over sgd-all, points": "over SGD on both",
+        "over sgd, average, points": "over the average",
+    }
+    images = (table["trained"].astype(float) + table["scored"].astype(float)).map("{:.1f}".format)
+    found = pd.DataFrame(
+        {"": list(SHOWN.values()), "test accuracy, %": table["test accuracy, %"]}
+        | {new: table[old] for old, new in over.items()}
+        | {"images, M": images}
+    )
+    before, rest = (DOCS.parent / "README.md").read_text().split("<!-- study -->\n")
+    return f"{before}<!-- study -->\n{markdown(found)}<!-- end -->{rest.split('<!-- end -->')[1]}"
+
+
+PAGES = {"configuration.md": configuration, "modules.md": modules, "modules.svg": picture, "../README.md": readme}
 
 if __name__ == "__main__":
     for name, text in PAGES.items():

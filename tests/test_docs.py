@@ -127,6 +127,14 @@ def test_generated_pages_are_those_of_the_code(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == generate.PAGES[name](), "run: python docs/generate.py"
 
 
+def test_figures_of_the_study_in_the_text_are_those_of_its_tables() -> None:
+    found = (ROOT / "README.md").read_text().split("## What it found")[1].split("\n## ")[0]
+    text = "".join(path.read_text() for path in (ROOT / "results").glob("*/README.md"))
+    figures = re.findall(r"[+-]?\d+\.\d+(?: ± \d+\.\d+)?", found.split("<!-- end -->")[1])
+    assert figures
+    assert [figure for figure in figures if figure not in text] == []
+
+
 def test_the_tables_of_methods_are_those_of_the_rows() -> None:
     rows = pd.read_json(ROOT / "benchmarks" / "methods.jsonl", lines=True)
     assert (ROOT / "docs" / "methods.md").read_text() == methods_table.text(rows)
