@@ -1,5 +1,6 @@
-"""Compiles the Triton kernels for GPUs that need not be there and prints, as JSON, what they compile to. In a process
-of its own, since the interpreter of the tests and the compiler exclude each other."""
+"""Compile the Triton kernels for GPUs that need not be present, and print the results as JSON.
+
+This is a separate program because a process can use either Triton's interpreter, as the tests do, or its compiler."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ ARCHITECTURES = (80, 90, 100)
 
 
 class CompileOnly:
-    """Stands for a kernel: a launch compiles it and no more."""
+    """A wrapper around a kernel. A launch compiles the kernel but does not run it."""
 
     def __init__(self, kernel: Any, found: dict[str, Any]) -> None:
         self.kernel, self.found = kernel, found
@@ -40,7 +41,7 @@ class CompileOnly:
 
 
 def examined(kernel: Any) -> dict[str, Any]:
-    """The kernel's PTX, registers and bytes of local memory a thread, and the instructions of its longest loop."""
+    """Return the PTX, the registers and bytes of local memory per thread, and the instructions in the longest loop."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -64,7 +65,7 @@ def examined(kernel: Any) -> dict[str, Any]:
 
 
 def compiled(architecture: int) -> dict[str, Any]:
-    """Every kernel for an architecture; `name kind` is its key, with a number where it was compiled anew."""
+    """Return every kernel compiled for an architecture. The key has its name, its noise kind if any, and a number."""
     driver = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
@@ -73,7 +74,7 @@ def compiled(architecture: int) -> dict[str, Any]:
     triton.runtime.driver.set_active(driver)
     found: dict[str, dict[str, Any]] = {}
     theta = torch.zeros(1000)
-    # As they come from the arrays of `Members`.
+    # NumPy scalars, as in the arrays of `Members`.
     offset, gain = np.array([0.5, 2.0], np.float32)
     plain = cuda._descend, cuda._accumulate, cuda._descend_from, fold_cuda._fold
     for kind in RMS:

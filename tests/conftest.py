@@ -1,4 +1,4 @@
-"""Shared by the tests: one local Ray a session, a small folder of images, a small run."""
+"""Fixtures shared by the tests: one local Ray instance per session, a small image folder and a small run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-# Read where Triton is first imported: without a GPU its kernels run in the interpreter.
+# Triton reads this variable at its first import. Without a GPU, its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -35,13 +35,13 @@ from spartan_ray.engine.process import set_up
 from spartan_ray.run.config import Config, Evolution, Run
 from spartan_ray.vision.config import Data, Parent
 
-# Timings are not asserted: the first call of a kernel compiles it. In CI the examples are the same each time.
+# No deadline, because the first call of a kernel compiles it. In CI, the examples are the same in each run.
 settings.register_profile("spartan", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("spartan")
-# The cores are shared with the workers of Ray, and threads that wait for each other make small work slow.
+# Ray workers share the cores. With several threads, small operations become slow because threads wait for each other.
 set_up(threads=1)
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Workers import what the tests define from where the tests lie.
+# Workers need the path of the test modules to import classes and functions from them.
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 
 
@@ -51,12 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def long(request: pytest.FixtureRequest) -> bool:
-    """Whether a test may take minutes."""
+    """Return whether a test may take minutes."""
     return bool(request.config.getoption("--long"))
 
 
 def pytest_report_header() -> str:
-    """What the arithmetic is done with."""
+    """Return the CPU instruction sets that torch, oneDNN and Numba use."""
     onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", "all")
     compiler: Any = numba.config
     return f"instructions: torch {torch.backends.cpu.get_cpu_capability()}, oneDNN {onednn}, numba {compiler.CPU_NAME}"
@@ -64,7 +64,7 @@ def pytest_report_header() -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses a Ray is not for the fast tier; the rest must not start one, and may run beside it."""
+    """Mark the tests that use Ray, and run them in one xdist group. The fast tier leaves them out."""
     for item in items:
         if "local_ray" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test on a GPU computes as a run does there."""
+    """Set up the process for a GPU test as for a run on a GPU."""
     if not request.node.get_closest_marker("gpu"):
         yield
         return
@@ -86,14 +86,14 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that is not marked and starts a Ray fails."""
+    """Fail a test that starts Ray without the marker `ray`."""
     if not request.node.get_closest_marker("ray"):
         monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("starts a Ray without the marker `ray`"))
 
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """A Ray of this session of tests alone."""
+    """Start a local Ray instance for this test session."""
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     yield
     WarmTransport.idle.clear()
@@ -102,8 +102,9 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def free_cores(request: pytest.FixtureRequest) -> None:
-    """A test finds the cores of the tests' Ray free, unless a pool of its module has them: `auto` takes what is free,
-    and what the test before it had may still be ending."""
+    """Wait until the cores of the local Ray instance are free, unless a pool of the test's module uses them.
+
+    `auto` takes the free cores, and the workers of the previous test may still be ending."""
     if "local_ray" not in request.fixturenames or "running" in request.fixturenames:
         return
     request.getfixturevalue("local_ray")
@@ -114,7 +115,7 @@ def free_cores(request: pytest.FixtureRequest) -> None:
 
 @dataclass
 class Head:
-    """A Ray of its own, as `ray start --head` makes it, and the environment that reaches it."""
+    """A separate Ray instance, started by `ray start --head`, and the environment variables to connect to it."""
 
     gcs: str
     client: str
@@ -131,9 +132,9 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[Head]:
-    """A Ray that takes in who has its token, with a dashboard and a Ray Client server."""
+    """Start a Ray instance with token authentication, a dashboard and a Ray Client server."""
     gcs, client, dashboard, agent = (free_port() for _ in range(4))
-    # Unix sockets lie below: the path must be short.
+    # Ray creates Unix sockets in this folder, so the path must be short.
     folder = Path("/tmp") / f"spartan-{secrets.token_hex(4)}"
     command = [
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}",
@@ -144,7 +145,7 @@ def ray_head() -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120",  # on busy cores Ray's 30 s are too few
+        "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120",  # Ray's default of 30 s is too short on busy cores
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     head = subprocess.Popen(
@@ -158,7 +159,7 @@ def ray_head() -> Iterator[Head]:
             break
     else:
         pytest.fail(f"no Ray starts: {said}")
-    # The Ray Client server starts a little after the head says that it is there.
+    # The Ray Client server starts shortly after the head reports that it runs.
     while head.poll() is None:
         with contextlib.suppress(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", client)).close()
@@ -178,13 +179,13 @@ def ray_head() -> Iterator[Head]:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches go to a temporary folder."""
+    """Set the cache folder to a temporary folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """Two classes of 30 training and 6 test images each, of two sizes."""
+    """Make an image folder: two classes, each with 30 training and 6 test images of two sizes."""
     random = np.random.default_rng(0)
     for part, count in (("train", 30), ("test", 6)):
         for number, name in enumerate(("cat", "dog")):
@@ -198,7 +199,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 
 def small(folder: Path) -> Config:
-    """Digits on the small network: two SGD epochs and two evolve phases of 16 members."""
+    """Return a small configuration: digits, the convnet, two SGD epochs and two evolve phases of 16 members."""
     return Config(
         run=Run(name="small", out=str(folder / "runs"), epochs=4),
         data=Data(name="digits"),
@@ -214,5 +215,5 @@ def small_config(tmp_path: Path) -> Config:
 
 @pytest.fixture(scope="session")
 def small_run(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of that configuration, to look at and to compare with."""
+    """Run the small configuration and return the run folder, for tests to inspect and compare with."""
     return run(small(tmp_path_factory.mktemp("small")))

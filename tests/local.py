@@ -1,4 +1,4 @@
-"""An evolve phase in this process: the pool's interface around one evaluator, without Ray."""
+"""Evolve phases in this process, without Ray. One evaluator has the interface of the pool."""
 
 from __future__ import annotations
 
@@ -35,20 +35,22 @@ NORMALISE = Normaliser(SPLITS.mean_C, SPLITS.std_C, CPU)
 
 
 def scored(module: nn.Module, images: Images, normalise: Normaliser = NORMALISE) -> Result:
-    """A network's score to the bit as workers compute it, with BatchNorm folded in."""
+    """Return the score of a network with BatchNorm folded in. Its bits are the same as on the workers."""
     with Folding(module, normalise(images.pixels_NHWC[:1]))(torch.float32):
         return score(module, images, normalise)
 
 
 def make_spec(splits: Splits = SPLITS, network: Parent = PARENT, **evolution: Any) -> EvaluatorSpec:
-    """What the evaluators of a run are made from."""
+    """Return the specification from which a run's evaluators are made."""
     make_network = functools.partial(build_model, network, len(splits.classes))
     return EvaluatorSpec(make_network, make_fitness(Evolution(**evolution), splits), "uniform", threads=1)
 
 
 class WatchedPool(LocalExecutor):
-    """Keeps what it was asked. A set of cases in `fitness` is not looked at: a descendant has that fitness of its
-    parameters."""
+    """A local pool that records its calls.
+
+    If `fitness` has a function for a case set, the function computes the fitness of a descendant from its parameters,
+    and the cases are not used."""
 
     def __init__(self, spec: EvaluatorSpec) -> None:
         super().__init__(spec, CPU, print)
@@ -58,7 +60,7 @@ class WatchedPool(LocalExecutor):
         self.asked: list[tuple[int, str]] = []
 
     def broadcast(self, parent: ParentState) -> None:
-        """A copy that cannot be written to, as in Ray's shared memory."""
+        """Broadcast a read-only copy, as in Ray's shared memory."""
         buffers = [buffer.copy() for buffer in parent.buffers]
         parent = replace(parent, theta_D=parent.theta_D.copy(), buffers=buffers)
         parent.theta_D.flags.writeable = False
@@ -106,15 +108,17 @@ def _trained_state() -> dict[str, torch.Tensor]:
 
 
 def trained() -> FlatModel:
-    """A parent that learned in closed form to classify what random filters see, and a mutation away from there, so that
-    it can become better. Steps of gradient descent would make another parent of each processor's rounding."""
+    """Return a trained parent that can still become better.
+
+    Its filters are random, its classifier is fitted in closed form, and then all parameters are mutated. Gradient
+    descent would give a different parent on each processor, because rounding differs."""
     module = initial_model(PARENT, 10, 0)[0]
     module.load_state_dict(_trained_state())
     return FlatModel(module, CPU)
 
 
 class Phase:
-    """Evolve phases of one parent; `evolve` runs the next one."""
+    """The evolve phases of one parent. `evolve` runs the next phase."""
 
     def __init__(self, splits: Splits = SPLITS, **evolution: Any) -> None:
         self.config = Evolution(**{"every": 1, "population": 12, "fitness_images": 100} | evolution).resolved(2)
@@ -124,7 +128,7 @@ class Phase:
         run = Config(run=Run(seed=7), parent=PARENT, evolution=self.config)
         self.model = trained()
         self.population = make_population(run, splits, self.model, print, WatchedPool)
-        self.population.here = None  # all that is scored is asked of the pool
+        self.population.here = None  # the pool computes all scores
         assert isinstance(self.population.executor, WatchedPool)
         self.pool: WatchedPool = self.population.executor
         self.generation = 0
@@ -136,11 +140,11 @@ class Phase:
 
     @property
     def case_sets(self) -> dict[CaseSet, NDArray[np.int64]]:
-        """What the last phase was scored on."""
+        """Return the case sets of the last phase."""
         return self.population.case_sets
 
     def score(self, cases: CaseSet = "fitness") -> Result:
-        """The parent as it is now on the images of the last phase, by the statistics it has."""
+        """Return the score of the current parent on the images of the last phase, with its current statistics."""
         return scored(self.model.module, SPLITS.evolution[torch.from_numpy(self.case_sets[cases])])
 
     @property

@@ -1,4 +1,4 @@
-"""What a user brings along: a network with dropout and two outputs in training, and a strategy."""
+"""Code as a user supplies it: two networks and a strategy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spartan_ray.strategies import PARENT, Outcome, Score, Take, joined, member_
 
 
 class Small(nn.Module):
-    """For images of any size."""
+    """A network for images of any size, with dropout and a second output in training."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -27,7 +27,10 @@ class Small(nn.Module):
 
 
 class Branches(nn.Module):
-    """Convolutions whose output goes into BatchNorm alone, also elsewhere, twice through one layer, and with a bias."""
+    """A network whose convolutions feed BatchNorm in different ways.
+
+    `alone` has a bias, and its output goes only into BatchNorm. The output of the convolution of `beside` is also used
+    elsewhere. `twice` is applied several times. `grouped` has groups."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -48,7 +51,7 @@ class Branches(nn.Module):
 
 
 class Halves:
-    """The best of each half of the members becomes the parent if it is better, one half after the other."""
+    """A strategy that scores the members in two halves. The best of each half becomes the parent if it is better."""
 
     case_sets = ("fitness",)
 

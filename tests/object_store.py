@@ -1,4 +1,4 @@
-"""An S3 server of the tests' own, in a thread of this process, which can be made to fail."""
+"""An S3 server in a thread of the test process. Tests can make its requests fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class Quiet(WSGIRequestHandler):
 
 
 class ObjectStore:
-    """`fails` says of a request, by its method and path, whether the server errs: before it has done it, or after."""
+    """An S3 server.
+
+    `fails(method, path)` returns whether a request fails before the server carries it out, and `fails_after` whether it
+    fails afterwards."""
 
     def __init__(self) -> None:
         self.served = DomainDispatcherApplication(create_backend_app)
@@ -51,7 +54,7 @@ class ObjectStore:
         return self.served(environ, start_response)
 
     def client(self) -> Any:
-        """What reads and writes the store beside the code under test."""
+        """Return an S3 client that reads and writes the store independently of the code under test."""
         return boto3.client("s3")
 
     def names(self, prefix: str = "") -> list[str]:
@@ -64,7 +67,7 @@ class ObjectStore:
 
 @contextmanager
 def object_store() -> Iterator[ObjectStore]:
-    """A server with an empty bucket, which the environment of this process names."""
+    """Start a server with an empty bucket, and set the environment variables that make this process use it."""
     store = ObjectStore()
     store.thread.start()
     with patch.dict(os.environ, store.environment):

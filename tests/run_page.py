@@ -1,6 +1,6 @@
-"""Runs the blocks of a page, one after another, in the current folder: `python run_page.py PAGE`.
+"""Run the code blocks of a page in order, in the current folder: `python run_page.py PAGE`.
 
-`python` blocks share one namespace, `bash` blocks run under `bash -e`."""
+`python` blocks share one namespace. `bash` blocks run under `bash -euo pipefail`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """The language and the text of each block of a page."""
+    """Return the language and the text of each block of a page."""
     return BLOCK.findall(page.read_text())
 
 

@@ -1,4 +1,4 @@
-"""A transport without processes: workers that compute by a formula, on a clock that jumps from event to event."""
+"""A transport without processes. Its workers compute by formulas, and its clock jumps from event to event."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from spartan_ray.noise.fingerprint import fingerprint
 
 FINGERPRINT = fingerprint(CpuKernel("uniform"))
 START_SECONDS, MEMBER_SECONDS, ELEMENT_SECONDS = 3.0, 0.125, 0.001
-CHUNK = 4  # the place of the members in the arguments of `evaluate`
+CHUNK = 4  # position of the members in the arguments of `evaluate`
 
 
 @dataclass(eq=False)
 class Process:
-    """A worker. `factor` is how slow it is; infinite: it hangs."""
+    """A worker. `factor` multiplies the duration of its tasks. If it is infinite, the worker hangs."""
 
     pid: int
     factor: float = 1.0
-    free: float = 0.0  # when it has done all that it was given
+    free: float = 0.0  # when it will have finished all its tasks
     alive: bool = True
 
 
 @dataclass(eq=False)
 class Answer:
-    """What a task is to be answered with, and when."""
+    """The answer to a task, and the time at which it is ready."""
 
     process: Process
     ready: float
@@ -45,8 +45,10 @@ class Answer:
 
 
 class Scripted:
-    """`script(process, method, arguments)` may change what a task is answered with: it returns an exception, or a
-    function of the answer, or nothing. `room` workers fit the nodes that are `up`."""
+    """A transport with room for `room` workers on the nodes in `up`.
+
+    `script(process, method, arguments)` may change the answer to a task. It returns an exception to raise, a function
+    to apply to the answer, or None to keep the answer."""
 
     def __init__(self, room: int = 2, script: Callable[[Process, str, tuple[Any, ...]], Any] | None = None) -> None:
         self.clock = 0.0
@@ -58,7 +60,7 @@ class Scripted:
         self.pids = count(1)
         self.processes: list[Process] = []
         self.answers: set[Answer] = set()
-        self.sent: list[tuple[str, int]] = []  # methods and how much was asked of each task
+        self.sent: list[tuple[str, int]] = []  # method and size of each task
         self.events: list[tuple[float, Callable[[], None]]] = []
 
     def start(self) -> tuple[Process, Answer]:
@@ -125,14 +127,14 @@ class Scripted:
         return self.never
 
     def die(self, process: Process, reason: str = "a signal") -> None:
-        """End a process: what it had not answered by now it never will."""
+        """End a process. Its answers that are not ready yet are lost."""
         process.alive = False
         for answer in self.answers:
             if answer.process is process and answer.ready > self.clock:
                 answer.ready, answer.value = self.clock, Lost(reason)
 
     def freeze(self, process: Process) -> Callable[[], None]:
-        """Stop a process; what is returned lets it go on where it was."""
+        """Stop a process, and return a function that lets it continue."""
         stopped, pending = self.clock, [a for a in self.answers if a.process is process and a.ready > self.clock]
         left = {answer: answer.ready - stopped for answer in pending}
         process.factor = math.inf
@@ -162,7 +164,7 @@ class Scripted:
         return (scores(members), {}, 0.25, seconds * min(process.factor, 1e9)), seconds
 
     def _ask(self, process: Process, method: str, items: list[float], *shared: Any) -> tuple[list[float], float]:
-        """Twice each item; that takes as many seconds as the method says."""
+        """Return twice each item. `method` is the number of seconds per item."""
         self.sent.append((method, len(items)))
         return [2 * item for item in items], float(method) * len(items)
 
@@ -174,19 +176,19 @@ class Scripted:
 
 
 def scores(members: Members) -> Scores:
-    """What every worker says of members."""
+    """Return the scores that every worker computes for these members."""
     fitness_K = members.seed_K / 8 + members.gain_K.astype(np.float64)
     return Scores(np.stack([fitness_K, fitness_K % 1], axis=1), fitness_K, np.full(len(members), 10))
 
 
 def without(found: Scores, nowhere_K: NDArray[np.bool_]) -> Scores:
-    """The same scores with NaN for some members."""
+    """Return the same scores with NaN for some members."""
     nan_K = np.where(nowhere_K, np.nan, 0.0)
     return replace(found, mean_KM=found.mean_KM + nan_K[:, None], fitness_K=found.fitness_K + nan_K)
 
 
 def weighted_sum(seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], stop: int) -> NDArray[np.float32]:
-    """What the workers say of the first elements of a sum."""
+    """Return the first elements of the sum that the workers compute."""
     sum_S = np.zeros(stop, np.float32)
     for seed, weight in zip(seed_K, weight_K, strict=True):
         sum_S += weight * noise("uniform", int(seed), 0, stop)
@@ -194,7 +196,7 @@ def weighted_sum(seed_K: NDArray[np.uint64], weight_K: NDArray[np.float32], stop
 
 
 class Team:
-    """A pool on a scripted transport, with what it said. `disturb` is called whenever the pool looks."""
+    """A pool on a scripted transport, and its messages. `disturb` is called whenever the pool calls `advance`."""
 
     def __init__(self, transport: Scripted, **cluster: Any) -> None:
         self.transport = transport

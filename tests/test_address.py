@@ -1,4 +1,4 @@
-"""Joining a Ray: whatever is wrong with its address or its token is one line, and exit 2."""
+"""Tests of connecting to Ray. Any problem with the address or the token gives one line of output and exit code 2."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from spartan_ray.distributed.address import ray_address
 
 
 def refusal(address: str, cwd: Path, named_by: str = "cluster.address", **more: str) -> str:
-    """What the command says of an address after having named it, in this process."""
+    """Run the command in this process, check that it refuses the address, and return the reason."""
     flags = [] if named_by == "RAY_ADDRESS" else ["--cluster.address", address]
     code, out, err = command("train", *SMALL, *flags, cwd=cwd, **more)
     assert (code, out) == (2, "")
@@ -42,7 +42,7 @@ def refusal(address: str, cwd: Path, named_by: str = "cluster.address", **more: 
 
 
 def refused(ended: subprocess.CompletedProcess[str], beginning: str) -> str:
-    """The same of a process that ended."""
+    """Check that an ended process refused the address, and return the reason."""
     assert ended.returncode == 2, ended.stdout + ended.stderr
     assert ended.stdout == ""
     return one_line(ended.stderr, beginning)
@@ -104,7 +104,7 @@ def test_what_no_ray_can_be_at_is_said_before_ray_is_imported(
 
 @contextlib.contextmanager
 def listening(handler: type[http.server.BaseHTTPRequestHandler] | None) -> Iterator[str]:
-    """The address of a server that answers HTTP, or nothing at all."""
+    """Start a server that answers HTTP, or one that never answers if `handler` is None. Yield its address."""
     if handler is None:
         with socket.create_server(("", 0)) as silent:
             yield f"127.0.0.1:{silent.getsockname()[1]}"
@@ -149,7 +149,7 @@ def test_auto_where_no_ray_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 class Gcs(NodeInfoGcsServiceServicer):  # type: ignore[misc]
-    """What a GCS without a token says of its nodes."""
+    """A GCS without a token, which reports the given nodes."""
 
     def __init__(self, *nodes: GcsNodeInfo) -> None:
         self.nodes = nodes
@@ -160,7 +160,7 @@ class Gcs(NodeInfoGcsServiceServicer):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def serving(gcs: Gcs, credentials: Any = None) -> Iterator[str]:
-    """The address of that GCS."""
+    """Start a server for a GCS and yield its address."""
     server = grpc.server(ThreadPoolExecutor(1))
     add_NodeInfoGcsServiceServicer_to_server(gcs, server)
     port = server.add_secure_port("[::]:0", credentials) if credentials else server.add_insecure_port("[::]:0")
@@ -238,7 +238,7 @@ def test_a_ray_that_wants_its_token(
 
 @pytest.mark.ray
 def test_auto_finds_a_ray_and_asks_it_too(ray_head: Head, tmp_path: Path) -> None:
-    """Any that runs on this machine: that of the other tests has a token of its own too."""
+    """`auto` may find any Ray instance on this machine. The one of the other tests also refuses this token."""
     given = ray_head.environment | {"RAY_AUTH_TOKEN": "another"}
     ended = spartan("train", *SMALL, "--cluster.address", "auto", cwd=tmp_path, **given)
     assert ended.returncode == 2
@@ -257,7 +257,7 @@ def test_the_wrong_port_of_a_ray(ray_head: Head, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_token_here_and_none_there(ray_head: Head, tmp_path: Path) -> None:
-    with serving(Gcs(GcsNodeInfo())) as address:  # this machine is a node of that of the fixture
+    with serving(Gcs(GcsNodeInfo())) as address:  # this machine is a node of the fixture's instance
         given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a token"}
         ended = spartan("train", *SMALL, "--cluster.address", address, cwd=tmp_path, **given)
     line = refused(ended, f"cluster.address {address}: ")
@@ -280,7 +280,7 @@ def test_a_run_through_ray_client(ray_head: Head, tmp_path: Path) -> None:
     flags = ["--cluster.address", ray_head.client, "--run.epochs", "2"]
     for _ in range(3):
         ended = spartan("train", *SMALL, *flags, cwd=tmp_path, **ray_head.environment)
-        if "Starting Ray client server failed" not in ended.stderr:  # as Ray's may on busy cores
+        if "Starting Ray client server failed" not in ended.stderr:  # it may fail on busy cores
             break
     assert ended.returncode == 0, ended.stderr
     assert "| run | 2 | 1 moved: " in ended.stdout

@@ -1,5 +1,6 @@
-"""What makes the evaluator fast, as ratios that no clock decides: bytes, allocations, passes, memory; and what the
-benchmark writes."""
+"""Tests of the evaluator's efficiency and of the benchmark's output.
+
+Efficiency is measured in bytes, allocations, passes and memory, which do not depend on a clock."""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ def test_a_generation_sends_a_parent_and_an_update_and_a_few_numbers_a_member(re
 
 def test_memory_is_flat_over_a_hundred_thousand_members(local_ray: None) -> None:
     class CheapWorker(FreeWorker):
-        """Members differ and take long enough for chunks to be what they are in earnest."""
+        """A worker that gives members different fitness, and reports a duration that leads to realistic chunks."""
 
         def evaluate(self, *arguments: Any) -> tuple[Scores, dict[int, str], float, float]:
             scores, failed, loading, _ = super().evaluate(*arguments)
@@ -96,14 +97,14 @@ def test_memory_is_flat_over_a_hundred_thousand_members(local_ray: None) -> None
         assert row["accepted"]
         used.append(peaks)
     close(pool)
-    grown = [after / before for before, after in zip(used[1], used[2], strict=True) if after]  # a dead one has none
+    grown = [after / before for before, after in zip(used[1], used[2], strict=True) if after]  # 0 if it has ended
     assert len(grown) >= 2
     assert max(grown) < 1.05
 
 
 def test_memory_is_the_peak_of_a_group_and_what_processes_share_counts_once(tmp_path: Path) -> None:
-    """A page that this process and another one map is half of each. Large, beside what this process shares with others
-    of the tests, which come and go."""
+    """Half of a page that two processes map counts for each of them. The file is large compared with the memory that
+    this process shares with other test processes, which start and end meanwhile."""
     size, here = 800_000_000, psutil.Process()
     (tmp_path / "shared").write_bytes(bytes(size))
     share = "import mmap; f = open('shared'); m = mmap.mmap(f.fileno(), 0, prot=1); sum(m[::4096]); print(); input()"
@@ -117,7 +118,7 @@ def test_memory_is_the_peak_of_a_group_and_what_processes_share_counts_once(tmp_
             assert 0.4 * size < (alone - pss(here)) * 1e6 < 0.6 * size
             until = time.monotonic() + 20
             both = [here, psutil.Process(other.pid)]
-            # Past the allocator, which reuses and keeps what is freed.
+            # Use mmap, because the allocator keeps and reuses freed memory.
             with peak_memory([here], both) as peaks, mmap.mmap(-1, size // 4) as held:
                 for _ in range(size // 4 // 10**6):
                     held.write(b"x" * 10**6)
@@ -138,11 +139,11 @@ def test_an_update_takes_no_more_memory_for_more_members() -> None:
         kernel.accumulate(seed_K, weight_K, 0, elements)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert 4 * elements <= peak < 4 * elements + 60_000  # its own tiles beside the result
+        assert 4 * elements <= peak < 4 * elements + 60_000  # the result and the tiles of the kernel
 
 
 def test_a_member_costs_its_passes_and_no_copy_of_the_parent() -> None:
-    """The images are normalised and the weights folded once each, not once a pass."""
+    """Each batch of images is normalised once, and the weights of each member are folded once, not once per pass."""
     scoring, parent = evaluator(), state(600)
     parent.theta_D.flags.writeable = False
     scoring.load(parent)
@@ -191,7 +192,7 @@ def test_what_is_scored_is_built_without_dead_taps_and_scored_as_the_whole() -> 
 
 
 def test_the_score_of_an_update_is_the_driver_s_own_to_the_bit() -> None:
-    """And the update is then sent nowhere."""
+    """The driver then does not send the update to the workers."""
     sent, alone = Phase(lr=0.01), Phase(lr=0.01)
     alone.population.here = LocalExecutor(make_spec(), CPU, print)
     rows = [phase.evolve()[1] for phase in (sent, alone)]
@@ -264,16 +265,16 @@ def test_chunks_shrink_and_are_neither_too_long_nor_more_than_the_driver_can_hea
     round_, share = workers / answers, members * seconds / workers
     if share >= ONE_ROUND * round_:
         assert (sizes[0] - 1) * seconds <= max(CHUNK_SECONDS, round_) * 1.001
-        # All but the last, which is what is left, keep a worker busy until all others were told.
+        # Every chunk but the last, which is the remainder, keeps a worker busy until all others have a task.
         assert all(size * seconds * 1.001 >= min(CHUNK_SECONDS, round_) for size in sizes[:-1])
     elif not left:
-        # No worker is told twice, and who is told later ends no later, but for a member.
+        # No worker gets two chunks, and a later chunk ends no later than the first, up to the time of one member.
         assert len(sizes) <= workers
         ends = [number / answers + size * seconds for number, size in enumerate(sizes)]
         assert max(ends) <= ends[0] + seconds * 1.001
         longest = share + round_ / 2 if share > round_ / 2 else math.sqrt(2 * members * seconds / answers)
         assert ends[0] <= (longest + seconds) * 1.001
-    # A worker of half the speed has half of it.
+    # A worker at half the speed gets half the members.
     once, slow = (chunk_size(members, members, workers, seconds, answers, pace) for pace in (None, 2 * seconds))
     assert slow <= once / 2 + 1
     assert chunk_size(members, members, workers, None, answers) == 1
@@ -343,7 +344,7 @@ def test_the_documents_have_the_tables_of_the_results() -> None:
 
 
 def test_a_simulated_worker_needs_no_torch_and_is_let_in() -> None:
-    """Dozens of them are to fit a machine: with torch each takes 300 MB, and Ray kills what exceeds the memory."""
+    """Dozens of them must fit on one machine. With torch each takes 300 MB, and Ray kills workers to free memory."""
     program = (
         "import sys, types, ray, bench.sleeper\n"
         "ray.get_runtime_context = lambda: types.SimpleNamespace(get_node_id=lambda: 'node')\n"

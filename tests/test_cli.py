@@ -1,4 +1,4 @@
-"""The program as a user runs it: exit codes, what is printed, and real processes where it starts Ray."""
+"""Tests of the program as a user runs it: exit codes and output. Where it starts Ray, it runs in a real process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_train_and_report(tmp_path: Path) -> None:
     home.mkdir()
     trained = spartan("train", *SMALL, "--run.epochs", "2", "--run.name", "tiny", cwd=tmp_path, HOME=str(home))
     assert trained.returncode == 0, trained.stderr
-    # Ray's token is its owner's alone, and no file of the run has it.
+    # Only the owner can read Ray's token, and no file of the run contains it.
     token = home / ".ray" / "auth_token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     secret = token.read_bytes()
@@ -46,7 +46,7 @@ def test_train_and_report(tmp_path: Path) -> None:
     assert len(files) > 5
     assert not any(secret in path.read_bytes() for path in files)
     assert "epoch 2/2 evolve" in trained.stdout
-    (effect,) = set(re.findall(r"better|worse", trained.stdout))  # the line of the epoch and the table agree
+    (effect,) = set(re.findall(r"better|worse", trained.stdout))  # the epoch's line and the table agree
     assert f"| tiny | 2 | 1 moved: 1 {effect} |" in trained.stdout
     assert (tmp_path / "runs" / "tiny" / "final.safetensors").exists()
     code, said, _ = command("report", "runs/tiny", cwd=tmp_path)
@@ -95,7 +95,7 @@ def test_bad_input_is_one_line_and_exit_2(arguments: list[str], said: str, tmp_p
     assert err.startswith("spartan: ")
     assert said in err
     assert err.count("\n") == 1
-    assert not list(tmp_path.iterdir())  # no run, and no token
+    assert not list(tmp_path.iterdir())  # neither a run nor a token was made
 
 
 def test_a_run_in_the_working_directory_of_a_job_is_warned_of_first(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_the_version_is_the_package_s(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("arguments", "unbuffered"), [(["train", "--help"], "1"), (["--version"], "")])
 def test_output_that_nobody_reads_ends_quietly(arguments: list[str], unbuffered: str) -> None:
-    """As of `| head`, which ends when it has its lines: found while it is written, or at the end."""
+    """The reader has ended, as `| head` does once it has its lines. The error occurs during a write or at the end."""
     unread, output = os.pipe()
     os.close(unread)
     program = [sys.executable, "-m", "spartan_ray", *arguments]
@@ -159,7 +159,7 @@ def test_a_broken_pipe_to_another_process_is_not_hidden(monkeypatch: pytest.Monk
 
 
 class EndedFromOutside:
-    """A run whose every watch ends in an error of this process."""
+    """A supervisor whose `watch` always raises. With RayActorError, the first call raises KeyboardInterrupt."""
 
     folder = Path("/runs/x")
     unsaid: ClassVar[list[str]] = []
@@ -170,7 +170,7 @@ class EndedFromOutside:
 
     def watch(self, seconds: float, rows: int | None = None) -> None:
         self.watches.append(seconds)
-        if self.error is RayActorError and len(self.watches) == 1:  # SIGTERM to the whole group
+        if self.error is RayActorError and len(self.watches) == 1:  # SIGTERM to the whole process group
             raise KeyboardInterrupt
         raise self.error() if self.error is RayActorError else self.error(32, "Broken pipe")
 
@@ -194,7 +194,7 @@ def test_a_run_that_is_ended_in_a_hurry_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A second Ctrl-C while the first is waited for, a signal that ended the driver too, output that nobody reads."""
+    """The causes are a second Ctrl-C during the stop, a signal that also ended the driver, and a closed output."""
     watches: list[float] = []
     monkeypatch.setattr(supervisor, "Supervisor", lambda *arguments: EndedFromOutside(error, watches))
     for part, name in ((train, "check_paths"), (train, "start_ray"), (ray, "shutdown")):
@@ -212,11 +212,11 @@ def test_a_run_that_is_ended_in_a_hurry_says_how_to_go_on(
 
 @pytest.mark.ray
 def test_an_interrupt_stops_cleanly(tmp_path: Path) -> None:
-    """Exit 130, the ended epochs on record, how to go on, and no process left."""
+    """The program exits with 130, keeps the finished epochs, says how to resume, and leaves no process."""
     command = [sys.executable, "-m", "spartan_ray", "train", *SMALL, "--run.epochs", "100000", "--run.name", "long"]
-    # A shell starts what it puts in the background with SIGINT ignored, and so would this process be.
+    # A shell starts background processes with SIGINT ignored, and this process would inherit that.
     command = ["env", "--default-signal=INT", *command]
-    # A token that is there already stays, but nobody else may read it any more.
+    # An existing token is kept, but becomes readable by its owner only.
     token = tmp_path / ".ray" / "auth_token"
     token.parent.mkdir()
     token.write_text("0123456789abcdef" * 4)
@@ -252,7 +252,7 @@ def test_an_interrupt_stops_cleanly(tmp_path: Path) -> None:
 def test_a_ray_job_does_the_same_as_a_local_run(local_ray: None, ray_head: Head, tmp_path: Path) -> None:
     flags = [*SMALL, "--run.epochs", "2", "--run.name", "job", "--parent.threads", "1"]
     program = str(Path(sys.executable).parent / "ray")
-    # The agent that takes jobs starts a little after the head says that it is there.
+    # The job agent starts shortly after the head reports that it runs.
     for _ in range(30):
         ready = subprocess.run([program, "job", "submit", "--", "true"], env=ray_head.environment, capture_output=True)
         if ready.returncode == 0:

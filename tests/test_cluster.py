@@ -1,4 +1,4 @@
-"""The files for clusters are what Ray, Kubernetes, Docker and Slurm accept, as far as that is known without them."""
+"""Tests that Ray, Kubernetes, Docker and Slurm accept the cluster files, as far as this can be checked offline."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_ray_up_file_passes_ray_s_schema(name: str) -> None:
 
 
 def test_what_a_job_brings_is_the_package_and_not_what_lies_beside_it(tmp_path: Path) -> None:
-    """Ray refuses more than 100 MB."""
+    """Ray limits the size of the package."""
     for name in (".rayignore", ".gitignore"):
         shutil.copy(ROOT / name, tmp_path)
     wanted = {"spartan_ray/run/presets/article-es.yaml", "examples/tune.py", "mine.py"}
@@ -56,7 +56,7 @@ def test_what_a_job_brings_is_the_package_and_not_what_lies_beside_it(tmp_path: 
 
 
 def kuberay(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The specification of a file for KubeRay, and that of its cluster."""
+    """Return the specification in a KubeRay file, and the specification of its cluster."""
     document = yaml.safe_load((CLUSTER / f"kuberay-{name}.yaml").read_text())
     assert document["apiVersion"] == "ray.io/v1"
     spec = document["spec"]
@@ -100,7 +100,7 @@ def test_the_dockerfile_and_the_scripts_pass_their_linters() -> None:
 
 @pytest.mark.ray
 def test_the_slurm_script_starts_a_ray_trains_on_it_and_leaves_nothing(tmp_path: Path) -> None:
-    """With Slurm's commands replaced: one node, this one."""
+    """Slurm's commands are replaced. This machine is the only node."""
     for name, text in (
         ("scontrol", "echo 127.0.0.1"),
         ("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"'),
@@ -113,7 +113,7 @@ def test_the_slurm_script_starts_a_ray_trains_on_it_and_leaves_nothing(tmp_path:
     flags = [*SMALL, "--run.epochs", "2", "--run.out", str(tmp_path / "runs"), "--cluster.workers", "1"]
     before = {process.pid for process in psutil.process_iter()}
     for expected in ("run folder: ", "finished, all 2 epochs are done"):
-        said = tmp_path / "said"  # and no pipe, which a process that is left would keep open
+        said = tmp_path / "said"  # not a pipe, which a leftover process would keep open
         with said.open("w") as file:
             done = subprocess.run(
                 [CLUSTER / "slurm.sh", *flags], stdout=file, stderr=file, env=given, cwd=tmp_path, check=False

@@ -1,4 +1,4 @@
-"""The configuration: presets, files, flags, and one line for each mistake."""
+"""Tests of the configuration: presets, files, flags, and a one-line message for each mistake."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_a_bad_flag_is_one_line_that_names_it(arguments: list[str], message: str
 def test_a_bad_file_is_one_line_that_names_the_file_and_the_field(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    for given in (path, tmp_path):  # a file, a run folder
+    for given in (path, tmp_path):  # a file and a run folder
         with pytest.raises(InputError) as caught:
             load_config(str(given))
         assert str(caught.value).startswith(f"{path}: {message}")

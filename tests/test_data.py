@@ -1,4 +1,4 @@
-"""Splits, data sets, and what is said of data that cannot be used."""
+"""Tests of splits, data sets, and the messages about data that cannot be used."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_sgd_on_evolution_adds_exactly_that_split(image_folder: Path) -> None:
 
 
 def test_permutation_is_pinned() -> None:
-    """The order is part of the promise of equal bits: a change of it is a change of every run."""
+    """The order is part of the guarantee of equal bits. If it changes, every run changes."""
     assert permutation(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
     assert permutation(8, 1, 2**33 + 5).tolist() == [7, 0, 2, 6, 3, 1, 5, 4]
     assert sorted(permutation(1000, 5, 7)) == list(range(1000))
@@ -105,7 +105,7 @@ def test_normalisation_is_numpy_s_mean_and_std_of_the_sgd_images() -> None:
 
 @pytest.fixture
 def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small CIFAR-10 in torchvision's own format and checksums, and no network."""
+    """Make a small CIFAR-10 with torchvision's format and checksums, and make downloads fail."""
     kind = torchvision.datasets.CIFAR10
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
@@ -131,7 +131,7 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small Fashion-MNIST, and no network."""
+    """Make a small Fashion-MNIST, and make downloads fail."""
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for part, count in (("train", 200), ("t10k", 50)):

@@ -1,4 +1,4 @@
-"""Dispatch on scripted workers: every member once, whatever workers die, hang, fail, come and go."""
+"""Tests of dispatch on scripted workers. Each member counts once, even if workers die, hang, fail, join and leave."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def same(found: Scores, expected: Scores) -> bool:
 
 
 def ends_well(team: Team) -> bool:
-    """Every member counts once, and so does every element of an update."""
+    """Return whether each member of an evaluation and each element of an update counts once."""
     team.done = 0
     right = same(team.pool.evaluate(MEMBERS), scores(MEMBERS)) and team.done == len(MEMBERS)
     sum_D = team.pool.weighted_sum(SEEDS, WEIGHTS, 0, SIZE)
@@ -47,12 +47,12 @@ def ends_well(team: Team) -> bool:
 def test_chunks_of_any_size_on_any_number_of_workers_give_the_same_answer(room: int, chunk: Any) -> None:
     team = Team(Scripted(room), chunk=chunk)
     assert ends_well(team)
-    assert team.pool.counts["broadcast_seconds"] == 0.25  # of the slowest to load
+    assert team.pool.counts["broadcast_seconds"] == 0.25  # of the worker that loads slowest
     assert not team.notes
 
 
 def test_automatic_chunks_fill_whole_passes() -> None:
-    """The members that do not fill one come last."""
+    """Only one chunk of each evaluation has members that do not fill a pass."""
     team = Team(Scripted(2))
     team.pool.batch_members = 8
     for _ in range(2):
@@ -72,7 +72,7 @@ def test_a_killed_worker_s_chunks_are_done_again_and_it_is_replaced() -> None:
 
     team.disturb = kill
     assert ends_well(team)
-    assert team.pool.counts["retries"] == 2  # what it did and what was queued
+    assert team.pool.counts["retries"] == 2  # its running task and its queued task
     assert team.notes == ["worker 1 on host (cpu) was lost and is replaced: a signal"]
     team.pool.wait_until_joined()
     assert len({info.pid for info in team.pool.infos} & before) == 1
@@ -80,9 +80,9 @@ def test_a_killed_worker_s_chunks_are_done_again_and_it_is_replaced() -> None:
 
 
 def test_what_a_stopped_worker_had_is_done_by_the_other_and_its_late_answer_dropped() -> None:
-    """It answers again while the range is still being covered: what it had counts once."""
+    """The worker answers again while the range is still being covered. Its members count once."""
     team = Team(Scripted(2), chunk=1)
-    assert ends_well(team)  # or nothing would be known to be late
+    assert ends_well(team)  # otherwise no task would be known to be late
     slot = team.pool.dispatcher.slots[0]
     stopped: list[Any] = []
 
@@ -101,7 +101,7 @@ def test_what_a_stopped_worker_had_is_done_by_the_other_and_its_late_answer_drop
 
 
 def test_a_worker_that_is_stuck_in_an_update_does_not_hold_up_what_follows() -> None:
-    """Nor is it taken to hang when it answered while nobody looked."""
+    """The worker is also not replaced as hanging if it answered while the pool did not look."""
     team = Team(Scripted(2), task_timeout=60.0)
     assert ends_well(team)
     go_on = team.transport.freeze(team.transport.processes[0])
@@ -115,7 +115,7 @@ def test_a_worker_that_is_stuck_in_an_update_does_not_hold_up_what_follows() -> 
 
 
 def test_an_answer_that_is_brought_late_is_no_hang_of_its_worker() -> None:
-    """As through a relay, which hands over what it has when it is asked: the second look finds it."""
+    """A relay sends its answers only after it is asked, so only the second look finds the answer."""
     team = Team(Scripted(2), task_timeout=60.0)
     assert ends_well(team)
     go_on = team.transport.freeze(team.transport.processes[0])
@@ -159,7 +159,7 @@ def test_a_doubted_worker_that_hangs_is_replaced_too(where: str) -> None:
 
 @pytest.mark.parametrize("broken_pid", [1, 2])
 def test_of_two_that_answer_nan_each_member_counts_that_is_finite_in_one(broken_pid: int) -> None:
-    """Else a broken worker that is asked second would take the neighbours of a member that is NaN everywhere."""
+    """If both answers contain NaN, each member gets the score of the answer in which it is finite."""
 
     def broken(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
         if method != "evaluate":
@@ -174,7 +174,7 @@ def test_of_two_that_answer_nan_each_member_counts_that_is_finite_in_one(broken_
 
 @pytest.mark.parametrize("right", [True, False])
 def test_a_worker_that_alone_answers_nan_joins_again_and_what_two_answer_counts(right: bool) -> None:
-    """It is replaced if its noise is another one by now; else it is the fitness that differs."""
+    """The worker is replaced if its noise has changed. Otherwise, a message says that the fitness differs."""
 
     def broken(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
         if method == "join" and not right and process.pid == 1 and team.notes:
@@ -196,7 +196,7 @@ def test_a_worker_that_alone_answers_nan_joins_again_and_what_two_answer_counts(
         else "worker 1 on host (cpu) was lost and is replaced: its noise fingerprint differs",
     ]
     for process in team.transport.alive()[1:]:
-        team.transport.die(process)  # alone the first one is not believed
+        team.transport.die(process)  # a NaN of the first worker alone does not count
     assert same(team.pool.evaluate(MEMBERS[:1]), expected[:1])
 
 
@@ -212,13 +212,13 @@ def test_one_who_was_wrong_before_and_is_left_alone_makes_room_for_another() -> 
     dispatcher.cluster = dispatcher.cluster.model_copy(update={"workers": "auto"})
     transport.workers = 1
     (other,) = (slot for slot in dispatcher.slots if not slot.doubted)
-    dispatcher._remove(other)  # as when its node went and there is room for one
+    dispatcher._remove(other)  # as if its node had left, with room for one worker
     assert ends_well(team)
     assert [process.pid for process in transport.alive()] == [3]
 
 
 def test_a_doubted_worker_of_wrong_noise_takes_no_span_with_it() -> None:
-    """Its answers are ready, but not looked at, when it has joined again."""
+    """The worker's answers are ready but not collected when it joins again."""
 
     def broken(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
         if method == "join" and process.pid == 1 and team.notes:
@@ -232,7 +232,7 @@ def test_a_doubted_worker_of_wrong_noise_takes_no_span_with_it() -> None:
     wait = team.transport.wait
 
     def late(references: list[Answer], seconds: float) -> list[Answer]:
-        """From the doubt on all that is ready some seconds later, the newest first."""
+        """Once the worker is doubted, skip 20 seconds and return all answers that are ready, newest first."""
         if not team.notes:
             return wait(references, seconds)
         team.transport.clock += 20.0 if seconds else 0.0
@@ -247,7 +247,7 @@ def test_a_doubted_worker_of_wrong_noise_takes_no_span_with_it() -> None:
 
 @pytest.mark.parametrize("room", [1, 3])
 def test_a_member_for_which_the_fitness_raises_is_tried_elsewhere_and_costs_no_worker(room: int) -> None:
-    """Member 5 raises everywhere, member 9 on one worker alone, the parent never."""
+    """Member 5 raises on every worker. Member 9 raises on one of several workers."""
     asked: list[tuple[int, int]] = []
 
     def raising(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
@@ -271,7 +271,7 @@ def test_a_member_for_which_the_fitness_raises_is_tried_elsewhere_and_costs_no_w
 
 
 def test_workers_that_died_while_nobody_looked_are_no_failures() -> None:
-    """More than would end a run if they failed, and the parent alone is asked of one after another of them."""
+    """So many failures would end a run. The parent, as the only member, is sent to one dead worker after another."""
     team = Team(Scripted(8))
     for _ in range(4):
         assert ends_well(team)
@@ -285,7 +285,7 @@ def test_workers_that_died_while_nobody_looked_are_no_failures() -> None:
 
 @given(st.integers(0, 2**32), st.integers(1, 6), st.sampled_from([1, 3, "auto"]), st.floats(0.2, 5))
 def test_a_storm_of_kills_costs_time_alone(seed: int, room: int, chunk: Any, seconds: float) -> None:
-    """For a minute a worker is killed every so many seconds, as it starts, works or waits; a start takes three."""
+    """For a minute, a worker is killed at fixed intervals: as it starts, works or waits. A start takes 3 seconds."""
     chance, team = random.Random(seed), Team(Scripted(room), chunk=chunk)
 
     def kill() -> None:
@@ -295,14 +295,14 @@ def test_a_storm_of_kills_costs_time_alone(seed: int, room: int, chunk: Any, sec
     team.transport.events += [(number * seconds, kill) for number in range(int(60 / seconds))]
     while team.transport.events:
         assert ends_well(team)
-        team.transport.wait([], chance.uniform(0, 5))  # SGD
+        team.transport.wait([], chance.uniform(0, 5))  # time for SGD
     assert ends_well(team)
     assert team.pool.counts["members_failed"] == 0
 
 
 @pytest.mark.parametrize("gain", [0.05, 0.0])
 def test_all_workers_die_at_once_as_a_node_takes_them_along(gain: float) -> None:
-    """The last member, which one of them was at, is asked of the others, which are dead already."""
+    """The last member runs on one of the workers. It is then sent to the others, which are already dead."""
 
     def slow(process: Process, method: str, arguments: tuple[Any, ...]) -> None:
         if method == "evaluate" and 39 in arguments[CHUNK].seed_K:
@@ -321,7 +321,7 @@ def test_all_workers_die_at_once_as_a_node_takes_them_along(gain: float) -> None
 
 @given(st.integers(0, 2**32), st.integers(1, 4))
 def test_a_member_that_is_nan_and_workers_that_say_so_now_and_then_while_some_are_killed(seed: int, room: int) -> None:
-    """A true NaN stays, no other member is given up, and the end is reached."""
+    """A member that is NaN on every worker stays NaN, no member is given up, and the evaluation ends."""
     chance = random.Random(seed)
 
     def sometimes(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
@@ -341,7 +341,7 @@ def test_a_member_that_is_nan_and_workers_that_say_so_now_and_then_while_some_ar
 
 
 def killer(*seeds: int) -> Any:
-    """A script in which the members of some seeds kill whoever scores them."""
+    """Return a script in which the members with these seeds kill the worker that scores them."""
 
     def script(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
         deadly = method == "evaluate" and set(arguments[CHUNK].seed_K.tolist()) & set(seeds)
@@ -363,7 +363,7 @@ def test_a_member_that_kills_again_and_again_is_named_and_scored_worst(room: int
         f"the member of seed {seed} failed on 3 workers and is scored worst: out of memory" for seed in seeds
     )
     with pytest.raises(RunError, match="the parent, or its update, failed on 3 workers: out of memory"):
-        # What has no noise is the parent, or its update: without its score there is no phase.
+        # A member without noise is the parent or its update. The phase needs its score.
         Team(Scripted(room, killer(5))).pool.evaluate(noisy(np.array([5], np.uint64), 0.0, 0.0))
 
 
@@ -407,7 +407,7 @@ def test_workers_that_cannot_start_end_the_run_with_the_reason() -> None:
 
 @pytest.mark.parametrize("at_start", [True, False])
 def test_kills_without_end_end_the_run_when_nothing_was_done_for_too_long(at_start: bool) -> None:
-    """Where workers never join, or where every other one does and is killed before it has done anything."""
+    """Either no worker joins, or every other worker joins and is killed before it completes anything."""
     team = Team(Scripted(1), worker_timeout=90.0)
     assert ends_well(team)
     began = team.transport.clock
@@ -445,7 +445,7 @@ def test_a_worker_that_is_killed_after_long_work_was_not_waited_for() -> None:
 
 
 def test_a_worker_that_has_joined_is_not_blamed_while_there_is_nothing_to_do() -> None:
-    """The other one never starts."""
+    """The other worker never starts."""
     team = Team(Scripted(2, lambda process, method, _: None), worker_timeout=10.0)
     team.pool.dispatcher._tend()
     team.transport.freeze(team.transport.processes[1])
@@ -466,13 +466,13 @@ def test_a_place_where_workers_go_again_and_again_is_filled_after_longer_and_lon
         if failures == 1:
             team.pool.wait_until_joined()
     assert team.notes[-1].endswith("was lost and is replaced in 1 s: it broke")
-    # The other place has a worker that succeeds, which does not shorten the pause here.
+    # The worker in the other place succeeds. This does not shorten the pause in place 0.
     three = MEMBERS[0:3]
     assert same(team.pool.evaluate(three), scores(three))
     assert [start[1:] for start in dispatcher.starts] == [(0, 2)]
     team.pool.wait_until_joined()
     assert ends_well(team)
-    assert [slot.failures for slot in dispatcher.slots] == [0, 0]  # a success
+    assert [slot.failures for slot in dispatcher.slots] == [0, 0]  # reset by a success
 
 
 def test_what_failed_in_one_place_is_done_in_another() -> None:
@@ -531,7 +531,7 @@ def test_workers_follow_the_nodes_and_a_refused_one_is_not_missed_while_its_node
     assert team.notes[-1] == "worker 3 on host (cpu) is unlike the others (H100): bits of scores depend on the worker"
     transport.workers = 4
     assert workers() == [1, 3, 4, 5]
-    transport.workers = 2  # what works stays until its node goes
+    transport.workers = 2  # workers stay until their node leaves
     assert workers() == [1, 3, 4, 5]
 
 
@@ -544,7 +544,7 @@ def test_a_worker_whose_node_is_about_to_go_gets_no_more_work_unless_nobody_else
     team.pool.wait_until_joined()
 
     def at_work() -> set[int]:
-        """Who does an evaluation and an update, once the nodes were looked at."""
+        """Check the nodes, and return the workers that then take part in an evaluation and an update."""
         transport.clock += 10
         team.pool.dispatcher._tend()
         asked = set()
@@ -556,7 +556,7 @@ def test_a_worker_whose_node_is_about_to_go_gets_no_more_work_unless_nobody_else
     transport.leaving, transport.workers = {"spot"}, 1
     assert at_work() == {1}
     assert team.notes == ["workers on draining nodes, which get no more work: 1"]
-    transport.workers = 2  # there is room for another one elsewhere
+    transport.workers = 2  # there is room for another worker on another node
     assert at_work() == {1, 3}
     transport.leaving = {"spot", "node"}
     assert at_work() >= {1, 2, 3}
@@ -577,7 +577,7 @@ def test_workers_that_start_where_a_node_stays_are_not_given_up_for_those_of_one
     team.pool.wait_until_joined()
     transport.workers = 4
     transport.clock += 10
-    dispatcher._tend()  # two more are due
+    dispatcher._tend()  # two more workers are due
     transport.clock += 10
     dispatcher._tend()
     assert [slot.info is None for slot in dispatcher.slots].count(True) == 2
@@ -660,11 +660,11 @@ def test_each_of_some_items_is_answered_once_and_in_order(chunk: Any) -> None:
         assert sizes == ([4, 4, 1] if chunk == 4 and not at_once else [1] * 9)
         assert team.done == 9
     assert team.pool.each("0", ITEMS) == TWICE
-    assert team.done == 9  # what forwards no cases is no progress
+    assert team.done == 9  # items without cases do not count as progress
 
 
 def test_work_of_which_nothing_is_known_may_take_long_and_what_is_known_may_not() -> None:
-    """An epoch of 40,000 images that takes longer than the timeout of a task, and then a worker that hangs."""
+    """An epoch of 40,000 images takes longer than the task timeout. Then a worker hangs."""
     team = Team(Scripted(2), task_timeout=600)
     assert team.pool.each("2000", ITEMS, cases=40_000, at_once=1) == TWICE
     assert not team.notes
@@ -707,7 +707,7 @@ def test_an_offspring_that_cannot_be_scored_is_the_worst_or_ends_the_run() -> No
 
 
 def test_chunks_are_for_the_workers_that_are_there() -> None:
-    """One that was refused has no share that others would find at the end."""
+    """A refused worker has no share of the members, which the others would have to score at the end."""
 
     def other_noise(process: Process, method: str, arguments: tuple[Any, ...]) -> Any:
         if method == "join" and process.pid == 3:

@@ -1,4 +1,4 @@
-"""What README and the documentation show works: every block is run, or its commands are parsed."""
+"""Tests that the examples in the README and the documentation work. Each block is run, or its commands are parsed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
-# Blocks that a test runs, and those that it only reads: commands that need a cluster, a GPU or hours.
+# Languages of the blocks that a test runs, and of those that it only reads: they may need a cluster, a GPU or hours.
 RUN, READ = {"python", "bash"}, {"console", "yaml", "text"}
 
 
@@ -80,8 +80,8 @@ def test_the_readme_is_one_screen() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_command_that_is_shown_is_one(page: Path) -> None:
-    """Blocks have a language that says what a test does with them. `spartan` commands parse, with their flags and
-    presets; scripts exist."""
+    """Each block has a language, which decides how it is tested. `spartan` commands parse with their flags and presets,
+    and scripts exist."""
     assert {language for language, _ in blocks(page)} <= RUN | READ
     assert page.read_text().count("\n```") == 2 * len(blocks(page)) + 2 * len(
         re.findall(r"^```\{", page.read_text(), re.M)
@@ -100,7 +100,7 @@ def test_every_command_that_is_shown_is_one(page: Path) -> None:
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of the shell blocks of a page, and of its indented ones."""
+    """Return the `spartan` and `scripts/` commands in the shell blocks of a page. In `cluster`, add indented blocks."""
     texts = [text for language, text in blocks(page) if language in ("bash", "console")]
     texts += (
         re.findall(r"(?:^    [a-z.].*\n(?:^    .*\n)*)", page.read_text(), re.M)

@@ -1,4 +1,4 @@
-"""`spartan doctor`: what it says of a Ray where a run would start, and of one where it would not."""
+"""Tests of the output of `spartan doctor`, for Ray instances where a run would start and where it would not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs through the driver actor: the record, the same bits however it is run, and memory."""
+"""Tests of whole runs through the driver: the record, the same bits however a run is executed, and resuming."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_run_leaves_a_complete_folder(small_run: Path) -> None:
         (f"cpu {torch.backends.cpu.get_cpu_capability()}", 1)
     ] * 2
 
-    # The journal and the record tell the same story, and the weights are those of the last row.
+    # The journal agrees with the record, and the final weights give the test results of the last row.
     journal = read_journal(folder / "journal" / "000004.npz")
     assert journal["fitness"].max() == rows[3]["fitness_max"]
     config = load_config(str(folder / "config.yaml"))
@@ -87,7 +87,7 @@ def test_a_run_leaves_a_complete_folder(small_run: Path) -> None:
 
 
 def test_the_update_is_made_again_from_the_journal_with_numpy(small_run: Path) -> None:
-    """The parent after generation 2 from the one before it: seeds, gains and weights."""
+    """The parent after generation 2 follows from the parent before it and the journal's seeds, gains and weights."""
     journal = read_journal(small_run / "journal" / "000002.npz")
     config = load_config(str(small_run))
     model = FlatModel(initial_model(config.parent, 10, 0)[0], torch.device("cpu"))
@@ -101,7 +101,7 @@ def test_the_update_is_made_again_from_the_journal_with_numpy(small_run: Path) -
     model.module.load_state_dict(load_file(small_run / "checkpoints" / "epoch-000002.safetensors"))
     np.testing.assert_allclose(model.theta_D.numpy(), expected_D, atol=1e-6)
     row = metrics(small_run)[1]
-    # The record's fitness after the phase is that of the new parent on the generation's images.
+    # The recorded fitness after the phase is the fitness of the new parent on the generation's images.
     splits = load_splits(config.data, 0)
     image_N = draw_cases({"fitness": 64}, 143, 0, 2)["fitness"]
     images = splits.evolution[torch.from_numpy(image_N)]
@@ -177,11 +177,11 @@ def test_a_chain_is_the_same_for_every_wave_and_number_of_workers(local_ray: Non
 def test_options_hold_together_and_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     local_ray: None, small_config: Config, tmp_path: Path, parent: dict[str, Any], evolution: dict[str, Any]
 ) -> None:
-    """With one worker to the end; and as it was lost after an epoch, continued by two."""
+    """One run uses one worker. A copy of it, as if it had been lost after an epoch, is resumed with two workers."""
     config = change(
         small_config,
         run={"epochs": 5, "keep": 9},
-        data={"sgd_images": 600, "evolution_images": 600},  # several passes: members are rejected early
+        data={"sgd_images": 600, "evolution_images": 600},  # several passes, so that members can be rejected early
         parent=parent,
         evolution={"fitness_images": None} | evolution,
         cluster={"workers": 1},
@@ -212,12 +212,12 @@ def test_options_hold_together_and_a_resumed_run_has_the_bits_of_one_that_was_no
         for member in (0, 7, len(journal["member"]) - 1):
             recorded, scored = replay.descendant(generation, member, tmp_path / "descendant.safetensors")
             assert recorded == scored
-            # What the member had to beat when it was scored: the parent that it descends from.
+            # A member of a chain had to beat the fitness of the parent that it descends from.
             taken = np.flatnonzero(journal["weight"][:member]).tolist()
             moved += len(taken)
             bar = journal["fitness"][taken[-1]] if taken else journal["before"]
             assert thresholds.pop() == (bar if evolution.get("accept") == "chain" else -math.inf)
-    assert moved  # or the last member of a chain would descend from the first parent
+    assert moved  # otherwise the last member of a chain would descend from the first parent
     runs = [read_run(whole)]
     assert (whole / "report" / "report.html") in write_report(runs, whole / "report")
 
@@ -251,7 +251,7 @@ def test_moments_matter_after_a_phase_that_moved_the_parent(local_ray: None, sma
 def test_a_run_starts_from_torchvision_s_weights_of_a_thousand_classes(
     local_ray: None, small_config: Config, tmp_path: Path
 ) -> None:
-    """A ResNet18 state dict as torchvision publishes it, here with random weights, through the whole loop."""
+    """The run starts from a ResNet18 state dict in torchvision's format, here with random weights."""
     network = torchvision.models.resnet18()
     assert network.fc.weight.shape == (1000, 512)
     torch.save(network.state_dict(), tmp_path / "resnet18.pth")
@@ -285,7 +285,7 @@ def test_strategy_none_is_sgd_alone_and_equals_es_up_to_its_first_phase(small_ru
 
 
 def test_every_image_of_a_run_is_scored_alike_and_the_parent_with_it(local_ray: None, small_config: Config) -> None:
-    """The parent's fitness after a phase that did not move it is the fitness before, to the bit."""
+    """If a phase does not move the parent, the parent's fitness after it has the same bits as before it."""
     config = change(small_config, evolution={"fitness": "accuracy", "sigma": 1e-12, "lr": 1e-12})
     rows = [row for row in metrics(run_here(config)[0]) if row["kind"] == "evolve"]
     for row in rows:
@@ -295,7 +295,7 @@ def test_every_image_of_a_run_is_scored_alike_and_the_parent_with_it(local_ray: 
 
 
 def test_a_run_that_diverged_stops_with_the_checkpoint_before_it(local_ray: None, small_config: Config) -> None:
-    """Before a phase that NaN alone would score; what was written says in which epoch, and can be reported."""
+    """The run stops before a phase with only NaN scores. Its log names the epoch, and a report can be written."""
     config = change(small_config, run={"seed": 2**63 - 1}, data={"augment": True}, parent={"lr": 1e30})
     with pytest.raises(Diverged, match=r"the network diverged in epoch 1 \(sgd\): .* parent\.lr \(1e\+30\)") as caught:
         run_here(config)
@@ -309,7 +309,7 @@ def test_a_run_that_diverged_stops_with_the_checkpoint_before_it(local_ray: None
     assert final_table(unique_frames(runs))["train loss"].tolist() == ["not finite"]
     page = next(path for path in write_report(runs, folder / "report") if path.suffix == ".html")
     assert "not finite" in page.read_text()
-    with pytest.raises(Diverged):  # again, to the end of its patience
+    with pytest.raises(Diverged):  # the resumed run diverges again
         run_here(config, folder)
 
 
@@ -324,7 +324,9 @@ def test_weights_that_are_not_finite_are_refused(local_ray: None, small_config: 
 def test_the_test_split_chooses_nothing(
     local_ray: None, small_run: Path, small_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its labels permuted a run has the same bytes: one that moves in every phase, and one that chooses a lot."""
+    """A run with permuted test labels gives the same bytes.
+
+    One of the runs moves the parent in every phase, the other makes many choices."""
     choosing = change(
         small_config, evolution={"step": "search", "confirm": True, "accept": "if-better", "fitness_images": None}
     )
@@ -360,7 +362,7 @@ def test_a_run_keeps_its_log_and_its_time(small_run: Path) -> None:
 
 
 def test_stop_ends_a_run_with_its_record_whole(local_ray: None, small_config: Config) -> None:
-    """With no phase to come, which is said, and the sizes of the splits."""
+    """The run has no evolve phase. Its messages say so, and give the sizes of the splits."""
     supervisor = Supervisor(change(small_config, run={"epochs": 10_000}, evolution={"every": 10_001}))
     rows, notes = 0, []
     while rows < 3:
@@ -419,7 +421,7 @@ def test_json_has_no_word_for_nan(small_config: Config, tmp_path: Path) -> None:
 
 
 def test_epochs_may_be_added_to_a_run(local_ray: None, small_config: Config) -> None:
-    """To the bits of one that had them from the beginning, also where it was finished."""
+    """A finished run with added epochs has the same bits as a run that had all epochs from the beginning."""
     whole, _ = run_here(change(small_config, run={"epochs": 5, "name": "whole"}))
     short, _ = run_here(change(small_config, run={"epochs": 3, "name": "short"}))
     run_here(change(load_config(str(short)), run={"epochs": 5}), folder=short)
@@ -430,7 +432,7 @@ def test_epochs_may_be_added_to_a_run(local_ray: None, small_config: Config) -> 
 def test_a_run_whose_added_epochs_were_not_finished_is_not_finished(
     local_ray: None, small_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lost after its last checkpoint: what was the end of the shorter run is none."""
+    """The longer run is lost after its last checkpoint. The final weights of the shorter run are not its end."""
     folder, _ = run_here(change(small_config, run={"epochs": 2}))
     longer = change(load_config(str(folder)), run={"epochs": 3})
     assert is_finished(str(folder), load_config(str(folder)))
@@ -465,7 +467,7 @@ def test_epochs_are_raised_and_only_where_the_learning_rate_does_not_depend_on_t
 def test_a_run_ends_when_validation_has_not_become_better_for_so_long_and_its_best_network_is_kept(
     local_ray: None, small_config: Config
 ) -> None:
-    """With a rate of nearly nothing it soon stands still."""
+    """The learning rate is almost zero, so the run soon stops improving."""
     config = change(
         small_config,
         run={"epochs": 60, "patience": 2, "keep": 60, "keep_best": True},
@@ -502,7 +504,7 @@ def test_the_same_command_begins_a_run_goes_on_and_is_finished(
         ({"run": {"seed": 1}}, r"run\.seed was 0 and is 1"),
         ({"evolution": {"fitness_images": None}}, r"evolution\.fitness_images was \d+ and is None"),
     ):
-        for what in (begun, run_here):  # the program asks before Ray starts, and the driver again
+        for what in (begun, run_here):  # the program checks before Ray starts, and the driver checks again
             with pytest.raises(InputError, match=rf"again: only .* may change on resume: {said}$"):
                 what(change(config, **wrong))
 
@@ -515,19 +517,19 @@ def test_the_same_command_begins_a_run_goes_on_and_is_finished(
     run_here(there, folder=lost)
     assert same_result(lost, whole)
 
-    # A copy is a run of its own, whatever its configuration says of where it is.
+    # A copy is a separate run, even if its configuration names the folder of the original.
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))
     digests = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     run_here(change(load_config(str(copy)), run={"epochs": 4}), folder=copy)
     assert len((copy / "metrics.jsonl").read_text().splitlines()) == 4
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == digests
 
-    # With a record and no checkpoint there is nothing to begin.
+    # A folder with a record but no checkpoint is refused.
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(InputError, match=r"copy: has metrics\.jsonl and no checkpoint to go on from"):
         run_here(change(config, run={"name": "copy"}))
 
-    # Lost before the first checkpoint: there is a folder, with nothing to go on from.
+    # A run that was lost before its first checkpoint leaves an empty folder, and starts from the beginning.
     shutil.rmtree(lost)
     lost.mkdir()
     assert begun(there) == (str(lost), False)
@@ -541,7 +543,7 @@ def test_a_run_waits_for_nodes_and_can_be_stopped_before_there_is_room(local_ray
         Supervisor(config)
     supervisor = Supervisor(config, room_seconds=3600.0)
     assert supervisor.watch(0.01)[0] is False
-    (said,) = supervisor.unsaid  # and not again with each look
+    (said,) = supervisor.unsaid  # the message is not repeated
     assert str(said).startswith("waiting for nodes: cluster.workers (99)")
     supervisor.stop()
     assert supervisor.watch(3600.0)[0] is True

@@ -1,5 +1,5 @@
-"""Evolutionary SGD: its draws and its selection beside plain readings of the paper, its guarantee, and the same bits
-however a run of it is done."""
+"""Tests of evolutionary SGD: its draws, training and selection against plain implementations of the paper, the paper's
+guarantee, and runs that give the same bits however they are executed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def network_of(theta_D: Any, buffers: list[Any]) -> FlatModel:
 
 
 def loss_of(theta_D: Any, buffers: list[Any], case_N: Any) -> float:
-    """Of a network, computed without evaluator, noise or folding."""
+    """Return the loss of a network on evolution images, computed without evaluator, noise or folding."""
     images = SPLITS.evolution[torch.from_numpy(case_N)]
     return score(network_of(theta_D, buffers).module, images, NORMALISE).loss
 
@@ -78,7 +78,7 @@ def test_settings_are_drawn_from_their_ranges_for_each_parent_and_generation() -
     assert 150 < len(rates) < 250
     assert 0.01 <= rates.min() < 0.013
     assert 0.8 < rates.max() < 1.0
-    assert 0.4 < (rates < 0.1).mean() < 0.6  # uniform in its logarithm
+    assert 0.4 < (rates < 0.1).mean() < 0.6  # log-uniform
 
 
 def test_an_offspring_has_different_parents_and_all_pairs_are_equally_likely() -> None:
@@ -97,12 +97,12 @@ def test_the_elite_is_the_best_of_parents_and_offspring_and_the_others_are_drawn
     strategy = EvolutionarySGD(6, parents=4, elite=2)
     fitness_C = np.array([3.0, -1.0, math.nan, 5.0, 5.0, math.inf, 0.0, 4.0, -math.inf, 2.0])
     order_P = strategy.select(fitness_C, seed, 5).tolist()
-    assert order_P[:2] == [3, 4]  # the best, the earlier of equals first
-    assert set(order_P[2:]) <= {7, 0, 9, 6, 1}  # whatever is finite
+    assert order_P[:2] == [3, 4]  # the best first; of equals, the earlier first
+    assert set(order_P[2:]) <= {7, 0, 9, 6, 1}  # the other finite candidates
     assert len(set(order_P)) == 4
     assert fitness_C[order_P[2]] > fitness_C[order_P[3]]
     drawn = {tuple(strategy.select(fitness_C, seed, generation)[2:].tolist()) for generation in range(5, 500, 5)}
-    assert len(drawn) == 10  # all pairs of five come up
+    assert len(drawn) == 10  # all pairs of the five are drawn
 
 
 def test_all_that_is_not_finite_comes_last() -> None:
@@ -133,7 +133,7 @@ def test_an_offspring_is_the_mean_of_its_parents_and_its_noise() -> None:
             np.testing.assert_allclose(buffer, wanted, rtol=1e-6)
         assert one.fitness is one.optimizer is None
         assert fitness_K[k] == pytest.approx(-loss_of(one.theta_D, one.buffers, here.breeder.case_N), rel=1e-4)
-    # Whoever does what part: nothing is left of what was done before.
+    # The fitness does not depend on what a breeder has scored before.
     _, other = breeders()
     again = other.each("score", rows[7:], parents) + other.each("score", rows[:7], parents)
     assert [one.fitness for one in again] == fitness_K[7:] + fitness_K[:7]
@@ -151,7 +151,7 @@ def test_an_offspring_that_is_scored_by_statistics_of_its_own_keeps_them() -> No
         np.testing.assert_allclose(buffer, wanted.numpy(), rtol=1e-5, atol=1e-6)
     assert not np.allclose(made.buffers[0], parents[0].buffers[0])
     assert scored.fitness == pytest.approx(-loss_of(made.theta_D, made.buffers, here.breeder.case_N), rel=1e-4)
-    # A parent that was trained too: what is saved is what was scored.
+    # A trained parent also keeps the statistics that it was scored with.
     (answer,) = here.each("train", [(replace(parents[0], fitness=-math.inf), Settings("sgd", 0.01), 0, 1)])
     one = answer.individual
     assert one.fitness == pytest.approx(-loss_of(one.theta_D, one.buffers, here.breeder.case_N), rel=1e-4)
@@ -202,7 +202,7 @@ def test_an_epoch_is_that_of_the_trainer_with_the_settings_that_were_drawn() -> 
     course = PARENT.model_copy(update={"optimizer": "adam", "lr": 0.003})
     trainer = Trainer(course, model, SPLITS.sgd, NORMALISE, seed, augment=False)
     one = start
-    for epoch in (1, 2):  # the second one goes on with the moments of the first
+    for epoch in (1, 2):  # the second epoch continues with the moments of the first
         trainer.train_epoch(epoch, lambda count: None)
         (answer,) = here.each("train", [(replace(one, fitness=-math.inf), settings, seed, epoch)])
         after = answer.individual
@@ -214,7 +214,7 @@ def test_an_epoch_is_that_of_the_trainer_with_the_settings_that_were_drawn() -> 
 
 
 class Worse:
-    """A course on which every second epoch harms."""
+    """A course that damages the network in every second epoch and fills it with NaN in epoch 4."""
 
     def to(self, device: torch.device) -> None:
         pass
@@ -251,7 +251,7 @@ def test_an_individual_whose_fitness_falls_backs_off_with_its_optimizer() -> Non
 
 
 def test_neither_the_best_nor_the_mean_of_the_elite_ever_degrades() -> None:
-    """The paper's guarantee, on a course that harms every second epoch and with noise that harms most offspring."""
+    """Check the paper's guarantee. The course harms every second epoch, and the noise harms most offspring."""
     strategy, here = breeders(sigma=0.1, elite=3)
     here.breeder.course = Worse()
     breeding = Breeding(strategy, here, 7, trained(), 100)
@@ -296,7 +296,7 @@ def test_an_offspring_for_which_the_fitness_raises_is_the_worst(monkeypatch: pyt
 
 
 def test_adam_s_step_count_is_each_individual_s_own() -> None:
-    """An optimizer's state is never changed in place: what backs off would have it changed too."""
+    """An optimizer's state is never changed in place, because an individual that backs off still needs it."""
     _, here = breeders()
     settings = Settings("adam", 0.003)
     (answer,) = here.each("train", [(individual(trained(), fitness=-math.inf), settings, 0, 1)])
@@ -345,7 +345,7 @@ def test_images_that_are_not_there_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def esgd_run(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with one worker, to look at and to compare with."""
+    """Return the folder of a run with one worker. Tests examine it and compare other runs with it."""
     from conftest import small
 
     folder, notes = run_here(of_small(small(tmp_path_factory.mktemp("esgd")), workers=1))
@@ -362,7 +362,7 @@ def test_the_same_bits_with_two_workers_and_going_on_from_any_epoch(
 ) -> None:
     two, _ = run_here(of_small(small_config, workers=2))
     assert same_result(two, esgd_run)
-    for epoch in (1, 3, 5):  # within a generation, whose optimizers go on, and after a selection
+    for epoch in (1, 3, 5):  # 1 and 5: within a generation, with optimizer states to restore; 3: after a selection
         lost = Path(shutil.copytree(esgd_run, tmp_path / f"lost-{epoch}"))
         (lost / "final.safetensors").unlink()
         for path in (lost / "checkpoints").glob("*.sha256"):
@@ -383,7 +383,7 @@ def test_the_record_and_the_report_of_a_run(esgd_run: Path) -> None:
     for row in rows[0:2] + rows[3:5]:
         assert row["lr"] > 0
         assert 0 <= row["backed_off"] <= 4
-    assert rows[0]["evolution_loss"] == pytest.approx(-best[0], rel=1e-6)  # all evolution images score
+    assert rows[0]["evolution_loss"] == pytest.approx(-best[0], rel=1e-6)  # the fitness is on all evolution images
     page = next(path for path in write_report([read_run(esgd_run)], esgd_run / "report") if path.suffix == ".html")
     assert "<dt>evolution.elite</dt><dd>2</dd>" in page.read_text()
     assert (esgd_run / "report" / "parents.png").stat().st_size > 10_000
@@ -416,7 +416,7 @@ def test_offspring_and_parents_are_made_again_from_the_journal(esgd_run: Path, t
 
 
 def test_a_run_is_what_breeding_in_this_process_makes(esgd_run: Path) -> None:
-    """A plain loop, from the network before the first epoch."""
+    """The reference is a plain loop in this process that starts from the network before the first epoch."""
     run_config = load_config(str(esgd_run))
     replay = EsgdReplay(esgd_run, lambda note: None)
     replay.parents.model.module.load_state_dict(load_file(esgd_run / "checkpoints" / "epoch-000000.safetensors"))
@@ -474,7 +474,7 @@ def test_that_nothing_was_learned_is_said(local_ray: None, small_config: Config)
 
 
 def frozen(num_classes: int) -> torch.nn.Module:
-    """A network whose first convolution is not trained."""
+    """Return a network whose first convolution is not trained."""
     network = initial_model(PARENT, num_classes, 0)[0]
     next(network.children()).requires_grad_(False)
     return network
@@ -495,5 +495,5 @@ def test_what_is_not_trained_is_the_same_in_all_and_kept(local_ray: None, small_
     assert len(fixed) == 4
     rows = metrics(folder)
     assert rows[2]["lr"] is None
-    for row in rows:  # what is saved is what was scored, with the statistics that it was scored with
+    for row in rows:  # the network is saved with the statistics that it was scored with
         assert -row["evolution_loss"] == pytest.approx(row["parents_fitness_max"], rel=1e-4)

@@ -1,7 +1,7 @@
-"""Evolve phases against independent references: dense NumPy, a plain loop, torch's own network.
+"""Tests of evolve phases against independent references: dense NumPy, a plain loop, and torch's own network.
 
-No two processors round alike. Where a test needs a winner or a loser, its own fitness makes one, or the margin by
-which one wins is asserted to be far more than rounding. What is equal to the bit was computed in one way."""
+Processors round differently. A test that needs a winner or a loser either sets its own fitness, or asserts that the
+margin is far larger than rounding. Values that are compared to the bit are computed in the same way."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Array = NDArray[np.floating[Any]]
 
 
 def network_at(theta_D: Array, like: FlatModel) -> torch.nn.Module:
-    """A network of its own at these parameters, with the statistics of another."""
+    """Return a new network with these parameters and the buffers of `like`, in evaluation mode."""
     model = FlatModel(initial_model(PARENT, 10, 5)[0], CPU)
     model.load_buffers(like.buffers)
     model.theta_D.copy_(torch.from_numpy(theta_D.astype(np.float32)))
@@ -39,24 +39,24 @@ def network_at(theta_D: Array, like: FlatModel) -> torch.nn.Module:
 
 
 def rising() -> Callable[[NDArray[np.float32]], float]:
-    """A fitness by which each descendant is better than those before it."""
+    """Return a fitness by which each descendant is better than all before it."""
     count = itertools.count()
     return lambda theta_D: float(next(count))
 
 
 def distance(phase: Phase, best: float = math.inf) -> Callable[[NDArray[np.float32]], float]:
-    """A fitness of how far a descendant is from the parent as it is now: further is better, up to the best distance."""
+    """Return a fitness: the distance of a descendant from the present parent. It falls again beyond `best`."""
     start_D = phase.population.model.theta_D.numpy().copy()
     return lambda theta_D: min(moved := float(np.linalg.norm(theta_D - start_D)), 2 * best - moved)
 
 
-# More than the relative error of a network's float32 outputs: its four layers sum up to 576 terms each, and the errors
-# of n terms, of 2^-24 each, add up to about sqrt(n) of them.
+# A bound on the relative error of a network's float32 outputs. Each of its four layers sums up to 576 terms. The errors
+# of n terms, 2^-24 each, add up to about sqrt(n) * 2^-24.
 ROUNDING = 1e-5
 
 
 def loss_and_accuracy(network: torch.nn.Module, index_N: NDArray[np.int64]) -> tuple[float, float]:
-    """Of images none of which is so near to two classes that rounding could choose between them."""
+    """Return the loss and accuracy on images. Assert that rounding cannot change the class of any of them."""
     images = on(index_N)
     pixels = images.pixels_NHWC.permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (SPLITS.mean_C, SPLITS.std_C))
@@ -72,7 +72,10 @@ def on(index_N: NDArray[np.int64]) -> Images:
 
 
 def assert_moved(theta_D: Array, start_D: Array, move_D: Array, tolerance: float = ROUNDING) -> None:
-    """As a whole, since an element that is nearly 0 may be all rounding. theta is float32, which rounds it by 2^-24."""
+    """Assert that theta has moved by `move_D`, within a tolerance on the norm of the error.
+
+    Single elements are not compared, because an element near 0 may consist of rounding errors. theta is float32, which
+    rounds it by 2^-24."""
     error = np.linalg.norm(theta_D - start_D.astype(np.float64) - move_D)
     assert error <= tolerance * np.linalg.norm(move_D) + 1e-7 * np.linalg.norm(theta_D)
 
@@ -82,7 +85,7 @@ def assert_moved(theta_D: Array, start_D: Array, move_D: Array, tolerance: float
     (True, "zscore", "accuracy"), (False, "centered-rank", "accuracy"),
 ])  # fmt: skip
 def test_es_is_the_article_s_formula_computed_densely(mirrored: bool, shaping: str, fitness: str) -> None:
-    """theta + lr / (K sigma) * sum_k z_k noise_k with a K x D matrix of noise and torch's own loss."""
+    """The reference is theta + lr / (K sigma) * sum_k z_k noise_k, with a K x D matrix of noise and torch's loss."""
     sigma, lr = 0.05, 0.02
     phase = Phase(mirrored=mirrored, shaping=shaping, fitness=fitness, sigma=sigma, lr=lr)
     theta_D = phase.theta_D.astype(np.float64)
@@ -98,7 +101,7 @@ def test_es_is_the_article_s_formula_computed_densely(mirrored: bool, shaping: s
     expected_K = np.array([-loss if fitness == "loss" else accuracy for loss, accuracy in results])
     np.testing.assert_allclose(outcome.fitness_K, expected_K, rtol=ROUNDING)
     assert expected_K.std() > 100 * ROUNDING
-    rewards = outcome.fitness_K  # whose order no rounding may change
+    rewards = outcome.fitness_K  # not expected_K, because rounding may change the order
     if shaping == "zscore":
         weights = (rewards - rewards.mean()) / rewards.std()
     else:
@@ -129,7 +132,7 @@ def test_optimizers_of_the_estimate_are_the_textbook_s_and_keep_their_state(opti
 
 
 def estimate(outcome: Outcome, size_D: int) -> NDArray[np.float64]:
-    """What the journal's numbers say of the direction."""
+    """Return the direction that the weights, gains and seeds of the journal give."""
     rows = zip(outcome.weight_K, outcome.members.gain_K, outcome.members.seed_K, strict=True)
     return np.asarray(sum(w * g * noise("uniform", int(k), 0, size_D).astype(np.float64) for w, g, k in rows))
 
@@ -161,7 +164,7 @@ def test_step_search_takes_the_best_length_on_images_that_did_not_choose_the_dir
 
 @pytest.mark.parametrize(("sigma", "fitness"), [(1e-4, "loss"), (1e-3, "accuracy"), (0.01, "accuracy"), (0.3, "loss")])
 def test_a_search_of_any_sigma_and_fitness_ends(sigma: float, fitness: str) -> None:
-    """Steps, ties, and a best length that is far from one mutation."""
+    """The search also ends if the fitness has steps or ties, or if the best length is far from one mutation."""
     phase = Phase(step="search", fitness=fitness, sigma=sigma, confirm_images=60)
     for _ in range(2):
         _, row = phase.evolve()
@@ -188,7 +191,7 @@ def test_the_journal_s_numbers_give_the_update(step: str) -> None:
 def test_what_is_better_is_taken_only_if_images_that_did_not_choose_it_confirm_it(
     strategy: str, fitness: str, sign: int
 ) -> None:
-    """On the fitness images every descendant is better; on the others too, or equal, or worse."""
+    """Every descendant is better on the fitness images. On the other images it is better, equal or worse."""
     options: dict[str, Any] = {"accept": "if-better", "step": "ratio"}
     if strategy != "es":
         options = {"strategy": "random-gradients", "accept": strategy, "gradient_images": 64}
@@ -239,18 +242,18 @@ def test_the_best_random_gradient_becomes_the_parent_to_the_bit(fitness: str) ->
     result = phase.score()
     assert row["parent_fitness_after"] == (-result.loss if fitness == "loss" else result.accuracy)
 
-    # The descendant from the definition of the noise, and the gradient by torch.
+    # Compute the descendant from the definition of the noise, and the gradient by torch.
     gradient_D, gain = phase.pool.scales[0], np.float32(-0.05)
     assert gradient_D is not None
     u_D = noise("uniform", int(outcome.members.seed_K[best]), 0, len(theta_D))
     np.testing.assert_array_equal(phase.theta_D, theta_D + gradient_D * (gain * u_D))
-    # One of 459 thousand inputs of units may be so near to 0 that rounding turns it on, which is more than ROUNDING.
+    # One of 459 thousand ReLU inputs may be so near 0 that rounding changes its sign: more than ROUNDING.
     expected_D = gradient_at(theta_D, model, phase.generation, 64)
     assert np.linalg.norm(gradient_D - expected_D) < 1e-3 * np.linalg.norm(expected_D)
 
 
 def gradient_at(theta_D: NDArray[Any], like: FlatModel, generation: int, images: int) -> NDArray[np.float32]:
-    """The gradient, by torch, of a network of its own on the phase's SGD images."""
+    """Return torch's gradient of a new network on the SGD images of a phase."""
     index_N = permutation(len(SPLITS.sgd), 7, GRADIENT_CASES_OF_GENERATION + generation)[:images]
     batch = SPLITS.sgd[torch.from_numpy(index_N)]
     network = network_at(theta_D, like)
@@ -266,7 +269,9 @@ def gradient_at(theta_D: NDArray[Any], like: FlatModel, generation: int, images:
 def plain_chain(
     theta_D: NDArray[np.float32], like: FlatModel, config: Any, fitness_N: NDArray[np.int64]
 ) -> tuple[list[int], NDArray[np.float32]]:
-    """The article's loop as it stands: one descendant after another, a better one becomes the parent."""
+    """Run the article's loop: score one descendant after another; a better one becomes the parent.
+
+    Return the accepted members and the last parent."""
 
     def fitness_of(theta_D: NDArray[np.float32]) -> tuple[float, float]:
         loss, accuracy = loss_and_accuracy(network_at(theta_D, like), fitness_N)
@@ -303,7 +308,7 @@ def test_a_chain_accepts_what_the_plain_loop_accepts(fitness: str) -> None:
         outcome, row = phase.evolve()
         assert np.flatnonzero(outcome.weight_K).tolist() == accepted
         assert (row["accepted_members"], row["chosen_member"]) == (len(accepted), accepted[-1])
-        assert_moved(phase.theta_D, start_D, theta_D - start_D, 0.05)  # each gradient by some units, as above
+        assert_moved(phase.theta_D, start_D, theta_D - start_D, 0.05)  # some ReLUs may switch, as above
         np.testing.assert_array_equal(outcome.members.seed_K, member_seeds(7, 1, 16))
         result = phase.score()
         assert row["parent_fitness_after"] == (-result.loss if fitness == "loss" else result.accuracy)
@@ -313,7 +318,7 @@ def test_a_chain_accepts_what_the_plain_loop_accepts(fitness: str) -> None:
 
 @pytest.mark.parametrize("fitness", ["loss", "accuracy"])
 def test_a_race_is_what_a_plain_reading_of_it_gives(fitness: str) -> None:
-    """13 members on a quarter of the images, the better 7 on the next quarter, the best 4 on the other half."""
+    """13 members are scored on a quarter of the images, the best 7 on the next one, the best 4 on the other half."""
     options: dict[str, Any] = {"strategy": "random-gradients", "lr": 0.05, "low": -1.0, "gradient_images": 64}
     phase = Phase(fitness=fitness, racing=2, population=13, fitness_images=82, **options)
     theta_D = phase.theta_D
@@ -323,7 +328,7 @@ def test_a_race_is_what_a_plain_reading_of_it_gives(fitness: str) -> None:
     index_N = phase.case_sets["fitness"]
     alive, seen = list(range(-1, 13)), {}
     for stop in (20, 41, 82):
-        for k in alive:  # member -1 is the parent, which is scored on all
+        for k in alive:  # member -1 is the parent, which is scored on all images
             u_D = 0.0 if k < 0 else noise("uniform", int(outcome.members.seed_K[k]), 0, len(theta_D))
             network = network_at(theta_D - np.float32(0.05) * gradient_D * u_D, phase.model)
             loss, accuracy = loss_and_accuracy(network, index_N[:stop])
@@ -345,7 +350,7 @@ def test_a_race_is_what_a_plain_reading_of_it_gives(fitness: str) -> None:
 @pytest.mark.parametrize("accept", ["best", "chain"])
 @pytest.mark.parametrize("lr", [0.003, 500.0])
 def test_early_rejection_changes_nothing_but_the_images_scored(fitness: str, accept: str, lr: float) -> None:
-    """600 images are three passes; at the larger step every member is far worse than the parent."""
+    """600 images take three forward passes. With the larger lr, every member is far worse than the parent."""
     phases = [
         Phase(
             strategy="random-gradients", accept=accept, fitness=fitness, early_rejection=early, lr=lr,
@@ -360,7 +365,7 @@ def test_early_rejection_changes_nothing_but_the_images_scored(fitness: str, acc
     assert early_row["images_scored"] + early_row["images_saved"] == full_row["images_scored"]
     rejected = early.cases_K < 600
     np.testing.assert_array_equal(early.fitness_K[~rejected], full.fitness_K[~rejected])
-    # What a member had to beat: the parent, which in a chain those before it moved.
+    # The fitness that a member had to beat: the parent's, which earlier members of a chain may have raised.
     taken_K = np.where((full.weight_K > 0) & (accept == "chain"), full.fitness_K, full.before)
     bar_K = np.maximum.accumulate([full.before, *taken_K[:-1]])
     assert (full.fitness_K[rejected] <= bar_K[rejected]).all()
@@ -372,8 +377,8 @@ def test_early_rejection_changes_nothing_but_the_images_scored(fitness: str, acc
 
 
 def test_a_chain_confirms_each_link_and_stays_the_same_for_every_wave() -> None:
-    """Nearly every member is further from the start than its parent, and half of those lie higher on a slope: links
-    are refused as well as taken, against a plain reading of what was asked."""
+    """Nearly every member is further from the start than its parent, and half of these are higher on a slope. The chain
+    therefore accepts some links and rejects others. The expected links are computed from the recorded heights."""
 
     def chain(wave: int) -> tuple[Any, ...]:
         phase = Phase(
@@ -407,7 +412,7 @@ def test_es_with_confirm_and_search_uses_three_disjoint_sets(fitness: str) -> No
     sets = phase.case_sets
     assert [len(index_N) for index_N in sets.values()] == [200, 200, 200]
     assert len(set(np.concatenate(list(sets.values())))) == 600
-    # The evaluator's network is still that of the last descendant that was scored, the candidate.
+    # The evaluator's network still holds the last scored descendant, which is the candidate.
     networks = trained().module, phase.pool.evaluator.model.module
     before, after = (scored(network, on(sets["confirm"])) for network in networks)
     expected = (-before.loss, -after.loss) if fitness == "loss" else (before.accuracy, after.accuracy)
@@ -419,7 +424,7 @@ def test_es_with_confirm_and_search_uses_three_disjoint_sets(fitness: str) -> No
 @pytest.mark.parametrize("strategy", ["es", "random-gradients"])
 @pytest.mark.parametrize("kind", ["running", "batch", "recalibrate"])
 def test_batchnorm_modes(strategy: str, kind: str) -> None:
-    """Scoring leaves the parent's statistics; a parent that moved has those that belong to it."""
+    """Scoring does not change the parent's statistics. A parent that moved has the statistics that its mode defines."""
     options: dict[str, Any] = {"gradient_images": 64} if strategy == "random-gradients" else {}
     phase = Phase(strategy=strategy, batchnorm=kind, population=4, **options)
     buffers = [buffer.clone() for buffer in phase.model.buffers]
@@ -445,7 +450,7 @@ def test_batchnorm_modes(strategy: str, kind: str) -> None:
         assert outcome.after == -result.loss
     else:
         assert not any(same)
-        # BatchNorm's statistics of the parent on the reference batch, by torch in training mode.
+        # Compute the parent's BatchNorm statistics on the reference batch by torch in training mode.
         network = network_at(phase.theta_D, phase.model)
         for layer in network.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
@@ -471,7 +476,7 @@ def test_batchnorm_modes_score_the_same_members_differently() -> None:
 
 
 def test_a_descendant_that_diverged_leaves_nothing_to_the_next_one() -> None:
-    """In every mode a member after one with infinite statistics scores as it does alone."""
+    """In every mode, a member that is scored after one with infinite statistics gets the same score as alone."""
     for kind in ("running", "batch", "recalibrate"):
         phase = Phase(batchnorm=kind)
         phase.population.begin(("fitness",), 1)
@@ -538,7 +543,8 @@ def test_the_step_ratio_of_a_random_gradient_is_one_and_of_a_chain_its_whole_way
     mutation = 0.01 * np.linalg.norm(gradient_D) / 3**0.5  # u from U(0, 1), as from U(-1, 1), has a mean square of 1/3
     assert row["step_ratio"] == pytest.approx(np.linalg.norm(phase.theta_D - theta_D) / mutation, rel=ROUNDING)
     if accept == "best":
-        # Four standard deviations: half that of a mean of u^2 weighted by gradient^2, whose own is sqrt(0.8) of it.
+        # Allow four standard deviations. The ratio is the root of a mean of 3 u^2, weighted by gradient^2. 3 u^2 has
+        # mean 1 and standard deviation sqrt(0.8), and the root halves the deviation.
         deviation = 0.5 * 0.8**0.5 * np.linalg.norm(gradient_D**2) / np.sum(gradient_D**2)
         assert row["step_ratio"] == pytest.approx(1, abs=4 * deviation)
     else:
@@ -548,8 +554,8 @@ def test_the_step_ratio_of_a_random_gradient_is_one_and_of_a_chain_its_whole_way
 
 @pytest.mark.parametrize("kind", ["running", "batch", "recalibrate"])
 def test_the_gradient_is_of_the_function_that_is_scored(kind: str) -> None:
-    """A short step against it lowers the loss, as the members of this mode measure it, as the gradient says."""
-    images = SPLITS.sgd[slice(0, 256)]  # score, gradient and BatchNorm's statistics are of the same images
+    """A short step against the gradient lowers the loss that this mode scores by the amount that the gradient gives."""
+    images = SPLITS.sgd[slice(0, 256)]  # the same images for score, gradient and BatchNorm's statistics
     phase = Phase(
         replace(SPLITS, sgd=images, evolution=images), strategy="random-gradients", batchnorm=kind,
         fitness_images=256, gradient_images=256, lr=1e-4, high=1.0, low=0.999,
@@ -567,7 +573,7 @@ def test_the_gradient_is_of_the_function_that_is_scored(kind: str) -> None:
 
 @pytest.mark.parametrize("split", ["sgd", "evolution"])
 def test_gradient_images_are_drawn_anew_for_each_generation(split: str) -> None:
-    """And as many of the images that score a generation are all of them."""
+    """With the evolution split, they are drawn from the images that score the generation."""
     phase = Phase(strategy="random-gradients", gradient_split=split, gradient_images=50, fitness_images=80)
     images = SPLITS.sgd if split == "sgd" else SPLITS.evolution
     drawn = []

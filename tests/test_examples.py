@@ -1,4 +1,4 @@
-"""The examples run as a user runs them, and end where they say."""
+"""Tests that run the examples as a user does and check the results that they print."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from whole_runs import ROOT, environment
 
 EXAMPLES = ROOT / "examples"
-# What the numbers of an example's last line show.
+# A check of the numbers in the last output line of each example.
 SHOWS: dict[str, Callable[..., bool]] = {
     "plain_loop": lambda loss, accuracy: loss < 0.6 and accuracy > 0.88,
     "f1": lambda before, after: after > before - 0.02 and after > 0.75,
-    "transformer": lambda before, after: after > before - 0.03,  # a few of 200; what it evolved on is below
+    "transformer": lambda before, after: after > before - 0.03,  # 6 of 200 test cases; the fitness is checked below
     "lightning_digits": lambda accuracy, steps, phases: accuracy > 0.88 and (steps, phases) == (500, 5),
     "tune": lambda sigma, accuracy, epochs: sigma in (0.001, 0.02) and accuracy > 0.5 and epochs == 8,
     "cartpole": lambda mean, episodes, seconds: mean >= 475 and episodes == 100,

@@ -1,4 +1,4 @@
-"""What is not finite never wins, in any disguise, and leaves nothing behind."""
+"""Tests of values that are not finite: they never win, and they do not affect what comes after them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from spartan_ray.vision.data import Images
 
 
 def mostly_zeros(phase: Phase) -> Phase:
-    """The phase with six of ten images of class 0, which what is no number is classified as, and false labels of the
-    others, so that the parent is right about few."""
+    """Relabel the scored images: six of ten get class 0, the others a false class. Return the phase.
+
+    Class 0 is the class of an output that is NaN. The parent is right about few images."""
     pixels_NHWC, labels_N = SPLITS.evolution.pixels_NHWC, (SPLITS.evolution.labels_N + 1) % 10
     labels_N[torch.arange(len(labels_N)) % 10 < 6] = 0
     fitness = phase.pool.evaluator.fitness
@@ -33,7 +34,7 @@ def mostly_zeros(phase: Phase) -> Phase:
 @pytest.mark.parametrize("batchnorm", ["running", "batch", "recalibrate"])
 @pytest.mark.parametrize("early_rejection", [True, False])
 def test_a_dead_network_has_no_accuracy_and_never_becomes_the_parent(batchnorm: str, early_rejection: bool) -> None:
-    """Its outputs are NaN, as if it always said class 0."""
+    """The outputs of a dead network are NaN, and the argmax of NaNs is class 0."""
     phase = mostly_zeros(
         Phase(
             strategy="random-gradients", fitness="accuracy", lr=1e38, low=-1.0, gradient_images=64,
@@ -47,7 +48,7 @@ def test_a_dead_network_has_no_accuracy_and_never_becomes_the_parent(batchnorm: 
     assert row["fitness_nonfinite"] == len(outcome.members)
     assert not row["accepted"]
     assert phase.theta_D.tobytes() == theta_D.tobytes()
-    # Among others that live, too: what they score is what they score without it.
+    # Score a dead network among finite ones, too: their scores are the same as without it.
     phase = mostly_zeros(Phase(fitness="accuracy", batchnorm=batchnorm))
     phase.population.begin(("fitness",), 1)
     phase.population.broadcast()
@@ -66,7 +67,7 @@ def test_a_dead_network_has_no_accuracy_and_never_becomes_the_parent(batchnorm: 
 
 @pytest.mark.parametrize("fitness", ["loss", "accuracy"])
 def test_an_update_whose_score_is_not_finite_is_never_taken(fitness: str) -> None:
-    """Whatever `accept` says."""
+    """This holds even if `accept` is "always"."""
     phase = mostly_zeros(Phase(accept="always", fitness=fitness, lr=1e38, sigma=0.05))
     theta_D = phase.theta_D
     outcome, row = phase.evolve()
@@ -124,7 +125,7 @@ def test_weights_of_a_phase_with_dead_members_are_those_of_the_living() -> None:
 
 
 def test_what_fails_within_leaves_the_layers_as_they_were() -> None:
-    """An out-of-memory error is caught above, and the network used again."""
+    """A caller may catch an out-of-memory error and use the network again."""
     module = trained().module
     layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
 

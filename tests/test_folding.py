@@ -1,4 +1,4 @@
-"""Folding BatchNorm: its kernels beside torch, and how many operations are left to a member."""
+"""Tests of BatchNorm folding: the kernels against torch, and the number of operations per member."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from spartan_ray.vision.resnet import ResNet18
 CPU = torch.device("cpu")
 FOLDS: dict[str, Fold] = {"cpu": fold_cpu.fold, "portable": portable_fold}
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
-    # In Triton's interpreter.
+    # This kernel runs in Triton's interpreter.
     from spartan_ray.vision import fold_cuda
 
     FOLDS["cuda"] = fold_cuda.fold
 DTYPES = (torch.float32, torch.bfloat16)
-# Triton's interpreter cuts bfloat16 off where a GPU rounds.
+# Triton's interpreter truncates to bfloat16, where a GPU rounds.
 KERNELS = [(name, dtype) for name in FOLDS for dtype in DTYPES if (name, dtype) != ("cuda", torch.bfloat16)]
 
 
@@ -41,7 +41,7 @@ KERNELS = [(name, dtype) for name in FOLDS for dtype in DTYPES if (name, dtype) 
 def test_runs_of_weights_make_the_arranged_weight_times_the_gain(
     size: int, kernel: int, stride: int, padding: int, name: str, dtype: torch.dtype
 ) -> None:
-    """Of a weight that lies somewhere in a larger memory, and nothing beside it is touched."""
+    """The weight lies in the middle of a larger memory. Nothing is written outside the range of the output."""
     conv = LiveConv2d(5, 6, kernel, stride, padding, bias=False)
     count = conv.weight.numel()
     memory_S = torch.randn(count + 13)
@@ -60,7 +60,7 @@ def test_runs_of_weights_make_the_arranged_weight_times_the_gain(
 
 @pytest.mark.parametrize("name", [name for name, dtype in KERNELS if dtype == torch.bfloat16])
 def test_every_kernel_rounds_to_half_as_torch_does(name: str) -> None:
-    """To the nearest, to the even one of two, subnormal and infinite ones; what is not a number stays none."""
+    """Values are rounded to nearest, ties to even, including subnormal and infinite values. NaN stays NaN."""
     bits_S = np.arange(0, 2**32, 65_521, dtype=np.uint32)
     ties_S = (np.arange(2**16, dtype=np.uint32) << 16) | 0x8000
     not_numbers_S = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], np.uint32)
@@ -89,7 +89,7 @@ def test_a_gpu_folds_as_a_cpu_does(dtype: torch.dtype) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that compute or copy something: on a GPU at least a launch each."""
+    """A mode that counts the operations that compute or copy something. On a GPU, each takes at least one launch."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -97,7 +97,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Sequence[Any] = (), named: Any = None) -> Any:
         named = named or {}
-        if operation is not torch.ops.aten.to.dtype:  # which comes apart into what reads its arguments
+        if operation is not torch.ops.aten.to.dtype:  # it decomposes into operations that read its arguments
             with self:
                 result = operation.decompose(*arguments, **named)
             if result is not NotImplemented:
@@ -116,7 +116,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_member_is_few_operations(precision: Literal["fp32", "bf16"]) -> None:
-    """Beside those that dispatch shows not, which are two: to descend, and to fold."""
+    """The counts leave out two operations that dispatch does not show: descend and fold."""
     pixels_NHWC, labels_N = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8), torch.arange(64) % 10
     images = Images(pixels_NHWC, labels_N)
     fitness = Classification(images, images[slice(0, 8)], (0.5,) * 3, (0.25,) * 3, precision=precision)

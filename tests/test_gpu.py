@@ -1,4 +1,4 @@
-"""`scripts/gpu`, which runs where there is a GPU, rehearsed where there is none."""
+"""Tests of `scripts/gpu`, which measures a GPU, by its rehearsal on a CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def scripts_gpu(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.ray
 def test_all_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
-    """Every phase ends well and leaves figures, and the bytes of the runs agree."""
+    """Every phase ends well and writes figures, and the bytes of the runs agree."""
     done = scripts_gpu("--rehearse", "-o", tmp_path)
     assert done.returncode == 0, done.stdout
     phases = json.loads((tmp_path / "gpu.json").read_text())["phases"]
@@ -40,7 +40,7 @@ def test_all_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_scoring_and_training_are_measured_without_ray_and_pydantic(tmp_path: Path) -> None:
-    """As on a machine that has torch and little else."""
+    """The setup imitates a machine that has torch and few other packages."""
     absent = "for name in ('ray', 'pydantic', 'tyro', 'safetensors'): sys.modules[name] = None"
     program = f"import runpy, sys\n{absent}\nrunpy.run_module('gpu.measure', run_name='__main__')"
     path = f"{ROOT}:{ROOT / 'benchmarks'}"

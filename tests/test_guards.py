@@ -1,4 +1,5 @@
-"""What users do to a network around a population, and what a fitness does inside, changes no score unseen."""
+"""Tests that scores stay right whatever a user does to the network of a population and whatever a fitness does to it,
+and that mistakes are reported."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ CPU = torch.device("cpu")
 
 
 def real(network: nn.Module) -> float:
-    """The fitness of a network as it is."""
+    """Return the fitness of a network, computed by torch alone."""
     with torch.inference_mode():
         return float(likelihood(copy.deepcopy(network).eval(), torch.arange(60)).double().mean())
 
@@ -115,12 +116,12 @@ def test_tied_weights_can_be_saved() -> None:
 
 
 class Rude(WithLoss):
-    """Leaves its marks in the network, in torch's random numbers and in its mode."""
+    """A fitness that changes the network's buffers and mode and draws from torch's global generator."""
 
     def __call__(self, network: Any, batch: torch.Tensor) -> torch.Tensor:
         found = likelihood(network, batch)
         network.train()
-        likelihood(network, batch)  # which moves BatchNorm's statistics
+        likelihood(network, batch)  # this changes BatchNorm's statistics
         return found + torch.rand(len(batch))
 
 
@@ -168,7 +169,7 @@ def test_a_member_that_raises_in_a_pass_leaves_the_others_their_scores() -> None
 
 
 def test_a_phase_that_ends_with_an_error_leaves_all_as_it_was() -> None:
-    """Interrupted after the moments of Adam have moved; run again it is the phase that it would have been."""
+    """The phase is interrupted after Adam's moments have changed. Run again, it gives the uninterrupted result."""
     calls = [0]
     stop = [10**9]
 
@@ -210,7 +211,7 @@ def test_a_parent_that_is_not_finite_is_not_moved() -> None:
 
 
 class TwoSteps:
-    """Two updates in a phase, the second with members of the parent that the first made; in a scale of its own."""
+    """A strategy with two updates per phase, in a given scale. The second update starts where the first one ends."""
 
     case_sets: tuple[CaseSet, ...] = ("fitness",)
     population = 8
@@ -311,7 +312,7 @@ def test_an_error_in_the_user_s_fitness_says_where() -> None:
 
 
 class Wrong:
-    """A strategy with one mistake."""
+    """A strategy with one given mistake."""
 
     case_sets: tuple[CaseSet, ...] = ("fitness",)
     population = 4
@@ -373,7 +374,7 @@ def test_what_is_no_strategy_no_fitness_or_another_network_s_optimizer_is_said()
 
 
 def test_what_multiplies_float32_on_a_gpu_is_as_it_was_whichever_setting_said_it() -> None:
-    """One that was made by the newer names makes the older one unreadable."""
+    """A setting by the newer names makes the older name unreadable."""
     convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
     try:

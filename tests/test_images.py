@@ -1,4 +1,4 @@
-"""What becomes of image files: the right pixels, or a line that says what is wrong; and the cache of them."""
+"""Tests of image files, which give the right pixels or a one-line message, and of the cache of decoded images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COLOURS = RANDOM.integers(0, 2**8, (32, 32, 4), dtype=np.uint8)
 
 
 def read(root: Path) -> tuple[NDArray[np.uint8], list[str]]:
-    """All pixels, the training part first, and what was said."""
+    """Return all pixels, the training part first, and the messages."""
     notes: list[str] = []
     train, test, _ = read_folder(root, 32, notes.append)
     return np.concatenate([train[0], test[0]]), notes
@@ -47,7 +47,7 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that were decoded, as they are."""
+    """Return a list that grows by the path of each file that is decoded."""
     paths: list[Path] = []
     real = images._decode
 
@@ -60,7 +60,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def png_of_16_bits(pixels: NDArray[np.uint16], colour_type: int) -> bytes:
-    """Written by the standard: Pillow writes 16 bits of grey alone."""
+    """Return a 16-bit PNG file, built from the PNG standard because Pillow writes 16 bits only for grey."""
     height, width = pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     content = b"\x89PNG\r\n\x1a\n"
@@ -77,7 +77,7 @@ def saved(image: Image.Image, format: str, **options: Any) -> bytes:
 
 
 def with_tag(content: bytes, tag: int, value: int) -> bytes:
-    """A little-endian TIFF with another value of a tag of one short number."""
+    """Return a little-endian TIFF file with another value in a tag that holds one short integer."""
     (at,) = (i for i in range(len(content)) if content[i : i + 8] == struct.pack("<HHI", tag, 3, 1))
     return content[: at + 8] + struct.pack("<H", value) + content[at + 10 :]
 
@@ -96,7 +96,7 @@ SIXTEEN_BITS = {
 
 @pytest.mark.parametrize("kind", SIXTEEN_BITS)
 def test_16_bits_are_scaled_by_their_full_range(image_folder: Path, kind: str) -> None:
-    """However they are stored. Pillow alone clips grey of more than 255 to white."""
+    """The result does not depend on how they are stored. Pillow alone clips grey values above 255 to white."""
     first(image_folder).write_bytes(SIXTEEN_BITS[kind])
     pixels, notes = read(image_folder)
     np.testing.assert_array_equal(pixels[0], np.dstack([WIDE >> 8] * 3))
@@ -182,7 +182,7 @@ def test_all_that_cannot_be_read_is_counted_and_five_are_named(image_folder: Pat
     (cats / "002.png").write_bytes(b"")
     (cats / "003.png").unlink()
     (cats / "003.png").symlink_to(image_folder / "nowhere.png")
-    # An image, but of a format that Pillow gives to Ghostscript.
+    # This is an image, but in a format that Pillow passes to Ghostscript.
     Image.new("RGB", (8, 8)).save(cats / "004.png", "EPS")
     for name in ("005.png", "006.png"):
         (cats / name).write_bytes(b"not an image")

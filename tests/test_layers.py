@@ -1,4 +1,4 @@
-"""Who may import whom: imports run downward, and few modules know Ray."""
+"""Tests of the imports between modules: they run downward, and only a few modules import Ray."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 import spartan_ray
 
 PACKAGE = Path(spartan_ray.__file__).parent
-# A room may import what stands before it.
+# A room is a subpackage or a module of the package. It may import the rooms before it.
 ROOMS = [
     "errors", "origin", "naming", "section", "noise", "engine", "strategies", "vision", "distributed", "run", "report",
     "study", "cli", "__main__",
 ]  # fmt: skip
-APART = {("distributed", "vision")}  # guests of the engine that know nothing of each other
+APART = {("distributed", "vision")}  # both use the engine and must not import each other
 KNOW_RAY = {"address", "examine", "nodes", "population", "relay", "relayed", "start", "transport", "worker"}
 KNOW_RAY = {f"distributed.{name}" for name in KNOW_RAY} | {"run.supervisor", "run.telemetry", "study.runner"}
 KNOW_RAY |= {f"cli.{name}" for name in ("doctor", "from_python", "study", "submit", "train")}
-# What a room does without, whatever it imports.
+# Packages that a room must not need, not even through its imports.
 WITHOUT = {
     "noise": {"ray", "pydantic", "torchvision"},
     "engine": {"ray", "pydantic", "torchvision"},
@@ -29,7 +29,7 @@ WITHOUT = {
 
 
 def imports() -> dict[str, set[str]]:
-    """What each module imports, by its name in the package."""
+    """Return the imports of each module, by the name of the module in the package."""
     found: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
@@ -55,7 +55,7 @@ def test_imports_run_downward_from_room_to_room() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Also not inside a function."""
+    """Imports inside functions count as well."""
     modules = {
         name: {used.removeprefix("spartan_ray.") for used in found if used.startswith("spartan_ray.")}
         for name, found in imports().items()

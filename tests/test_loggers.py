@@ -1,4 +1,4 @@
-"""Where the rows of a run go: TensorBoard, MLflow and Weights & Biases without a network, and a logger of one's own."""
+"""Tests of the loggers of a run: TensorBoard, MLflow and Weights & Biases without a network, and a user's logger."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spartan_ray.run.record import RunFolder
 
 
 class Kept:
-    """A logger of one's own, which fails when it is told to."""
+    """A user's logger. It fails in epoch 2."""
 
     made: ClassVar[list[Kept]] = []
 
@@ -40,7 +40,7 @@ def about(folder: Path, config: Config, first_epoch: int = 1) -> About:
 
 
 def written(folder: Path, loggers: str, epochs: range, first_epoch: int = 1) -> list[str]:
-    """What was said by a run with these loggers and epochs."""
+    """Return the messages of a run with these loggers and epochs."""
     notes: list[str] = []
     config = Config(run=Run(loggers=loggers, seed=7))
     folder.mkdir(exist_ok=True)
@@ -89,7 +89,7 @@ def test_wandb_keeps_what_it_would_send(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     assert written(tmp_path / "run", "wandb", range(1, 3)) == []
     assert list((tmp_path / "wandb").glob("offline-run-*/run-id-of-run.wandb"))
-    refuse_links(tmp_path / "run")  # nothing of theirs is in the run folder
+    refuse_links(tmp_path / "run")  # W&B leaves no links in the run folder
 
 
 def test_one_s_own_gets_the_rows_and_one_that_fails_ends_nothing_else(
@@ -126,7 +126,7 @@ def test_a_logger_that_cannot_be_is_one_line_that_names_it(tmp_path: Path, monke
         make("mlflow")
     with pytest.raises(InputError, match=r"^run\.loggers \(test_loggers:Absent\): "):
         make("test_loggers:Absent")
-    # In a run that goes on it does not matter so much.
+    # In a resumed run, a missing logger is only a message.
     made, (note,) = make("tensorboard,mlflow", first_epoch=3)
     assert made == 1
     assert note.startswith("run.loggers mlflow: ")

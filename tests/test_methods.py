@@ -1,5 +1,6 @@
-"""What makes many members pay: few parameters, subspaces, cases of their own, several generations; each beside its
-formula in NumPy, and to the same bits on workers and in this process."""
+"""Tests of methods that make large populations worthwhile: few parameters, subspaces, own cases per pair, and several
+generations per phase. Each is compared with its formula in NumPy, and gives the same bits on workers and in this
+process."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ def vector(net: nn.Module) -> Vector:
 
 
 def fitness_at(theta_D: Vector, case_N: NDArray[np.int64]) -> float:
-    """Of the network with these parameters, computed by torch alone."""
+    """Return the fitness of the network with these parameters, computed by torch alone."""
     net = network().eval()
     with torch.no_grad():
         flat(net).theta_D.copy_(torch.from_numpy(theta_D))
@@ -59,7 +60,7 @@ def fitness_at(theta_D: Vector, case_N: NDArray[np.int64]) -> float:
 
 
 def drawn(available: int, *key: int) -> NDArray[np.int64]:
-    """A permutation as the sorted words of NumPy's own generator make it."""
+    """Return the permutation that sorts the first words of NumPy's own Philox generator."""
     return np.argsort(np.random.Philox(key=np.array(key, np.uint64)).random_raw(available), kind="stable")
 
 
@@ -186,7 +187,7 @@ def test_cases_of_their_own_are_those_of_members_alone_in_a_pass_of_several(rows
 
 
 def test_several_generations_of_a_phase_are_phases_one_after_another() -> None:
-    """Members and cases of their own each, from where the last one left the parent."""
+    """Each generation has its own members and cases, and starts from the parent that the one before it left."""
     net, sigma, count = network(), 0.1, 20
     theta_D = vector(network())
     outcome = Population(net, WithLoss(), seed=5, fitness_cases=count).step(
@@ -211,7 +212,7 @@ def test_several_generations_of_a_phase_are_phases_one_after_another() -> None:
 
 
 def test_a_generation_after_one_that_stayed_has_cases_of_its_own_too() -> None:
-    """The parent is the same, and is to be sent again with the new cases."""
+    """The parent is the same, but must be sent again with the new cases."""
     outcome = Population(network(), WithLoss(), fitness_cases=20).step(
         EvolutionStrategies(8, generations=2, sigma=0.1, step="ratio", step_ratio=1e3, accept="if-better")
     )
@@ -264,7 +265,7 @@ def random_rows(theta_D: Vector) -> Vector:
 
 
 def guided_rows(theta_D: Vector) -> Vector:
-    """Gradients of the losses of two draws of cases, made orthonormal and as long as half a mutation's variance."""
+    """Return the gradients on two draws of cases, orthonormalised and scaled to half of a mutation's variance."""
     kept: list[Vector] = []
     for draw in range(2):
         net = network().eval()
@@ -278,7 +279,7 @@ def guided_rows(theta_D: Vector) -> Vector:
 
 
 def trajectory(population: Population, net: nn.Module) -> Vector:
-    """Three remembered parents, the last of them the one that the phase begins with."""
+    """Remember three parents; the phase starts from the last one. Return the steps between them, the last first."""
     points = []
     for shift in (0.3, 0.1, 0.0):
         with torch.no_grad():
@@ -408,7 +409,7 @@ POINTS_PD = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 2.0], [1.0, 1.0], [-2.0, 3.0
 
 
 def averaged(kind: str, number: float, points_PD: NDArray[np.float32], accuracy: Callable[[Vector], float]) -> Average:
-    """The average of a network of two parameters that was at these points, the first before any epoch."""
+    """Return the average of a network with two parameters that was at these points, at the first before any epoch."""
     model = FlatModel(nn.Linear(2, 1, bias=False), CPU)
     model.theta_D.copy_(torch.from_numpy(points_PD[0]))
     average = Average(kind, number, model, lambda: None, lambda: accuracy(model.theta_D.numpy().astype(np.float64)))
@@ -416,7 +417,7 @@ def averaged(kind: str, number: float, points_PD: NDArray[np.float32], accuracy:
         model.theta_D.copy_(torch.from_numpy(point_D))
         average.after_step()
         average.after_epoch()
-        assert model.theta_D.numpy().tolist() == point_D.tolist()  # the network itself stays where it is
+        assert model.theta_D.numpy().tolist() == point_D.tolist()  # the network itself does not change
     return average
 
 
@@ -519,7 +520,7 @@ def test_a_run_by_each_method_resumes_and_replays(local_ray: None, small_config:
 def test_an_average_goes_on_from_the_last_epoch_that_has_all_that_it_is_of(
     local_ray: None, small_config: Config, tmp_path: Path
 ) -> None:
-    """Epoch 4 is lost, and 3 needs 2, which is damaged."""
+    """Epochs 4 and 5 are lost, and epoch 3 needs epoch 2, which is damaged."""
     run = {"epochs": 5, "keep": 9}
     config = change(small_config, run=run, parent={"average": "epochs:2"}, evolution={"strategy": "none"})
     whole, _ = run_here(config)
@@ -561,7 +562,7 @@ def test_settings_that_do_not_go_together_are_refused(sections: dict[str, Any], 
 
 
 def test_the_presets_of_others_are_their_formulas() -> None:
-    """One update of a vector of parameters, in NumPy: staturecrane/PyTorch-ES, and OpenAI's with Adam."""
+    """Compare one update with NumPy: the formula of staturecrane/PyTorch-ES, and OpenAI's with Adam."""
     theta_D = vector(network())
     for preset, rows in (("pytorch-es", 1), ("openai-es", 2)):
         evolution = load_config(preset).evolution
@@ -586,15 +587,15 @@ def test_the_presets_of_others_are_their_formulas() -> None:
             )
             rank_2P = np.argsort(np.argsort(np.concatenate([plus_P, minus_P]))) / 19 - 0.5
             gradient_D = -(rank_2P[:10] - rank_2P[10:]) @ noise_PD / 20 + 0.005 * theta_D
-            # Adam's first step: the moments are the gradient and its square.
+            # In Adam's first step, the corrected moments are the gradient and its square.
             expected_D = theta_D - 0.01 * gradient_D / (np.abs(gradient_D) + 1e-8)
         assert outcome.accepted
         np.testing.assert_allclose(vector(net), expected_D, atol=2e-5)
 
 
 def test_fzoo_is_one_sided_rademacher_over_the_deviation_of_the_fitness() -> None:
-    """FZOO (arXiv 2506.09034): theta -= lr * sum of (loss_k - loss) / (K std) * u_k, here with the mean for the
-    parent's own loss."""
+    """FZOO (arXiv 2506.09034) is theta -= lr * sum of (loss_k - loss) / (K std) * u_k. Here, the mean loss of the
+    members replaces the parent's loss."""
     net, theta_D = network(), vector(network())
     Population(net, WithLoss(), noise="rademacher").step(EvolutionStrategies(16, sigma=0.01, lr=0.01 * 0.05))
     sign_KD = np.array([noise("rademacher", int(seed), 0, len(theta_D)) for seed in member_seeds(0, 1, 16)], float)

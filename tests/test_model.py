@@ -1,4 +1,4 @@
-"""FlatModel, dead taps, and weights from files."""
+"""Tests of FlatModel, dead taps, folding, and weights from files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from spartan_ray.vision.models import build_model, initial_model
 CPU = torch.device("cpu")
 
 
-@example(size=(1, 4), kernel=1, stride=2, padding=1)  # no tap of the first axis ever meets the map
+@example(size=(1, 4), kernel=1, stride=2, padding=1)  # no tap of the first axis ever overlaps the map
 @given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     kernel=st.sampled_from([1, 2, 3, 5, 7]),
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
     padding=st.integers(0, 3),
 )
 def test_live_taps_are_the_whole_convolution(size: tuple[int, int], kernel: int, stride: int, padding: int) -> None:
-    """Same output and same gradients as nn.Conv2d for every map, kernel, stride and padding."""
+    """The output and the gradients equal those of nn.Conv2d for every map, kernel, stride and padding."""
     if min(size) + 2 * padding < kernel:
         return
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def test_most_of_resnet18_s_taps_are_dead_on_32_by_32_images() -> None:
 
 
 def test_leaves_are_what_has_a_gradient() -> None:
-    """A step along them is the step along all parameters, and theta_D has it."""
+    """A step of the leaves equals a step of all parameters, and changes theta_D as well."""
     x, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     whole, live = (FlatModel(initial_model(Parent(), 10, 0)[0], CPU) for _ in range(2))
     leaves = Leaves(live, x[:1])
@@ -217,7 +217,7 @@ def test_imagenet_weights_offline_name_the_file_and_its_place(tmp_path: Path, mo
 
 @pytest.mark.parametrize("config", [Parent(), Parent(stem="cifar"), Parent(model="convnet"), Parent(width=8)])
 def test_folding_leaves_the_function_and_afterwards_no_trace(config: Parent) -> None:
-    """Every BatchNorm layer is folded, with statistics and affine parameters that are not those of the start."""
+    """Every BatchNorm layer is folded. Its statistics and affine parameters differ from the initial ones."""
     network = initial_model(config, 10, 0)[0].eval()
     norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
     for norm in norms:

@@ -1,4 +1,4 @@
-"""The noise contract: published vectors, an independent generator, slices, and every kernel."""
+"""Tests of the noise contract: published vectors, an independent generator, slices, and every kernel."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ CPU = torch.device("cpu")
 HERE: dict[str, Callable[[NoiseKind], Kernel]] = {"cpu": CpuKernel, "portable": lambda kind: PortableKernel(kind, CPU)}
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
-    # In Triton's interpreter.
+    # This kernel runs in Triton's interpreter.
     from spartan_ray.noise.cuda import CudaKernel
 
     HERE["cuda"] = lambda kind: CudaKernel(kind, CPU)
 KERNELS = {(kind, name): make(kind) for kind in KINDS for name, make in HERE.items()}
-# Fewer of those that Triton interprets, which takes a hundred times as long.
+# Interpreted Triton kernels are drawn less often, because they take a hundred times as long.
 some_kernel = st.sampled_from([which for which in sorted(KERNELS) for _ in range(1 if which[1] == "cuda" else 8)])
 seeds = st.integers(0, 2**64 - 1)
 factors = st.just(0.0) | st.floats(-10, 10, width=32)
 
 
 def agree(kind: NoiseKind, computed: torch.Tensor, expected: NDArray[np.float32], atol: float = 1e-6) -> None:
-    """To the bit, gaussian to atol."""
+    """Assert that values are equal to the bit, or for gaussian noise within `atol`."""
     if kind == "gaussian":
         np.testing.assert_allclose(computed.numpy(), expected, rtol=0, atol=atol)
     else:
@@ -117,7 +117,7 @@ def test_a_portable_kernel_of_many_tiles_computes_the_definition(
 def test_descend_adds_scaled_noise_to_the_parent(
     seed: int, offset: float, gain: float, scaled: bool, which: tuple[NoiseKind, str]
 ) -> None:
-    """theta + scale * (offset + gain * noise), each operation rounded to float32."""
+    """The result is theta + scale * (offset + gain * noise), with each operation rounded to float32."""
     theta = torch.linspace(-2, 2, 5001)
     scale = torch.linspace(3, -1, 5001) if scaled else None
     out = torch.full_like(theta, torch.nan)
@@ -145,7 +145,8 @@ def test_rows_of_members_are_the_members(which: tuple[NoiseKind, str], scaled: b
 
 @pytest.mark.parametrize("which", sorted(KERNELS))
 def test_descend_in_place_changes_its_slice_alone(which: tuple[NoiseKind, str]) -> None:
-    """With a seed of 64 bits, across the block whose number outgrows 32, and over one tile more than its size fills."""
+    """The seed has 64 bits. The slice crosses the point where block numbers exceed 32 bits, and it overlaps one tile
+    more than its size fills."""
     seed, start = 2**64 - 5, 2**34 - 1501
     theta, scale = torch.linspace(-1, 1, 4106), torch.linspace(3, -1, 4096)
     perturbation = np.float32(0.3) + np.float32(-0.7) * noise(which[0], seed, start, start + 4096)
@@ -161,7 +162,7 @@ def test_descend_in_place_changes_its_slice_alone(which: tuple[NoiseKind, str]) 
 
 @pytest.mark.parametrize("name", HERE)
 def test_accumulate_adds_in_the_order_of_members(name: str) -> None:
-    """To the bit what a plain loop of float32 multiply and add gives."""
+    """The sum equals that of a plain loop of float32 multiply and add, to the bit."""
     seed_K = member_seeds(3, 5, 12)
     weight_K = np.random.default_rng(0).normal(size=12).astype(np.float32)
     expected = np.zeros(4200, np.float32)
@@ -211,8 +212,8 @@ def test_each_device_gets_its_kernel(name: str, monkeypatch: pytest.MonkeyPatch)
 
 @needs_triton
 def test_the_cuda_kernels_compile_once_a_kind_without_spills_and_round_every_operation(tmp_path: Path) -> None:
-    """For three generations of GPUs: no fused multiply-add in float32, nothing compiled anew for another seed or start,
-    and few registers, so that a multiprocessor is full of threads."""
+    """The kernels are compiled for three GPU architectures. They have no fused multiply-add in float32, are not
+    compiled again for another seed or start, and use few registers, so that a multiprocessor is full of threads."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     compiled = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "compile_cuda.py")],
@@ -227,13 +228,13 @@ def test_the_cuda_kernels_compile_once_a_kind_without_spills_and_round_every_ope
         assert kernels.keys() == noise_kernels | {"_fold 0", "_fold 1"}, architecture
         for name, kernel in kernels.items():
             assert "fma.rn.f32" not in kernel["ptx"]
-            # In float64, and the trigonometric functions have a path for arguments that are none here.
+            # Gaussian noise is in float64, and its trigonometric functions have a path for arguments that do not occur.
             gaussian = "gaussian" in name
             assert kernel["registers"] <= (128 if gaussian else 40)
             assert kernel["local"] <= (48 if gaussian else 0)
         assert "add.rn.f32" in kernels["_accumulate uniform 1"]["ptx"]
         assert "cvt.rn.bf16" in kernels["_fold 1"]["ptx"]
-        # A thread has eight elements: 26 instructions for each.
+        # A thread computes eight elements, with at most 26 instructions each.
         assert kernels["_accumulate uniform 1"]["loop"] <= 8 * 26
 
 

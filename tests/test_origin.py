@@ -1,4 +1,4 @@
-"""Which commit the package says that it is of: from a checkout, from what is built, and as a Ray job."""
+"""Tests of the commit that the package reports: in a checkout, in built distributions, and in a Ray job."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def repository(folder: Path) -> str:
-    """Make a folder a repository with all that is in it; the commit."""
+    """Make a git repository of a folder and commit all its files. Return the commit."""
     git(folder, "init", "--quiet")
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message", "all of it")
@@ -34,7 +34,7 @@ def repository(folder: Path) -> str:
 
 
 def said(*path: Path) -> tuple[str | None, str]:
-    """Commit and digest as a Python says them that finds packages in these folders alone."""
+    """Return the commit and digest that the package reports to a Python that searches only these folders."""
     program = "from spartan_ray import origin; print(origin.commit(), origin.sources())"
     given = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(map(str, path))}
     command = [sys.executable, "-S", "-B", "-c", program]
@@ -45,7 +45,7 @@ def said(*path: Path) -> tuple[str | None, str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as a repository of its own."""
+    """Return a copy of the package in a separate git repository."""
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "spartan_ray", folder / "spartan_ray", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", ".gitignore"):
@@ -56,7 +56,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of it, unpacked as pip does."""
+    """Return the wheel of the checkout, unpacked as pip does."""
     return unpacked(checkout, tmp_path_factory.mktemp("wheel"))
 
 
@@ -72,7 +72,7 @@ def unpacked(source: Path, folder: Path) -> Path:
 
 
 def job(checkout: Path, folder: Path) -> Path:
-    """What Ray copies of a working directory: nothing of git's."""
+    """Copy a checkout as Ray copies a working directory, without git's files. Return the copy."""
     return Path(shutil.copytree(checkout, folder / "job", ignore=shutil.ignore_patterns(".git", "__pycache__")))
 
 
@@ -91,11 +91,11 @@ def test_a_checkout_is_of_its_commit_unless_the_package_was_changed(checkout: Pa
 
 
 def test_a_wheel_is_of_the_commit_that_it_was_built_from(checkout: Path, wheel: Path, tmp_path: Path) -> None:
-    assert git(checkout, "status", "--porcelain", "--ignored", "--", "spartan_ray") == ""  # nothing of it is left there
+    assert git(checkout, "status", "--porcelain", "--ignored", "--", "spartan_ray") == ""  # the build left nothing
     environment = tmp_path / "environment"
     shutil.copytree(wheel, environment / "site")
     (tmp_path / ".gitignore").write_text("environment\n")
-    repository(tmp_path)  # whatever the environment lies in
+    repository(tmp_path)  # git around the environment does not matter
     head = git(checkout, "rev-parse", "HEAD")
     assert said(environment / "site") == (head, origin.sources())
     with open(environment / "site" / "spartan_ray" / "noise" / "contract.py", "a") as source:
@@ -120,7 +120,7 @@ def test_a_job_is_of_the_commit_of_the_installed_package_if_the_sources_are_the_
     folder = job(checkout, tmp_path)
     assert said(folder) == (None, origin.sources())
     assert said(folder, wheel) == (head, origin.sources())
-    # What `pip install --editable` leaves in an environment.
+    # Write the metadata that `pip install --editable` leaves in an environment.
     about = tmp_path / "editable" / f"spartan_ray-{__version__}.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text(f"Metadata-Version: 2.4\nName: spartan-ray\nVersion: {__version__}\n")

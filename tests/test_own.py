@@ -1,4 +1,4 @@
-"""Networks and strategies of the user's own, from the command line and from Python."""
+"""Tests of a user's networks and strategies, from the command line and from Python."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def own_config(tmp_path: Path) -> Config:
 
 @pytest.mark.ray
 def test_train_from_python_runs_what_the_command_line_runs(tmp_path: Path) -> None:
-    """In a process of its own, where the user has imported Ray and has no Ray running."""
+    """The program runs in a separate process, in which Ray is imported but not running."""
     shutil.copy(Path(__file__).parent / "mine.py", tmp_path)
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -91,7 +91,7 @@ def test_train_from_python_runs_what_the_command_line_runs(tmp_path: Path) -> No
     rows = metrics(Path(path))
     accuracy = [row["validation_accuracy"] for row in rows]
     assert (int(best), epochs, tensors) == (accuracy.index(max(accuracy)) + 1, "4", "11")
-    assert [float(rate) for rate in rates] == pytest.approx([0.01, 0.01, 0.005, 0.005])  # no SGD in the second, fourth
+    assert [float(rate) for rate in rates] == pytest.approx([0.01, 0.01, 0.005, 0.005])  # epochs 2 and 4 have no SGD
     for arguments in (("replay", path, "--verify"), ("resume", path), ("train", "--config", path)):
         code, _, said = command(*arguments, cwd=tmp_path)
         assert (code, said.count("\n")) == (2, 1)
@@ -115,13 +115,13 @@ def test_a_run_of_one_s_own_network_and_strategy_resumes_and_replays(own_config:
     assert [replay.verify(generation) for generation in replay.generations] == [True, True]
     code, _, said = command("report", str(whole), cwd=whole.parent)
     assert (code, said) == (0, "")
-    for member in range(6):  # of the second half some descend from a parent that the first half made
+    for member in range(6):  # some of the second half descend from a parent that the first half made
         recorded, scored = replay.descendant(4, member, whole / "descendant.safetensors")
         assert recorded == scored
 
 
 def test_the_command_line_and_the_library_make_the_same_bytes(local_ray: None, tmp_path: Path) -> None:
-    """An epoch of SGD and a phase; then that phase alone, by a population and by an optimizer."""
+    """A run has an epoch of SGD and a phase. The phase is repeated alone, by a population and by an optimizer."""
     config = parse_config(
         ["--data.name", "digits", "--data.sgd-images", "200", "--data.evolution-images", "300", "--parent.model",
          "convnet", "--parent.threads", "1", "--evolution.every", "2", "--evolution.population", "10", "--run.epochs",
@@ -217,7 +217,7 @@ def test_a_network_that_cannot_be_used_is_one_line(name: str, said: str) -> None
 
 @pytest.mark.parametrize("name", ["mine:Small", "torchvision.models:shufflenet_v2_x0_5"])
 def test_a_network_of_another_package_trains_to_the_same_bits_again(name: str) -> None:
-    """Whatever it draws while it trains, here by dropout, is a function of the seed and the epoch."""
+    """Random draws in training, here those of dropout, are a function of the seed and the epoch."""
     config = Parent(model=name, batch_size=16)
     digests = set()
     for _ in range(2):
@@ -235,7 +235,7 @@ def test_a_network_of_another_package_trains_to_the_same_bits_again(name: str) -
     ("mine:Branches", 1), ("torchvision.models:resnet18", 20), ("torchvision.models:shufflenet_v2_x0_5", 37),
 ])  # fmt: skip
 def test_a_network_of_another_package_computes_as_it_does_there_in_less_time(name: str, folded: int) -> None:
-    """Its outputs folded and not, and its gradients, are those of torch's own layers."""
+    """Its folded outputs and its gradients equal those of torch's own layers."""
     network, _ = initial_model(Parent(model=name), 10, 0)
     module, attribute = name.split(":")
     plain = getattr(importlib.import_module(module), attribute)(num_classes=10)
@@ -261,7 +261,8 @@ def test_a_network_of_another_package_computes_as_it_does_there_in_less_time(nam
 
 
 def test_images_have_the_size_that_is_asked_for() -> None:
-    """Digits of four by four equal pixels: eight by eight, of which those at the edges are blurred."""
+    """Digits consist of squares of four by four equal pixels. In images twice as large, the squares have eight by eight
+    pixels and are blurred at the edges."""
     small, large = (load_splits(Data(name="digits", image_size=size), 0) for size in (32, 64))
     assert large.sgd.pixels_NHWC.shape[1:] == (64, 64, 3)
     assert torch.equal(large.sgd.labels_N, small.sgd.labels_N)
@@ -303,7 +304,7 @@ def test_gradient_noise_leaves_an_output_that_the_loss_does_not_use() -> None:
 
 
 def test_a_module_in_the_directory_of_a_command_stands_for_no_installed_one(tmp_path: Path) -> None:
-    """Such as a run folder of somebody else's, where a report is made."""
+    """The directory may be a run folder from somebody else, in which a report is made."""
     (tmp_path / "pandas.py").write_text("raise SystemExit('ran')")
     program = str(Path(sys.executable).parent / "spartan")
     ended = subprocess.run([program, "report", "."], capture_output=True, text=True, cwd=tmp_path, check=False)

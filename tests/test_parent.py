@@ -1,4 +1,4 @@
-"""Gradient training and scoring, against torch written out by hand."""
+"""Tests of gradient training and scoring against plain torch code."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def train(config: Parent, epochs: int = 2, images: int = 129, augment: bool = Fa
 
 
 def test_sgd_is_the_textbook_s() -> None:
-    """v = momentum * v + (gradient + decay * w); w -= lr * v, on the batches of the documented order. Each step is seen
-    from where the one before it led, since two ways that rounding set apart go on to part."""
+    """The reference is v = momentum * v + (gradient + decay * w); w -= lr * v, on the batches of the documented order.
+
+    Each step is compared from the same weights, because differences by rounding grow from step to step."""
     config = Parent(model="convnet", lr=0.05, momentum=0.8, weight_decay=0.01, batch_size=32)
     model, other = (FlatModel(initial_model(config, 10, 0)[0], CPU) for _ in range(2))
     trainer = Trainer(config, model, SPLITS.sgd[slice(0, 129)], NORMALISE, 0, augment=False)
@@ -52,12 +53,12 @@ def test_sgd_is_the_textbook_s() -> None:
             loss.backward()
             velocity_D.mul_(0.8).add_(other.gradient() + 0.01 * other.theta_D)
             error_D = model.theta_D - (other.theta_D - 0.05 * velocity_D)
-            # An input of a unit may be so near to 0 that rounding turns it on, which is more than sums round by.
+            # A ReLU input may be so near 0 that rounding changes its sign, which is more than the rounding of sums.
             assert error_D.norm() < 0.01 * 0.05 * velocity_D.norm()
             other.theta_D.copy_(model.theta_D)
 
         trainer.train_epoch(epoch, check)
-        assert len(list(batches)) == 1  # of one image
+        assert len(list(batches)) == 1  # of one image, which is skipped
 
 
 @pytest.mark.parametrize("config", [
@@ -106,7 +107,7 @@ def test_score_is_torch_s_loss_and_accuracy_whatever_the_last_batch() -> None:
     result = score(network, images, NORMALISE)
     assert abs(result.loss - F.cross_entropy(logits, images.labels_N).item()) < 1e-5
     first_N, second_N = logits.topk(2).values.T
-    undecided = int((first_N - second_N < 1e-4).sum())  # float32 rounds a network's sums by less
+    undecided = int((first_N - second_N < 1e-4).sum())  # float32 rounding of a network's sums is smaller
     hits = int((logits.argmax(1) == images.labels_N).sum())
     assert result.accuracy * 601 == pytest.approx(hits, abs=undecided + 1e-9)
 
@@ -117,7 +118,7 @@ def test_evaluator_leaves_parent_and_buffers_alone_and_scores_the_images_asked_f
     image_N = np.array([3, 5, 70, 9])
     evaluator = make_spec(SPLITS).make(CPU)
     state = ParentState(theta_D.copy(), parent.buffers, {"fitness": image_N})
-    state.theta_D.flags.writeable = False  # as Ray's shared memory is
+    state.theta_D.flags.writeable = False  # like Ray's shared memory
     evaluator.load(state)
     gain_K = np.array([0.1, 0.1, -0.1, 0], np.float32)
     members = Members(np.array([7, 8, 7, 1], np.uint64), np.zeros(4, np.float32), gain_K)
@@ -137,7 +138,7 @@ def test_evaluator_leaves_parent_and_buffers_alone_and_scores_the_images_asked_f
 @pytest.mark.parametrize("eta", [0.01, 0.3, 1.0])
 @pytest.mark.parametrize("step", [0, 1, 400])
 def test_gradient_noise_has_the_formula_s_variance(eta: float, step: int) -> None:
-    """eta / (1 + t)^0.55 over 24 thousand draws, added to each gradient independently."""
+    """The variance of 24 thousand draws is eta / (1 + t)^0.55. Neighbouring draws do not correlate."""
     config = Parent(model="convnet", gradient_noise=eta, momentum=0.0, lr=1.0, batch_size=64)
     drawn = []
     for noise_of in (None, eta):
@@ -182,7 +183,7 @@ def test_the_gradient_is_torch_s_in_the_layout_of_theta() -> None:
     for view, parameter in zip(other.views(gradient_D), other.module.parameters(), strict=True):
         assert parameter.grad is not None
         assert (view - parameter.grad).norm() < 0.01 * parameter.grad.norm()
-    # A step against it, a thousandth long, lowers the loss by its squared norm times the step.
+    # A step of length 0.001 against the gradient lowers the loss by its squared norm times `step`.
     before = score(model.module, images, NORMALISE).loss
     step = 1e-3 / float(gradient_D.norm())
     model.theta_D -= step * gradient_D
@@ -191,7 +192,7 @@ def test_the_gradient_is_torch_s_in_the_layout_of_theta() -> None:
 
 
 def test_dead_taps_stay_and_live_ones_are_trained_with_all_that_belongs_to_a_gradient() -> None:
-    """ResNet18 has both: noise on gradients, moments that follow each tensor, and the same way from a checkpoint."""
+    """ResNet18 has both. The test uses gradient noise, rescales the moments of each tensor, and restores a state."""
     config = Parent(optimizer="adam", gradient_noise=0.01, batch_size=8, threads=1)
     images = SPLITS.sgd[slice(0, 24)]
     model = FlatModel(initial_model(config, 10, 0)[0], CPU)
@@ -225,7 +226,7 @@ def test_dead_taps_stay_and_live_ones_are_trained_with_all_that_belongs_to_a_gra
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_moments_are_rescaled_to_the_new_parent_s_gradient_or_forgotten(optimizer: str) -> None:
-    """A classifier ten times as steep has larger gradients; each tensor's moments follow its own."""
+    """A classifier with ten times the weights has larger gradients. The moments of each tensor follow its gradient."""
     config = Parent(model="convnet", optimizer=optimizer, batch_size=32)  # type: ignore[arg-type]
     model = FlatModel(initial_model(config, 10, 0)[0], CPU)
     trainer = Trainer(config, model, SPLITS.sgd[slice(0, 300)], NORMALISE, 0, False)

@@ -1,4 +1,4 @@
-"""The updates of the peers that the evaluator is compared with, against formulas of their own, and what they print."""
+"""Tests of the peers that the evaluator is compared with: their updates against formulas, and their output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def small_network() -> nn.Module:
 
 
 def expected_move(noise_KD: np.ndarray) -> np.ndarray:
-    """lr / (K sigma) * sum over members of (f - mean) / std * noise, member by member."""
+    """Return lr / (K sigma) * sum over members of (f - mean) / std * noise, computed member by member."""
     mean = sum(FITNESS_K) / len(FITNESS_K)
     std = (sum((f - mean) ** 2 for f in FITNESS_K) / len(FITNESS_K)) ** 0.5
     move_D = np.zeros(noise_KD.shape[1])
@@ -80,7 +80,8 @@ def test_fitness_is_minus_the_loss_in_evaluation_mode() -> None:
 
 
 def test_the_parent_is_the_same_everywhere_and_costs_no_random_numbers() -> None:
-    """EvoTorch's actors build it from their first members on, and would all draw the same ones after it."""
+    """EvoTorch's actors draw members after they build the network. If building it seeded their generator, all
+    actors would draw the same members."""
     torch.manual_seed(5)
     expected = torch.randn(3)
     torch.manual_seed(5)
@@ -103,7 +104,7 @@ def test_a_peer_prints_one_line_of_rates_and_memory(capsys: pytest.CaptureFixtur
         other.stdout.readline()
         measure("peer", ["numpy"], argparse.Namespace(population=10, generations=2), generation)
         other.communicate(b"\n")
-    assert len(calls) == 4  # the first is a warm-up, in the last memory is looked at
+    assert len(calls) == 4  # the first is a warm-up, the last measures memory
     (line,) = capsys.readouterr().out.splitlines()
     result = json.loads(line)
     assert result["version"] == {"numpy": np.__version__}

@@ -1,4 +1,4 @@
-"""The pool on real Ray workers: their bits, and what Ray says of those that die, raise and cannot start."""
+"""The pool on real Ray workers: exact results, and errors of workers that die, raise or cannot start."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def same(scores: Scores, expected: Scores) -> bool:
 
 
 class Running:
-    """A pool with what it said, and its expected answers computed without Ray. With relays or without."""
+    """A pool with or without relays, its messages, and its expected answers, which are computed without Ray."""
 
     def __init__(self, relayed: bool = False, **cluster: Any) -> None:
         splits = load_splits(Data(name="digits"), 0)
@@ -110,7 +110,7 @@ def shared(local_ray: None, request: pytest.FixtureRequest) -> Iterator[Running]
 
 @pytest.fixture
 def running(shared: Running) -> Running:
-    """The pool of all these tests: it is whole again after each of them."""
+    """Return the shared pool when all of its workers and relays are up again."""
     shared.pool.wait_until_joined()
     shared.wait_for_relays()
     shared.notes.clear()
@@ -163,7 +163,7 @@ def test_a_member_that_raises_on_three_workers_is_named_and_scored_worst(running
 
 
 class Enough(Exception):
-    """What was waited for long enough."""
+    """Raised to end a wait when the pool has sent a message."""
 
 
 class Waiting(Running):
@@ -175,7 +175,7 @@ class Waiting(Running):
 def test_without_room_for_any_worker_the_run_waits_and_says_so(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pool of these tests has all cores."""
+    """The shared pool holds all cores, so no worker of another pool can start."""
     assert "CPU" not in ray.available_resources()
     monkeypatch.setattr(dispatch, "SLOW_START_SECONDS", 1.0)
     with pytest.raises(Enough, match=r"^no workers: waiting for room for 1 workers with 1 CPUs and 0 GPUs each$"):

@@ -1,4 +1,4 @@
-"""The library: any network, any fitness, in this process and on Ray."""
+"""The library with user-defined networks and fitness functions, in this process and on Ray."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def likelihood(network: nn.Module, case_N: torch.Tensor) -> torch.Tensor:
 
 
 class WithLoss(Fitness):
-    """The same with all that a fitness may have."""
+    """The same fitness with all optional members: a batch size, a maximum and a loss."""
 
     cases = 60
     batch: int | None = 16
@@ -86,7 +86,7 @@ def test_phases_are_the_same_on_one_worker_on_two_and_in_this_process(local_ray:
 
 
 class Deadly(WithLoss):
-    """Kills the process of a worker that scores with it, as often as there are files in a folder."""
+    """A fitness that kills the worker's process once for each file in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.home = folder, os.getpid()
@@ -94,7 +94,7 @@ class Deadly(WithLoss):
     def __call__(self, network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         if os.getpid() != self.home:
             for path in self.folder.iterdir():
-                with contextlib.suppress(FileNotFoundError):  # the other worker was faster
+                with contextlib.suppress(FileNotFoundError):  # another worker has deleted it
                     path.unlink()
                     os.kill(os.getpid(), signal.SIGKILL)
         return likelihood(network, batch)
@@ -141,7 +141,7 @@ def test_a_phase_is_resumed_and_its_members_are_scored_again_to_the_bit(strategy
 
 
 def test_what_is_sent_to_a_worker_is_the_network_once() -> None:
-    """Views of one vector would each bring the whole of it."""
+    """Parameters that are views of one vector would each be pickled with the whole vector."""
     sent: list[EvaluatorSpec] = []
 
     def executor(spec: EvaluatorSpec) -> Executor:
@@ -168,7 +168,7 @@ def test_what_cannot_be_sent_is_one_error(local_ray: None) -> None:
 
 @pytest.mark.parametrize("scored", [2, 6])
 def test_a_race_that_nobody_can_finish_leaves_the_parent(scored: int) -> None:
-    """After two calls for the parent, or four more for the members' first part, the fitness raises."""
+    """The fitness raises after two calls for the parent, or after four more for the first part of the members."""
     calls: list[int] = []
 
     class Racing(WithLoss):
@@ -212,7 +212,7 @@ def test_a_phase_moves_the_network_in_place_by_the_formula() -> None:
 
 
 class Odd(nn.Module):
-    """What trips who counts parameters: a 4-D one that is no convolution's, one that is tied, one that is frozen."""
+    """A network with a 4-D parameter outside a convolution, a tied parameter and a frozen one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ def test_parameters_of_every_kind() -> None:
     assert len(population.model.theta_D) == sum(sizes.values())
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name])
-    # As the noise contract counts them: the convolution's weight as O, H, W, I, the others as they are.
+    # The order of the noise contract: a convolution's weight is O, H, W, I, and the others are not permuted.
     start_D = torch.cat([
         before["position"].flatten(), before["convolution.weight"].permute(0, 2, 3, 1).flatten(),
         before["convolution.bias"], before["first.weight"].flatten(),
@@ -259,7 +259,7 @@ def test_parameters_of_every_kind() -> None:
 
 
 def test_a_network_in_half_precision_keeps_a_parent_in_single() -> None:
-    """Steps that are too small for bfloat16 add up."""
+    """Steps that are too small for bfloat16 add up in the float32 parent."""
     net = Odd().bfloat16()
     population = Population(net, outputs, cases=20)
     assert population.model.theta_D.dtype == torch.float32
@@ -274,7 +274,7 @@ def test_a_network_in_half_precision_keeps_a_parent_in_single() -> None:
     ):
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(view.bfloat16(), parameter)
-    # And what another trainer did to it is taken over, with its precision.
+    # A change by another trainer is adopted, in the precision of the network.
     with torch.no_grad():
         net.first.weight.mul_(0)
     population.step(strategy)
@@ -283,7 +283,7 @@ def test_a_network_in_half_precision_keeps_a_parent_in_single() -> None:
 
 
 class F1(Fitness):
-    """True and false positives and negatives, which no mean over cases can be of."""
+    """The F1 score from true positives, false positives and false negatives. It is not a mean over cases."""
 
     cases = 60
 
@@ -400,7 +400,9 @@ def test_a_loss_that_is_not_one_number_is_said() -> None:
 def trained(
     steps: int, saved: list[Any], from_: Any = None, moments: Any = "keep", half: bool = False
 ) -> tuple[nn.Module, EvolutionOptimizer]:
-    """A plain loop with a schedule; what would be saved after the fifth step is added to `saved`."""
+    """Run a training loop with a schedule, and return the network and the optimizer.
+
+    Continue from the state `from_` if it is given. After step 5, append the state to `saved`."""
     net = network()
     base = torch.optim.Adam(net.parameters(), lr=0.05)
     population = Population(net, WithLoss(), seed=2)
@@ -437,7 +439,7 @@ def test_the_optimizer_evolves_every_so_many_steps_and_resumes_exactly(moments: 
 
 
 def test_the_optimizer_is_the_base_s_steps_and_the_population_s_phases() -> None:
-    """By hand, to the bit."""
+    """The same loop without the optimizer wrapper gives the same bits."""
     net, _ = trained(8, [])
     by_hand = network()
     base = torch.optim.Adam(by_hand.parameters(), lr=0.05)

@@ -1,4 +1,4 @@
-"""Recordings of a member's work, on a CPU by plain calls: the same bits as without."""
+"""Recordings of a member's work give the same bits as plain calls. On a CPU, a recording is a plain call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def state(evaluator: Evaluator, generation: int) -> ParentState:
-    """Of a parent, and its cases, that are another one's in each generation."""
+    """Return a parent state whose parameters, buffers and cases depend on the generation."""
     chance = np.random.default_rng(generation)
     theta_D = chance.normal(0, 0.1, evaluator.model.theta_D.numel()).astype(np.float32)
     was = [buffer.cpu().numpy() for buffer in evaluator.model.buffers]
@@ -37,7 +37,7 @@ def pairs(seed: int, count: int) -> Members:
 
 
 def scored(evaluator: Evaluator, scale: NDArray[np.float32] | None) -> list[Scores]:
-    """Several generations with several kinds of requests."""
+    """Return the scores of several kinds of requests in four generations."""
     found = []
     for generation in range(4):
         evaluator.load(state(evaluator, generation))
@@ -47,7 +47,7 @@ def scored(evaluator: Evaluator, scale: NDArray[np.float32] | None) -> list[Scor
             found.append(evaluator.evaluate(members, "fitness", -math.inf, part=(0.0, 0.5))[0])
             found.append(evaluator.evaluate(members, "fitness", -math.inf, own=40)[0])
             found.append(evaluator.evaluate(members, "search", -math.inf)[0])
-        found.append(evaluator.evaluate(pairs(generation, 4), "fitness", -2.3)[0])  # is not recorded
+        found.append(evaluator.evaluate(pairs(generation, 4), "fitness", -2.3)[0])  # a threshold prevents recording
     return found
 
 
@@ -64,13 +64,13 @@ def test_what_is_repeated_from_a_recording_has_the_bits_of_what_is_computed_anew
     for one, other in zip(scored(plain, scale), scored(recording, scale), strict=True):
         assert one.mean_KM.tobytes() == other.mean_KM.tobytes()
         assert one.cases_K.tobytes() == other.cases_K.tobytes()
-    # All of 300 cases and of 301, half of either, 40 of a pair's own, 70: with a scale and without, and not once for
-    # each generation.
+    # There is one recording for each number of cases, with and without a scale, and not for each generation. The
+    # numbers are 300, 301, half of either, a pair's own 40, and 70.
     assert len(recorder.recorded) == (2 + 1 + 1 + 1) * 2
 
 
 def test_a_recording_reads_the_memory_that_it_was_made_with() -> None:
-    """What is made anew for another parent is copied to where it was."""
+    """The values for another parent are copied to the same memory."""
     recorder, calls = Recorder(CPU), 0
     first = recorder.keep("batch", (torch.ones(3), [torch.zeros(2, dtype=torch.int64), 7]))
     second = recorder.keep("batch", (torch.full((3,), 2.0), [torch.ones(2, dtype=torch.int64), 8]))
@@ -92,7 +92,7 @@ def test_a_recording_reads_the_memory_that_it_was_made_with() -> None:
     assert [recorder.repeat(read, work, member).tolist() for member in (0, 1)] == [[6, 3], [60, -1]]
     assert calls == 2
     assert len(recorder.recorded) == 1
-    recorder.repeat([*second[1], second[0]], work, 0)  # the same memory, another number
+    recorder.repeat([*second[1], second[0]], work, 0)  # the same memory and another number make another recording
     assert len(recorder.recorded) == 2
 
 

@@ -1,4 +1,4 @@
-"""Relays: what goes through them, and what follows when one is lost or hangs."""
+"""Relays: the tasks that go through them, and the recovery when a relay is lost or hangs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spartan_ray.distributed.relayed import RelayTransport, Ticket
 
 
 class Stub:
-    """A worker that answers with twice what it is asked, after so many seconds, or fails at 0."""
+    """A worker that returns twice a number after some seconds, and raises for 0."""
 
     def __init__(self, spec: object) -> None:
         pass
@@ -37,14 +37,14 @@ class Stub:
 
 
 class Named(Stub):
-    """A worker that answers with what Ray calls the task."""
+    """A worker that returns Ray's name of the task."""
 
     def evaluate(self, number: int, seconds: float = 0.0) -> Any:
         return ray.get_runtime_context().get_task_name()
 
 
 class Pair:
-    """Two workers of one node, which has a relay that is up."""
+    """Two workers on one node with a running relay."""
 
     def __init__(self, kind: type[Stub] = Stub) -> None:
         resolved = resolve_cluster(Cluster(workers=2), [{"CPU": 2}])
@@ -73,7 +73,9 @@ class Pair:
         return self.transport.submit(self.workers[worker], "evaluate", *arguments)
 
     def answers(self, references: list[Any], seconds: float = 30) -> list[Any]:
-        """In their order; each is ready once. They are looked for again and again, after so many seconds at most."""
+        """Return the answers in the order of the references, with errors as values. Each reference is ready once.
+
+        One wait takes at most `seconds`."""
         waiting, found = set(references), dict[Any, Any]()
         for _ in range(100):
             if not waiting:
@@ -112,7 +114,7 @@ def test_what_goes_through_a_relay_is_answered_and_what_fails_says_so(pair: Pair
 def test_what_a_lost_relay_had_is_asked_directly_and_another_one_starts(pair: Pair) -> None:
     lost = pair.relay()
     references = [pair.ask(number, 0.1, worker=number % 2) for number in range(1, 9)]
-    pair.transport.wait([], 0)  # they are sent
+    pair.transport.wait([], 0)  # sends them
     os.kill(lost, signal.SIGKILL)
     assert pair.answers(references) == [2, 4, 6, 8, 10, 12, 14, 16]
     assert any(reference.direct for reference in references)
@@ -137,11 +139,11 @@ def test_of_a_relay_that_says_nothing_the_workers_are_asked_directly(
     assert rest == [2, 4, 6]
     assert all(psutil.pid_exists(pid) for pid in pair.pids)
     assert not psutil.wait_procs([hung], timeout=60)[1]
-    pair.wait_for_relay()  # another one
+    pair.wait_for_relay()  # the new relay
 
 
 def test_time_in_which_nobody_listens_does_not_count_as_silence(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = pair.ask(1, 3.0)  # which nobody has answered when somebody listens again
+    reference = pair.ask(1, 3.0)  # not answered yet at the next wait
     pair.transport.wait([], 0)
     now = pair.transport.now
     monkeypatch.setattr(pair.transport, "now", lambda: now() + 10_000)
@@ -164,7 +166,7 @@ def test_a_relay_without_answers_says_that_it_is_there(local_ray: None) -> None:
 def test_a_call_that_overtakes_the_one_with_its_worker_waits_for_it(local_ray: None) -> None:
     worker: Any = ray.remote(Stub).options(num_cpus=0).remote(None)
     relay: Any = ray.remote(Relay).options(num_cpus=0).remote("mine")
-    ray.get(relay.answer.remote(), timeout=60)  # it is there, so that the calls come as they are sent
+    ray.get(relay.answer.remote(), timeout=60)  # it runs, so calls arrive in the order in which they are sent
     early = relay.exchange.remote({}, [(5, 9, (21,))])
     assert not ray.wait([early], timeout=0.5)[0]
     late = relay.exchange.remote({9: worker}, [])

@@ -1,4 +1,4 @@
-"""Descendants and updates made again from the journal, against NumPy, and what cannot be."""
+"""Replay of descendants and updates from the journal, compared with NumPy, and its errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_descendant_is_its_parent_and_its_noise(folder: Path) -> None:
     thresholds = thresholds_of(replay)
     recorded, scored = replay.descendant(4, 11, folder / "descendant.safetensors")
     assert recorded == scored
-    assert thresholds == [-math.inf]  # es rejects nobody early
+    assert thresholds == [-math.inf]  # es has no early rejection
     parent = flat(folder / "checkpoints" / "epoch-000003.safetensors")
     journal = read_journal(folder / "journal" / "000004.npz")
     assert recorded == journal["fitness"][11]

@@ -1,4 +1,4 @@
-"""Tables, pictures and the page, from records that the test writes."""
+"""Tables, pictures and the page of a report, from records that the tests write."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def write_run(folder: Path, accuracies: list[float], evolve: dict[int, bool]) ->
 def test_a_table_says_what_the_phases_made_of_the_parent(
     tmp_path: Path, phases: list[tuple[float | None, float | None, bool]], said: str
 ) -> None:
-    """On the images that scored them; a fitness that was not finite is below all others."""
+    """The fitness is that on the images that scored the members. A fitness that is not finite is the lowest."""
     folder = write_run(tmp_path / "x", [0.5] * len(phases), {n: moved for n, (_, _, moved) in enumerate(phases, 1)})
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row, (before, after, _) in zip(rows, phases, strict=True):
@@ -111,7 +111,7 @@ def test_the_report_tells_who_replaced_the_parent_and_what_confirmed_it(tmp_path
 
 
 def test_a_search_tells_the_gain_on_images_that_did_not_choose_the_direction(tmp_path: Path) -> None:
-    """At the length that was taken; a phase that left the parent unmoved has none."""
+    """The gain is measured at the length that was taken. A phase that does not move the parent has no gain."""
     folder = write_run(tmp_path / "x", [0.5, 0.9], {1: True, 2: False})
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
@@ -180,7 +180,7 @@ def test_charts_on_the_page_take_its_colours_and_fit_both_widths(tmp_path: Path)
         assert "currentColor" in chart
         assert INK not in chart
         assert PAGE not in chart
-    assert "var(--page)" in charts[0]  # the hollow dot of a phase that left the parent unmoved
+    assert "var(--page)" in charts[0]  # the hollow dot of a phase that did not move the parent
     assert "prefers" not in page
     assert "light-dark(" in page
 

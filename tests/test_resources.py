@@ -1,4 +1,4 @@
-"""How many workers fit which nodes, and what is refused."""
+"""The number of workers that fit the nodes of a cluster, and requests that are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spartan_ray.errors import InputError
         ({"gpus_per_worker": 1, "driver_gpus": 0}, [{"CPU": 64.0, "GPU": 8.0}], 8, 1.0, 0.0),
         ({"gpus_per_worker": 0, "driver_gpus": 0}, [{"CPU": 6.0, "GPU": 8.0}], 6, 0.0, 0.0),
         ({"workers": 3}, [{"CPU": 8.0}], 3, 0.0, 0.0),
-        # Several nodes: nothing spans two of them, and the driver goes to the first with room.
+        # On several nodes, no process spans two of them, and the driver goes to the first with room.
         ({}, [{"CPU": 8.0, "GPU": 1.0}] * 4, 4, 0.9, 0.1),
         ({}, [{"CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}], 2, 0.9, 0.1),
         ({"gpus_per_worker": 1}, [{"CPU": 8.0, "GPU": 1.0}] * 4, 3, 1.0, 0.1),
@@ -71,19 +71,19 @@ EIGHT = [{"CPU": 16.0, "GPU": 8.0}]
 @pytest.mark.parametrize(
     ("asked", "nodes", "free", "workers", "starting", "grows", "size"),
     [
-        # What is free, beside what it has itself, and not what exists.
+        # Only free resources count, beside those of the workers that the run has.
         ("auto", EIGHT, [{"CPU": 15.0, "GPU": 7.9}], 0, 0, False, 8),
         ("auto", EIGHT, [{"CPU": 7.0, "GPU": 2.8}], 0, 0, False, 2),
         ("auto", EIGHT, [{"CPU": 7.0, "GPU": 2.8}], 5, 0, False, 7),
         ("auto", EIGHT, [{"CPU": 2.0, "GPU": 7.9}], 0, 0, False, 2),
         ("auto", EIGHT, [], 3, 0, False, 3),
-        # Those that have not joined hold what they need already, or wait for it.
+        # Workers that have not joined may hold their resources already or still wait for them.
         ("auto", EIGHT, [{"CPU": 7.0, "GPU": 3.7}], 0, 4, False, 4),
         ("auto", EIGHT, [{"CPU": 7.0, "GPU": 6.0}], 1, 2, False, 7),
-        # A busy or empty cluster: one is asked for.
+        # On a busy or an empty cluster, one worker is requested.
         ("auto", EIGHT, [], 0, 0, False, 1),
         ("auto", [{"CPU": 0.0}], [{"CPU": 0.0}], 0, 0, True, 1),
-        # A number is a number.
+        # A number is taken as it is, and a range limits the number.
         (5, EIGHT, [], 0, 0, False, 5),
         ("2..4", EIGHT, [{"CPU": 15.0, "GPU": 7.9}], 0, 0, False, 4),
         ("2..4", EIGHT, [{"CPU": 15.0, "GPU": 3.0}], 0, 0, False, 3),

@@ -1,4 +1,4 @@
-"""The tables under results/ are those of their rows."""
+"""The tables under results/ agree with their rows."""
 
 from __future__ import annotations
 

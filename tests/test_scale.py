@@ -1,4 +1,4 @@
-"""`spartan scale`: nested populations of one parent, scored once."""
+"""`spartan scale`: nested populations of one parent, whose members are scored once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def parent(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of gradient descent that has kept three epochs."""
+    """Return the folder of an SGD run that has kept three epochs."""
     out = tmp_path_factory.mktemp("scale")
     config = Config(
         run=Run(out=str(out), epochs=3),
@@ -120,7 +120,7 @@ def test_the_command_says_what_it_cannot_use_and_writes_tables_of_rows(parent: P
     assert not (tmp_path / "scale").exists()
     (tmp_path / "scale").mkdir()
     (tmp_path / "scale" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
-    assert command("scale", "--tables", cwd=tmp_path)[0] == 0  # of what was interrupted before there was an update
+    assert command("scale", "--tables", cwd=tmp_path)[0] == 0  # an interrupted study without an update
     (tmp_path / "scale" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert command("scale", "--tables", cwd=tmp_path)[0] == 0
     text = (tmp_path / "scale" / "README.md").read_text()
@@ -153,11 +153,12 @@ ROWS = [
 
 def test_tables_are_of_the_means_of_draws() -> None:
     text = scale_tables.write_up(pd.DataFrame(ROWS), "x")
-    # 2 and 4 points: 3, with a half width of 12.706 * sqrt(2) / sqrt(2); draws deviate by 1.41 and 2.83 points.
+    # The gains of the parents are 2 and 4 points. Their mean is 3, with a half width of 12.706 * sqrt(2) / sqrt(2). The
+    # standard deviations of the draws are 1.41 and 2.83 points.
     line = "| all | 50 | 0.10 | +3.00 ± 12.71 | +3.00 ± 12.71 | +3.00 ± 12.71 | +0.030 ± 0.127 | 2.24 | +0.0200 |"
     assert f"{line} +0.50 | +30.00 |" in text
     assert "| average of 2 epochs | 60.00 ± 0.00 | **+10.00 ± 0.00** | 1.500 ± 0.000 | **-0.500 ± 0.000** |" in text
     assert "over 2 parents" in text
-    # A parent that was trained on is another one, and replaces what it was.
+    # A parent that was trained further replaces the earlier parent of its seed.
     older = [entry | {"weights": "older"} for entry in ROWS if entry["weights"] == "a"]
     assert scale_tables.write_up(pd.DataFrame([*older, *ROWS]), "x") == text

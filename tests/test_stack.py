@@ -1,4 +1,7 @@
-"""Several members scored in one pass: as one at a time, with bits that depend on the size of a pass alone."""
+"""Scoring several members in one pass.
+
+The scores agree with those of one member at a time. Their bits depend only on the size of a pass.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ WANTED_N3 = IMAGES_NCHW.mean((2, 3)).abs().sum(1, keepdim=True).expand(CASES, 3)
 
 
 class Tied(nn.Module):
-    """A convolution, a frozen layer, BatchNorm's buffers, and a weight that is used twice."""
+    """A network with a convolution, BatchNorm buffers, a frozen layer and a weight that is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,13 +53,13 @@ def network() -> nn.Module:
 
 
 def closeness(network: nn.Module, case_N: torch.Tensor) -> torch.Tensor:
-    """Two statistics a case."""
+    """Return two statistics per case."""
     error_N3 = (network(IMAGES_NCHW[case_N]) - WANTED_N3[case_N]).abs()
     return torch.stack([-error_N3.sum(1), (error_N3.amax(1) < 0.5).float()], 1)
 
 
 class Close(Fitness):
-    """The same in batches of eight cases, with what a case can have at most."""
+    """The same fitness in batches of eight cases, with the maximum of each statistic."""
 
     cases = CASES
     batch: int | None = 8
@@ -95,7 +98,7 @@ def test_a_pass_scores_the_members_that_are_scored_one_at_a_time(rows: int) -> N
 
 
 def test_the_bits_of_a_member_depend_on_the_size_of_a_pass_and_not_on_its_company() -> None:
-    """Whatever the members are cut into, and in whatever order they come."""
+    """The members are scored in another order and in parts of several sizes."""
     whole = scores_of(8).mean_KM
     worker, members = evaluator(8), members_of()
     order_K = np.argsort(members.seed_K)

@@ -1,4 +1,4 @@
-"""Runs in an object store, on an S3 server of the tests' own: files, failures, the lease, and what is sent when."""
+"""Runs in an object store, on a local S3 server: files, failures, the lease, and the order of uploads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def server() -> Iterator[ObjectStore]:
 
 @pytest.fixture(autouse=True)
 def s3(server: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ObjectStore]:
-    """The server, empty and well, with tries that wait for nobody."""
+    """Return the server, empty and without failures. Retries do not wait."""
     for name in server.names():
         server.client().delete_object(Bucket=BUCKET, Key=name)
     monkeypatch.setattr(storage, "RETRIES", (0.0,) * 4)
@@ -59,7 +59,7 @@ def test_files_are_read_and_written_by_their_names(s3: ObjectStore) -> None:
 
 
 def test_only_one_process_creates_a_file() -> None:
-    """Many at the same time, each with a connection of its own."""
+    """Eight threads try at the same time, each with its own connection."""
     made: list[bytes] = []
     together = threading.Barrier(8)
 
@@ -146,7 +146,7 @@ def test_a_lease_is_one_process_s_until_it_is_released_or_no_longer_renewed(monk
     first.hold()
     first.release()
     second = Lease.take(store)
-    # Its process dies: nothing renews it.
+    # Its process dies, and nothing renews the lease.
     second.ended.set()
     second.thread.join()
     monkeypatch.setattr(storage, "LEASE_SECONDS", 0.1)
@@ -239,7 +239,7 @@ def test_a_store_that_stays_away_leaves_the_copy_and_the_last_checkpoint(s3: Obj
 
 
 def test_who_has_lost_the_lease_writes_no_more(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that stood still for longer than the lease lasts."""
+    """The process was suspended for longer than its lease lasts."""
     place = Place.new(URL, "x")
     assert isinstance(place.lock, Lease)
     place.lock.ended.set()
@@ -289,7 +289,7 @@ def test_who_is_patient_waits_for_one_that_is_still_ending(monkeypatch: pytest.M
     seen: list[int] = []
 
     def pause(seconds: float) -> None:
-        """It is renewed a few times, and released."""
+        """Release the lease after a few renewals."""
         seen.append(ending.renewals)
         if ending.renewals > 3:
             ending.release()

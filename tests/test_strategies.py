@@ -1,4 +1,4 @@
-"""The strategies' maths: shaping, step search, temperature, schedules."""
+"""The mathematics of the strategies: shaping, step search, temperature, schedules."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def test_merging_seeds_keeps_the_sum(pairs: int) -> None:
 
 @given(st.floats(0.02, 400.0), st.floats(0.1, 10), st.floats(-3, 3))
 def test_a_search_finds_the_best_length_of_a_parabola(best: float, curvature: float, peak: float) -> None:
-    """Ratios from 0.02 to 400: within 0.1 % of what there is to gain, in ten lengths where 2 is not best."""
+    """The search gets within 0.1 % of the possible gain for best lengths from 0.02 to 400.
+
+    It tries at most 10 lengths where 2 is not the best of the first ones, and at most 15 otherwise."""
 
     def fitness(length: float) -> float:
         return peak - curvature * (length - best) ** 2
@@ -120,7 +122,9 @@ def test_a_search_never_takes_what_is_worse_than_the_parent(values: list[float])
 
 
 def search(fitness: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The length that `step` search takes where the update of that length has that fitness."""
+    """Return the length that `step: search` takes, and the fitness of each length that it tried.
+
+    `fitness` is a function of the length of the update."""
     phase = make_phase(Evolution(population=4, step="search"))
     request, tried = next(phase), dict[float, float]()
     try:
@@ -144,7 +148,7 @@ def search(fitness: Callable[[float], float]) -> tuple[float, dict[float, float]
 
 @pytest.mark.parametrize(("kind", "expected"), [("none", 1.0), ("error", 0.375), ("loss", 1.5 / 2.302585092994046)])
 def test_temperatures_are_what_is_computed_by_hand(kind: str, expected: float) -> None:
-    """The parent has a loss of 1.5, classifies 5 of 8 images of 10 classes, and the step is 0.2."""
+    """The parent has a loss of 1.5 and 5 of 8 images right. There are 10 classes, and the step is 0.2."""
     config = Evolution(strategy="random-gradients", temperature=kind, lr=0.2, low=-1, high=3)  # type: ignore[arg-type]
     phase = make_phase(config)
     assert next(phase) == SetScale("gradient")
@@ -167,7 +171,7 @@ def test_schedules_decay_by_the_phase() -> None:
         aim = phase.send(scores([1.0, 2, 3, 4, 5]))
         assert isinstance(aim, SetDirection)
         assert abs(aim.rate / rate - 1) < 1e-9
-        # The estimate is 1 / (K sigma) * sum of shaped * noise; the weights here are those of the noise.
+        # The estimate is 1 / (K sigma) * sum of shaped * noise. `weight_U` has the factors of the noise.
         np.testing.assert_allclose(aim.weight_U, zscore(np.array([-2.0, -3, -4, -5])) / (4 * sigma), rtol=1e-6)
     descents = make_strategy(Evolution(strategy="random-gradients", every=5, lr=0.3, lr_decay=0.1), 10)
     assert descents
@@ -181,7 +185,7 @@ def test_schedules_decay_by_the_phase() -> None:
 
 
 def test_weights_that_cancel_are_no_update() -> None:
-    """Mirrored pairs of equal fitness, which differs between the pairs."""
+    """The two members of each mirrored pair have equal fitness. The fitness differs between the pairs."""
     phase = make_phase(Evolution(population=4, mirrored=True, step="ratio"))
     next(phase)
     with pytest.raises(StopIteration) as end:

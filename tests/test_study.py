@@ -1,4 +1,4 @@
-"""Studies: what is planned, run, gone on with, and said of the rows."""
+"""Studies: planning, running, resuming, and the tables of their rows."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_combination_is_planned_and_all_cells_of_a_seed_come_first() -> No
 
 def test_the_key_of_a_run_is_of_what_changes_its_numbers() -> None:
     key = plan()[0].key
-    assert [run.key for run in plan()[::2]] == [key, key]  # of every seed
+    assert [run.key for run in plan()[::2]] == [key, key]  # the same for every seed
     assert planned_runs(Study(**SMALL), {"run": {"out": "x"}, "cluster": {"workers": 7}})[0].key == key
     assert planned_runs(Study(**SMALL), {"data": {"root": "elsewhere"}})[0].key == key
     assert planned_runs(Study(**SMALL), {"parent": {"lr": 0.02}})[0].key != key
@@ -103,7 +103,7 @@ def test_the_key_of_a_run_is_of_what_changes_its_numbers() -> None:
         ({"grid": [{"method": {"a.b": {}}}]}, "study.grid: 'a.b': letters"),
         ({"baselines": ["sdg"]}, r"baselines: sdg: no such way in scratch \(perhaps sgd"),
         ({"claims": [{"says": "", "group": "x", "way": "es"}]}, "claims: x: no such group"),
-        ({"baselines": ["es, average"]}, "baselines: es, average: no such way in scratch"),  # it has no parent.average
+        ({"baselines": ["es, average"]}, "baselines: es, average: no such way in scratch"),  # es has no parent.average
         ({"baselines": ["es", "sgd, stopped early"]}, "baselines: sgd, stopped early: no such way"),  # only the first
         (
             {"pictures": [SMALL["pictures"][0] | {"methods": ["sgd, average"]}]},
@@ -133,7 +133,7 @@ def test_intervals_are_those_of_the_t_test() -> None:
         [{"group": "g", "way": way, "seed": seed, "test_accuracy": value}
          for way, values in (("a", a), ("b", b[::-1])) for seed, value in enumerate(values)]
     )  # fmt: skip
-    frame.loc[frame["way"] == "b", "seed"] = [4, 3, 2, 1, 0]  # pairs are by seed, not by place
+    frame.loc[frame["way"] == "b", "seed"] = [4, 3, 2, 1, 0]  # values are paired by seed, not by position
     paired: Any = stats.ttest_rel(a, b).confidence_interval(0.95)
     found, wins = difference(frame, "g", "a", "b", "test_accuracy")
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx(tuple(paired))
@@ -170,7 +170,7 @@ def test_the_highest_is_above_every_other(b: list[float], c: list[float], found:
 
 
 def of_epochs(method: str, validation: list[float], evolution: list[float], average: float = np.nan) -> pd.DataFrame:
-    """Rows of a run whose every third epoch is an evolve phase."""
+    """Return the rows of a run in which every third epoch is an evolve phase."""
     count = len(validation)
     frame = pd.DataFrame({"epoch": range(1, count + 1), "validation_accuracy": validation})
     frame["evolution_accuracy"] = evolution
@@ -195,14 +195,14 @@ def test_where_a_run_ended_and_what_it_did_on_the_way() -> None:
     assert end["late_validation_accuracy"] == pytest.approx(0.3 - 0.5)
     assert (end["trained"], end["scored"], end["seconds"]) == (600, 60, 9)
     early = found.loc["sgd, stopped early"]
-    assert early["test_accuracy"] == pytest.approx(0.2)  # the first epoch of the highest accuracy
+    assert early["test_accuracy"] == pytest.approx(0.2)  # the first epoch with the highest evolution accuracy
     assert early["trained"] == 300
     assert found.loc["sgd, average", "test_accuracy"] == 0.7
     assert found["overfitting"].isna().tolist() == [False, True, False, False]
 
 
 def rows_of(study: Study, folder: Path, interrupt_after: int | None = None) -> Rows:
-    """The rows of a study as far as it is run."""
+    """Do the missing runs of a study and return its rows. Raise KeyboardInterrupt after `interrupt_after` runs."""
     runs, rows = planned_runs(study, {}), Rows(folder / "rows.csv")
     missing = [run for run in runs if not rows.has(run)]
     ended: list[Planned] = []
@@ -229,7 +229,7 @@ def test_an_interrupted_study_goes_on_to_the_same_rows(local_ray: None, tmp_path
     pd.testing.assert_frame_equal(found, expected)
     assert len(found) == 16
     assert found["weights"].nunique() == 4
-    # The file alone makes the tables.
+    # The tables need only the file of rows.
     read = Rows(tmp_path / "whole" / "rows.csv")
     assert write_up(study, runs, read.of(runs), "x") == write_up(study, runs, whole.of(runs), "x")
     assert rows_of(study, tmp_path / "whole", interrupt_after=1).frame.equals(whole.frame)  # nothing to do
@@ -281,7 +281,7 @@ def test_the_command_writes_tables_without_the_runs(local_ray: None, tmp_path: P
     assert command("study", "small.yaml", "--tables", cwd=tmp_path)[0] == 0
     assert (folder / "README.md").read_text() == text
     code, out, _ = command("study", "small.yaml", "--tables", "--parent.lr", "0.5", cwd=tmp_path)
-    assert "0 of 2 runs are done" in out  # rows of other settings are not these, and stay
+    assert "0 of 2 runs are done" in out  # rows of other settings do not count, and are kept
     assert command("study", "small.yaml", "--tables", cwd=tmp_path)[0] == 0
     assert (folder / "README.md").read_text() == text
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(SMALL | {"baselines": ["sdg"]}, sort_keys=False))

@@ -1,4 +1,4 @@
-"""What an operator sees of a run: the gauges that Ray exports, and the dashboard that reads them."""
+"""Telemetry of a run: the gauges that Ray exports, and the dashboard that reads them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_row_sets_the_gauges_of_the_numbers_that_it_has(monkeypatch: pytest.Mo
 
 
 def test_ray_exports_them(local_ray: None, small_config: Config) -> None:
-    """As a node's agent answers Prometheus, which takes some seconds."""
+    """The node's agent returns the gauges to Prometheus after some seconds."""
     folder, _ = run_here(small_config)
     (node,) = (node for node in ray.nodes() if node["Alive"])
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

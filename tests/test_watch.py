@@ -1,4 +1,4 @@
-"""`spartan watch` shows what is in a run folder while it grows, and ends when the run does."""
+"""`spartan watch` shows the epochs in a run folder while the run writes them, and ends with the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spartan_ray.errors import InputError
 
 
 def grow(folder: Path, monkeypatch: pytest.MonkeyPatch, *steps: Callable[[], object]) -> list[float]:
-    """Take a step whenever the watcher sleeps; how long it slept."""
+    """Take the next step whenever the watcher sleeps. Return the list of its sleep times in seconds."""
     slept: list[float] = []
     left = iter(steps)
 

@@ -1,4 +1,4 @@
-"""What ends a process that is stuck where Python hears no signal."""
+"""The watchdog ends a process that is stuck where Python handles no signals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 import pytest
 from whole_runs import environment
 
-# A lock that is taken twice waits in C without end, as `ray.init` does, and a signal does not wake it.
+# Taking a lock twice waits in C forever, as `ray.init` can. A signal does not end the wait.
 STUCK = """
 import ctypes, subprocess, sys
 from spartan_ray.cli import watchdog

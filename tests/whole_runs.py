@@ -1,4 +1,4 @@
-"""Whole runs on Ray, and what they left."""
+"""Helpers that do whole runs on Ray and read their results."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ SMALL = ["--data.name", "digits", "--parent.model", "convnet", "--evolution.ever
 
 
 def parse_config(arguments: list[str]) -> Config:
-    """The configuration of `spartan train` with these arguments."""
+    """Return the configuration of `spartan train` with these arguments."""
     return take_config(cli.parse(["train", *arguments]))
 
 
 def change(config: Config, **sections: dict[str, Any]) -> Config:
-    """The configuration with fields of sections replaced."""
+    """Return the configuration with fields of sections replaced."""
     return Config(
         **{
             name: type(section)(**section.model_dump() | sections.get(name, {}))
@@ -55,12 +55,12 @@ def change(config: Config, **sections: dict[str, Any]) -> Config:
 
 
 def run(config: Config, watch: Callable[[Progress], None] = lambda progress: None, folder: Path | None = None) -> Path:
-    """Run to the end, or go on in a folder, and show `watch` the progress again and again; the run folder."""
+    """Do a run, or resume the one in `folder`. Call `watch` with the progress repeatedly. Return the run folder."""
     return attend(Supervisor(config, str(folder) if folder else None), watch)
 
 
 class WarmTransport(RelayTransport):
-    """Workers of one session of tests: those that a run is done with are for the next one, which saves their start."""
+    """A transport that keeps the workers of a finished run for the next run in the session, which saves their start."""
 
     idle: ClassVar[list[Any]] = []
 
@@ -70,12 +70,12 @@ class WarmTransport(RelayTransport):
                 Worker.__init__(self, spec)
 
         super().__init__(spec, cluster, name=name)
-        self.actor, self.resources = ray.remote(Warm), {"num_cpus": 0}  # idle, they leave the cores to others
+        self.actor, self.resources = ray.remote(Warm), {"num_cpus": 0}  # idle workers must not hold cores
 
     def start(self) -> tuple[Any, Any]:
         while self.idle:
             worker = self.idle.pop()
-            with contextlib.suppress(RayActorError):  # another test killed it
+            with contextlib.suppress(RayActorError):  # a test killed it
                 ray.get(worker.take.remote(self.spec))
                 return worker, worker.join.remote()
         return super().start()
@@ -88,8 +88,9 @@ class WarmTransport(RelayTransport):
 
 
 def run_here(config: Config, folder: Path | str | None = None) -> tuple[Path, list[str]]:
-    """The same with the driver in this process and workers that are warm: the run folder and what was said. No
-    worker may be killed meanwhile."""
+    """Do a run with the driver in this process and warm workers. Return the run folder and the messages.
+
+    No worker may be killed meanwhile."""
     config = config.model_copy(update={"cluster": resolve_cluster(config.cluster, [{"CPU": 2}])})
     driver = Driver(config, str(folder) if folder else None)
     with patch("spartan_ray.run.driver.RelayTransport", WarmTransport):
@@ -98,25 +99,26 @@ def run_here(config: Config, folder: Path | str | None = None) -> tuple[Path, li
 
 
 def spartan(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """The program as a user runs it, with `more` in its environment."""
+    """Run the program as a user does, with `more` in its environment."""
     command = [sys.executable, "-m", "spartan_ray", *arguments]
     given = environment() | more
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=given, timeout=900, check=False)
 
 
 def environment() -> dict[str, str]:
-    """This process's, without the Ray of the other tests."""
+    """Return this process's environment without the variables of the tests' Ray."""
     keep = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     return keep | {"PYTHONPATH": str(ROOT)}
 
 
 def command(*arguments: str, cwd: Path, **more: str) -> tuple[int, str, str]:
-    """What `spartan` says where it starts no Ray, in this process, which saves the start of another one: exit code,
-    standard output and error."""
+    """Run `spartan` in this process, which is faster than another process. It must not start a Ray.
+
+    Return the exit code, the standard output and the standard error."""
     out, err = io.StringIO(), io.StringIO()
     with (
         patch.object(sys, "argv", ["spartan", *arguments]),
-        patch.dict(os.environ, {"HOME": str(cwd)}),  # and what is set meanwhile goes again
+        patch.dict(os.environ, {"HOME": str(cwd)}),  # also removes variables that are set meanwhile
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -131,7 +133,7 @@ def command(*arguments: str, cwd: Path, **more: str) -> tuple[int, str, str]:
 
 
 def attend(supervisor: Supervisor, watch: Callable[[Progress], None]) -> Path:
-    """Follow a run to its end."""
+    """Follow a run to its end and return its folder."""
     try:
         ended = False
         while not ended:
@@ -144,7 +146,7 @@ def attend(supervisor: Supervisor, watch: Callable[[Progress], None]) -> Path:
 
 
 def in_worker(supervisor: Supervisor, pid: int, change_worker: Callable[[Any], None]) -> None:
-    """Change a worker of a run from within: `change_worker` gets the actor's object."""
+    """Change a worker of a run: call `change_worker` with the actor's object in the worker's process."""
 
     def in_driver(driver: Any) -> None:
         for slot in driver.pool.dispatcher.slots:
@@ -155,7 +157,7 @@ def in_worker(supervisor: Supervisor, pid: int, change_worker: Callable[[Any], N
 
 
 def thresholds_of(replay: Replay) -> list[float]:
-    """A list that grows by the threshold of each scoring that a replay does."""
+    """Return a list to which each scoring of a replay appends its threshold."""
     thresholds: list[float] = []
     evaluate = replay.executor.evaluate
 
@@ -178,12 +180,12 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def outcome(folder: Path) -> list[dict[str, Any]]:
-    """The record without what timing and workers may change."""
+    """Return the record without the fields that depend on timing and workers."""
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in metrics(folder)]
 
 
 def same_result(folder: Path, other: Path) -> bool:
-    """Whether weights, record and journals of two runs are equal to the bit."""
+    """Return whether the weights and journals of two runs have the same bits, and their records are equal."""
     journals = [{path.name: path.read_bytes() for path in (run / "journal").glob("*")} for run in (folder, other)]
     return (
         (folder / "final.safetensors").read_bytes() == (other / "final.safetensors").read_bytes()

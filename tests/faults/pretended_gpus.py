@@ -1,5 +1,8 @@
-"""Where the driver and the workers of a Ray with GPUs go, which no process uses: a head without cores and two nodes of
-two GPUs, then three, of which one is lost in mid-generation. Workers sleep. Prints what it saw as JSON."""
+"""Placement of the driver and the workers on a Ray that declares GPUs. Prints the observations as JSON.
+
+The cluster is a head without cores and two nodes with two GPUs each. A third node joins, and is lost during a
+generation. No process uses a GPU: the workers sleep.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ MEMBERS = noisy(np.arange(400, dtype=np.uint64), 0.0, 0.01)
 
 
 class Placed:
-    """Stands for the driver."""
+    """A stand-in for the driver. It returns its node and its resources."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -67,7 +70,7 @@ def main() -> None:
     pool = Pool(transport, resolved, "uniform", notes.append, advance)
 
     def workers() -> list[int]:
-        """How many there are on each node."""
+        """Return the number of workers on each node, in ascending order."""
         return sorted(Counter(info.node for info in pool.infos).values())
 
     def wait_for(count: int) -> None:

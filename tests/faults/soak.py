@@ -1,4 +1,4 @@
-"""Many generations while workers are killed. Takes the configuration as JSON; prints what it saw as JSON."""
+"""Many generations while workers are killed. Takes the configuration as JSON and prints observations as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spartan_ray.run.config import Config
 from spartan_ray.run.progress import Progress
 from spartan_ray.run.supervisor import Supervisor
 
-# Counted in generations, not seconds: where starting a worker is slow, the run must still get on.
+# A number of generations, not seconds: the run must progress even if workers start slowly.
 GENERATIONS_BETWEEN_KILLS = 5
 
 

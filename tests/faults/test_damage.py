@@ -1,4 +1,4 @@
-"""Files that are torn, changed, fuzzed or hostile: never used in silence, never run."""
+"""Torn, changed, fuzzed and hostile files are never used without a message, and never executed."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def evolve_row(epoch: int) -> dict[str, Any]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with three checkpoints, a record and a journal."""
+    """Return a run folder with three checkpoints, a record and a journal."""
     path = make_run_folder(tmp_path, "run")
     folder = RunFolder.create(path, Config(run=Run(out=str(tmp_path))), {"driver": {"device": "cpu"}})
     for epoch in (1, 2, 3):
@@ -106,7 +106,7 @@ def flipped(content: bytes, bit: int) -> bytes:
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run: Path) -> None:
-    """Each file truncated at ten places, and with one of its bits flipped at twenty random ones."""
+    """Each file is truncated at 10 places, and has one bit flipped at 20 random places."""
     chance = random.Random(0)
     files = sorted((run / "checkpoints").glob("epoch-000003*"))
     assert len(files) == 6
@@ -134,7 +134,7 @@ def test_a_record_that_is_not_the_checkpoint_s_is_not_used(run: Path) -> None:
     warnings: list[str] = []
     metrics.write_bytes(b"".join(lines[:2]) + lines[2].replace(b"0.5", b"0.6", 1))
     assert latest_checkpoint(run, warnings.append)[0].epoch == 2
-    metrics.write_bytes(b"".join(lines) + b'{"epoch": 4, "ki')  # torn after the checkpoint: cut
+    metrics.write_bytes(b"".join(lines) + b'{"epoch": 4, "ki')  # a torn line after the checkpoint is cut off
     assert latest_checkpoint(run, warnings.append)[1] == b"".join(lines)
     metrics.unlink()
     with pytest.raises(InputError, match=f"{run}: no intact checkpoint to go on from"):
@@ -150,13 +150,13 @@ def test_checkpoints_are_pruned_but_for_what_replay_needs(run: Path) -> None:
     with pytest.raises(CheckpointError, match=r"epoch-000002\.optimizer\.safetensors: not readable"):
         load_checkpoint(folder, 2)
     assert not list(folder.glob("epoch-000001*"))
-    prune(folder, 2, 1, lambda epoch: True)  # what comes after the epoch is another timeline's
+    prune(folder, 2, 1, lambda epoch: True)  # later checkpoints are left over from before a resume
     assert epochs_kept(folder) == [2]
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_an_optimizer_goes_on_as_if_it_had_never_stopped(kind: str) -> None:
-    """Values and their layout in memory, here channels-last."""
+    """The state has the same values and the same memory layout, here channels-last."""
 
     def start() -> tuple[torch.Tensor, torch.optim.Optimizer]:
         weight = torch.linspace(-1, 1, 4 * 3 * 3 * 3).view(4, 3, 3, 3).permute(0, 3, 1, 2).requires_grad_()
@@ -173,7 +173,7 @@ def test_an_optimizer_goes_on_as_if_it_had_never_stopped(kind: str) -> None:
     other, resumed = start()
     with torch.no_grad():
         other.copy_(weight)
-    optimizer.param_groups[0]["lr"] = 0.07  # as a schedule would have it
+    optimizer.param_groups[0]["lr"] = 0.07  # as a schedule sets it
     tensors, rest = optimizer_state(optimizer)
     rest = json.loads(json.dumps(rest))
     load_optimizer(resumed, {name: value.clone() for name, value in tensors.items()}, rest)
@@ -197,7 +197,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
-    # A new file takes the place of the old one at once: who has the old one open reads it to its end.
+    # The new file replaces the old one atomically. A reader that has the old one open can read it to its end.
     with open(path, "rb") as old:
         write_whole(path, b"after")
         assert old.read() == b"before"
@@ -205,7 +205,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_right_checksums_and_wrong_content_is_refused(run: Path) -> None:
-    """What a forger, or another version, would write."""
+    """An attacker or another version could write these files."""
     path = run / "checkpoints" / "epoch-000003.json"
     checksums = path.with_suffix(".sha256")
     whole, sums = path.read_bytes(), checksums.read_text()
@@ -244,7 +244,7 @@ def test_a_run_folder_does_not_say_which_ray_gets_the_token(run: Path) -> None:
     assert "203.0.113.1" in path.read_text()
     assert load_run_config(run).cluster.address is None
     assert load_config(str(run)).cluster.address is None
-    assert load_config(str(path)).cluster.address == "ray://203.0.113.1:10001"  # a FILE that the user names
+    assert load_config(str(path)).cluster.address == "ray://203.0.113.1:10001"  # a file that the user names may set it
 
 
 def test_a_run_that_is_named_like_a_preset_is_read_itself(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +257,7 @@ def test_a_run_that_is_named_like_a_preset_is_read_itself(run: Path, monkeypatch
 def test_a_file_that_is_renamed_while_the_folder_is_looked_through_is_no_fault(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process that writes a run renames its files while another one asks for the lock, or reads."""
+    """The process that writes a run renames files while another process locks or reads the folder."""
     listed = [*run.rglob("*"), run / "checkpoints" / "epoch-000009.safetensors.tmp"]
     monkeypatch.setattr(Path, "rglob", lambda folder, pattern: iter(listed))
     lock_folder(run).close()
@@ -300,7 +300,7 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-# Fuzzing: whatever a file holds, the answer is a result or an InputError.
+# Fuzzing: reading any content gives a result or an InputError.
 
 FIELDS = {name: list(type(getattr(Config(), name)).model_fields) for name in Config.model_fields}
 SCALARS = st.one_of(
@@ -320,7 +320,7 @@ SECTIONS = st.fixed_dictionaries(
 
 
 def answers(call: Callable[[], Any]) -> bool:
-    """Whether a call returned; an InputError of one line is the other thing that it may do."""
+    """Return whether a call returned. If it did not, it must raise an InputError of one line."""
     try:
         call()
     except InputError as error:
@@ -395,7 +395,7 @@ def test_the_error_of_a_journal_is_short_whatever_numpy_quotes(tmp_path: Path, m
 @settings(max_examples=300, suppress_health_check=HEALTH)
 @given(data=st.data())
 def test_fuzzed_files_of_a_run_are_read_or_refused(run: Path, data: st.DataObject) -> None:
-    """A few bytes of one file replaced, cut out or put in."""
+    """A few bytes of one file are replaced, removed or inserted."""
     name = data.draw(st.sampled_from(["metrics.jsonl", "environment.json", "config.yaml", "journal/000003.npz"]))
     path = run / name
     whole = path.read_bytes()
@@ -420,11 +420,11 @@ def test_fuzzed_files_of_a_run_are_read_or_refused(run: Path, data: st.DataObjec
         path.write_bytes(whole)
 
 
-# Pickles run code when they are loaded; here it would leave a file.
+# Loading a pickle can run code. The code here would make a folder, which the tests look for.
 
 
 class Malice:
-    """Unpickled, it makes a file."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

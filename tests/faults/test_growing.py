@@ -1,4 +1,4 @@
-"""A Ray whose autoscaler starts nodes when they are asked for: a real autoscaler, whose nodes are processes here."""
+"""Runs on a Ray whose autoscaler starts nodes on demand. The autoscaler is real, and its nodes are local processes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
 @pytest.fixture(scope="module")
 def growing() -> Iterator[dict[str, str]]:
-    """The environment that reaches a head without cores that can have two nodes of one core."""
+    """Start a head without cores, to which the autoscaler can add two nodes with one core each.
+
+    Return the environment variables that connect to it."""
     port = free_port()
-    folder = Path("/tmp") / f"spartan-{secrets.token_hex(4)}"  # Unix sockets lie below: the path must be short
+    folder = Path("/tmp") / f"spartan-{secrets.token_hex(4)}"  # it holds Unix sockets, whose paths must be short
     folder.mkdir()
     provider = {
         "type": "external",
@@ -98,7 +100,7 @@ def test_what_no_node_can_have_is_refused(growing: dict[str, str], tmp_path: Pat
 
 
 def test_what_kind_of_nodes_it_is_to_start_is_asked(growing: dict[str, str], tmp_path: Path) -> None:
-    """Its two nodes may be there by now, and have no GPU either."""
+    """The two nodes may have started by now. They have no GPU either."""
     ended = spartan("train", *SMALL, "--run.out", str(tmp_path), cwd=tmp_path, **growing)
     assert ended.returncode == 2
     assert "cluster.gpus_per_worker is not given, and this Ray has no GPU now" in ended.stderr

@@ -1,4 +1,4 @@
-"""A driver that is killed, stopped, starved of disk or doubled: the run goes on to the same bits."""
+"""A driver is killed, stopped, out of disk space or started twice. The run continues to the same bits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EPOCHS = 20
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run with state of every kind: moments of both optimizers, gradient noise."""
+    """Return the configuration of a run with every kind of state: moments of both optimizers and gradient noise."""
     return Config(
         run=Run(name="x", out=str(tmp_path_factory.mktemp("runs")), epochs=EPOCHS),
         data=Data(name="digits"),
@@ -50,7 +50,7 @@ def undisturbed(local_ray: None, config: Config) -> Path:
 def test_the_driver_killed_again_and_again_at_random_points(undisturbed: Path, config: Config, long: bool) -> None:
     kills = 10 if long else 3
     chance = random.Random()
-    began: dict[int, float] = {}  # by the driver's process
+    began: dict[int, float] = {}  # by process id of the driver
     delays: dict[int, float] = {}
     killed: set[int] = set()
 
@@ -94,7 +94,7 @@ def test_a_driver_lost_too_often_ends_the_run_which_nobody_else_may_write_and_wh
 
 
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(undisturbed: Path, config: Config) -> None:
-    """The driver may write no file above a limit, which the weights of the network exceed."""
+    """The driver cannot write files above a size limit, which the weights of the network exceed."""
     starved: list[int] = []
     supervisor = Supervisor(config)
 
@@ -117,7 +117,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(undisturbed: 
 
 
 def spartan(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """The command in a session of its own, that its whole tree can be ended."""
+    """Start the program as a user does, in a new session. Its standard error goes to the standard output."""
     keep = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     return subprocess.Popen(
         [sys.executable, "-m", "spartan_ray", *arguments], cwd=cwd, text=True, start_new_session=True,
@@ -126,8 +126,9 @@ def spartan(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 def test_sigterm_and_then_sigkill_leave_nothing_half_written(undisturbed: Path, tmp_path: Path) -> None:
-    """What `ray job stop` sends. All that is there afterwards is whole, and `spartan resume` ends the run with
-    the bits of one that was never stopped."""
+    """`ray job stop` sends these signals. The checkpoints that remain are intact.
+
+    `spartan resume` ends the run with the bits of a run that was never stopped."""
     flags = ["--config", str(undisturbed), "--run.out", str(tmp_path), "--run.name", "stopped"]
     with spartan("train", *flags, cwd=tmp_path) as process:
         watchdog = threading.Timer(600, process.kill)

@@ -1,4 +1,4 @@
-"""Workers that are killed, stopped, broken or taken away in the middle of a run: the bits stay."""
+"""Workers are killed, stopped, broken or removed during a run. The bits of the result do not change."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GENERATIONS = 10
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Ten evolve phases of 200 members, each of which moves the parent."""
+    """Return the configuration of a run of ten evolve phases of 120 members. Each phase moves the parent."""
     return Config(
         run=Run(name="x", out=str(tmp_path_factory.mktemp("runs")), epochs=GENERATIONS),
         data=Data(name="digits"),
@@ -62,10 +62,12 @@ def test_a_random_worker_killed_in_mid_generation(undisturbed: Path, config: Con
 
 
 def test_a_storm_of_kills_while_sgd_trains_and_while_workers_start(local_ray: None, config: Config, long: bool) -> None:
-    """Every second one of them is killed, in whatever state it is: more than a run was given that counted deaths. A
-    start takes longer than a second; the storm begins in an SGD epoch, where nobody looks."""
+    """One worker is killed per second, whether it has joined or is starting. A start takes longer than a second.
+
+    A run that limited the total number of deaths would fail. The storm begins in an SGD epoch, in which the driver does
+    not look for lost workers."""
     storm_seconds = 60.0 if long else 30.0
-    epochs = {"epochs": 90 if long else 20}  # more than the storm is long
+    epochs = {"epochs": 90 if long else 20}  # they take longer than the storm
     config = change(
         config, run=epochs, parent={"batch_size": 4}, evolution={"every": 10}, cluster={"driver_restarts": 0}
     )
@@ -95,11 +97,11 @@ def test_a_storm_of_kills_while_sgd_trains_and_while_workers_start(local_ray: No
 
 
 def worker_processes() -> list[psutil.Process]:
-    """The processes of Ray that are workers, or are about to be."""
+    """Return the processes of workers that have joined or are starting."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            # At work it is called as its task is. Not warm ones, and no agents, with which a node ends.
+            # A busy worker has the name of its task. Leave out warm workers, and agents, whose end would end the node.
             if process.cmdline()[0].startswith(("ray::Worker", "ray::spartan:")):
                 found.append(process)
     return found
@@ -124,8 +126,9 @@ def test_workers_killed_while_parents_train_and_while_offspring_are_scored(local
 
 
 def test_a_worker_that_returns_nan_one_that_raises_and_one_that_hangs(undisturbed: Path, config: Config) -> None:
-    """One after another in a run: what a broken device, a GPU out of memory and a stuck one do. Each is found
-    out, and the last two are replaced."""
+    """The faults of a broken device, a GPU out of memory and a stuck device, one after another in a run.
+
+    Each fault is detected, and the last two workers are replaced."""
     notes: list[str] = []
     disturbed: list[int] = []
     supervisor = Supervisor(change(config, cluster={"task_timeout": 1.0, "chunk": 5}))
@@ -148,7 +151,7 @@ def test_a_worker_that_returns_nan_one_that_raises_and_one_that_hangs(undisturbe
         notes.extend(progress.notes)
         due = faults and progress.epoch >= faults[0][0] and progress.phase == "evolve"
         pids = [pid for pid in progress.worker_pids if pid not in disturbed]
-        # It takes two to see that one is wrong.
+        # A wrong NaN is detected only if there is a second worker.
         if due and len(pids) >= (2 if faults[0][1] is to_nan else 1):
             disturbed.append(pids[0])
             in_worker(supervisor, pids[0], faults.pop(0)[1])
@@ -170,7 +173,7 @@ def test_a_worker_that_returns_nan_one_that_raises_and_one_that_hangs(undisturbe
 
 
 def test_a_node_removed_in_mid_generation(undisturbed: Path, config: Config, tmp_path: Path) -> None:
-    """A cluster of two nodes beside its head, in a process of its own, since a process can be connected to one Ray."""
+    """The cluster has a head and two nodes. It needs another process, because a process can connect to only one Ray."""
     given = change(config, run={"out": str(tmp_path / "runs")}).model_dump_json()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     ended = subprocess.run(

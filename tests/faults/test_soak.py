@@ -1,4 +1,4 @@
-"""Two hundred generations under fire."""
+"""Many generations while workers are killed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_generations_with_a_worker_killed_every_few_generations(small_config: Co
     assert sum(row["retries"] for row in rows) >= generations // 10
     assert sum(row["members_failed"] for row in rows) == 0
 
-    # No member is lost or counted twice: the journals have each once, and make the recorded parents again.
+    # No member is lost or counted twice: each journal has every member once, and replay gives the recorded parents.
     for generation in range(1, generations + 1):
         journal = read_journal(folder / "journal" / f"{generation:06d}.npz")
         assert journal["seed"].tolist() == member_seeds(0, generation, POPULATION).tolist()

@@ -1,4 +1,4 @@
-"""Whole runs in an object store: killed, resumed, replayed, reported, and a store that goes away in the middle."""
+"""Whole runs in an object store: killed, resumed, replayed and reported, and a store that fails during a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def s3() -> Iterator[ObjectStore]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process nobody waits long for a store, nor for the lease of one that was killed."""
+    """Shorten the waits of this process for a failing store and for the lease of a killed process."""
     monkeypatch.setattr(storage, "RETRIES", (0.1, 0.1))
     monkeypatch.setattr(storage, "LEASE_SECONDS", 1.0)
 
@@ -54,7 +54,7 @@ def undisturbed(config: Config, tmp_path_factory: pytest.TempPathFactory, local_
 def test_a_run_that_is_killed_goes_on_from_the_store_on_another_machine(
     s3: ObjectStore, config: Config, undisturbed: bytes, tmp_path: Path
 ) -> None:
-    """Program, driver and workers are killed, and what goes on has nothing but the URL."""
+    """The program, the driver and the workers are killed. The resumed run has only the URL."""
     command = [sys.executable, "-m", "spartan_ray", "train", *FLAGS, URL, "--run.name", "killed"]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), start_new_session=True)
     while "checkpoints/epoch-000003.sha256" not in s3.names("runs/killed/") and process.poll() is None:
@@ -62,7 +62,7 @@ def test_a_run_that_is_killed_goes_on_from_the_store_on_another_machine(
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     driver = json.loads(s3.content("runs/killed/environment.json"))["driver"]["pid"]
-    while psutil.pid_exists(driver):  # it ends with the program's Ray
+    while psutil.pid_exists(driver):  # the driver ends with the program's Ray
         time.sleep(0.05)
     assert "final.safetensors" not in s3.names("runs/killed/")
 

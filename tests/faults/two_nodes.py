@@ -1,5 +1,8 @@
-"""A run on a cluster that begins with a head without cores, gets a node, a second one, and loses that in
-mid-generation. Takes the configuration as JSON; prints what it saw as JSON."""
+"""A run on a cluster that gains and loses nodes. Takes the configuration as JSON and prints observations as JSON.
+
+The cluster begins with a head without cores and gets two nodes, one after the other. It loses the second one during a
+generation.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def main() -> None:
             seen["workers"].append(len(workers))
         evolving = progress.phase == "evolve" and 0 < progress.done < progress.total
         if evolving and progress.epoch == 2 and not second:
-            # Nothing goes on until the second node has a worker, which takes what the first does not do.
+            # The run waits until the second node has a worker, which takes the tasks of the stopped first worker.
             first.extend(workers)
             os.kill(first[0], signal.SIGSTOP)
             second.append(cluster.add_node(num_cpus=1))
