@@ -121,6 +121,44 @@ def test_a_search_tells_the_gain_on_images_that_did_not_choose_the_direction(tmp
     assert found.round(6).values.tolist() == [[1, 0.2, 0.5]]
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"search_ratios": [0.0], "search_fitness": []}, "must have the same length"),
+        ({"search_ratios": [], "search_fitness": []}, "must have the same length"),
+        ({"search_ratios": [0.0]}, "must have the same length"),
+        ({"average_test_accuracy": 0.5}, "average_test_accuracy without average_validation_accuracy"),
+        (
+            {"parents": 4, "parents_fitness_min": 0.1, "parents_fitness_max": 0.2},
+            "parents without parents_fitness_mean",
+        ),
+    ],
+)
+def test_a_record_with_half_of_what_belongs_together_is_refused(
+    tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    folder = write_run(tmp_path / "x", [0.5], {1: True})
+    row = json.loads((folder / "metrics.jsonl").read_text()) | fields
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=rf"metrics\.jsonl: line 1: .*{said}"):
+        read_run(folder)
+
+
+def test_names_and_notes_are_text_in_the_report_and_its_charts(tmp_path: Path) -> None:
+    name, note = r"x$\bad$ <b>|", "a | b\n<img src=x onerror=alert(1)>"
+    folder = write_run(tmp_path / name, [0.5, 0.6], {2: False})
+    rows = (folder / "metrics.jsonl").read_text().replace('"all equal"', json.dumps(note))
+    (folder / "metrics.jsonl").write_text(rows)
+    runs = [read_run(folder), read_run(write_run(tmp_path / "y", [0.5], {}))]
+    paths = write_report(runs, tmp_path / "report")
+    texts = [path.read_text() for path in paths if path.suffix in (".md", ".html")]
+    assert len(texts) == 2
+    for text in texts:
+        assert "<img src=x" not in text
+        assert "<b>|" not in text
+    assert "| no: a \\| b &lt;img src=x onerror=alert(1)> |" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_images_forwarded_are_those_of_gradients_and_of_scores(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "x", [0.5, 0.9], {2: True})
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -140,7 +178,7 @@ def test_the_page_shows_how_the_members_of_each_phase_scored(tmp_path: Path) -> 
     assert list(run.members) == [3]
     np.testing.assert_array_equal(run.members[3], fitness_K)
     paths = write_report([run], tmp_path / "report")
-    assert "members-x.png" in [path.name for path in paths]
+    assert "members-1-x.png" in [path.name for path in paths]
     assert "Fitness of the members" in paths[-1].read_text()
     (folder / "journal" / "000003.npz").write_bytes(b"torn")
     with pytest.raises(InputError, match=r"000003\.npz: not a journal"):

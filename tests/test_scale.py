@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from spartan_ray.errors import InputError
 from spartan_ray.noise.contract import member_seeds, noise
 from spartan_ray.run.config import Config, Evolution, Run
 from spartan_ray.study import scale_tables
-from spartan_ray.study.scale import Scaling, Way
+from spartan_ray.study.scale import ScaleRows, Scaling, Way
 from spartan_ray.vision.config import Data, Parent
 
 WAYS = {
@@ -30,28 +31,60 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def parent(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(out: Path, name: str = "run", seed: int = 0, sgd_on_evolution: bool = False) -> Path:
     """Return the folder of an SGD run that has kept three epochs."""
-    out = tmp_path_factory.mktemp("scale")
     config = Config(
-        run=Run(out=str(out), epochs=3),
-        data=Data(name="digits", sgd_images=400, evolution_images=300),
+        run=Run(out=str(out), name=name, seed=seed, epochs=3),
+        data=Data(name="digits", sgd_images=400, evolution_images=300, sgd_on_evolution=sgd_on_evolution),
         parent=Parent(model="convnet", threads=1, lr=0.05, batch_size=32),
         evolution=Evolution(strategy="none"),
     )
     return run_here(config)[0]
 
 
+@pytest.fixture(scope="module")
+def parent(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("scale"))
+
+
+def test_parents_share_a_file_and_levels_are_those_of_their_seed(local_ray: None, parent: Path, tmp_path: Path) -> None:
+    runs = parent, trained(tmp_path, seed=1), trained(tmp_path, "both-1", seed=1, sgd_on_evolution=True)
+    rows = ScaleRows(tmp_path / "rows.jsonl")
+    first, second, level = (Scaling(run, rows, [4], 1, print) for run in runs)
+    rows.refuse_others([first, second])
+    first.baselines()
+    second.baselines([level])
+    again = ScaleRows(tmp_path / "rows.jsonl")
+    again.read()
+    own = ["parent", "average of 2 epochs", "average of 3 epochs", "greedy soup of 3 epochs"]
+    ways = [(row["seed"], row["way"]) for row in again.rows]
+    both = [(1, "both"), (1, "both, average of 3 epochs")]
+    assert ways == [(0, way) for way in own] + [(1, way) for way in own] + both
+    assert again.rows[-1]["weights"] == second.about["weights"]
+    result = scored(level.network, second.splits.test, level.normalise)
+    assert again.rows[-2]["test_loss"] == pytest.approx(result.loss, rel=1e-5)
+
+
 def test_parents_of_another_configuration_are_not_mixed(parent: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    with pytest.raises(InputError, match=r"rows of parents of another configuration \(k\)"):
-        Scaling(parent, tmp_path, [4], 1, print)
+    rows = ScaleRows(tmp_path / "rows.jsonl")
+    one = Scaling(parent, rows, [4], 1, print)
+    rows.refuse_others([one])  # nothing is read yet
+    rows.read()
+    with pytest.raises(InputError, match=rf"{parent.name} differs in configuration .* not k\)"):
+        rows.refuse_others([one])
+    pruned = shutil.copytree(parent, tmp_path / "pruned")
+    for path in (pruned / "checkpoints").glob("epoch-000001.*"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"pruned differs in configuration or run\.keep"):
+        ScaleRows(tmp_path / "other.jsonl").refuse_others([one, Scaling(pruned, rows, [4], 1, print)])
 
 
 def scaled(parent: Path, folder: Path, ways: dict[str, Way] = WAYS, populations: tuple[int, ...] = (4, 8)) -> Scaling:
     folder.mkdir(exist_ok=True)
-    scaling = Scaling(parent, folder, list(populations), draws=2, say=lambda text: None)
+    rows = ScaleRows(folder / "rows.jsonl")
+    rows.read()
+    scaling = Scaling(parent, rows, list(populations), draws=2, say=lambda text: None)
     scaling.baselines()
     for name, way in ways.items():
         scaling.way(name, way, "local")
@@ -62,7 +95,7 @@ def test_a_smaller_population_is_a_part_of_the_larger_one_and_its_update_the_for
     local_ray: None, parent: Path, tmp_path: Path
 ) -> None:
     scaling = scaled(parent, tmp_path, {"common": WAYS["common"]})
-    rows = pd.DataFrame(scaling.rows)
+    rows = pd.DataFrame(scaling.rows.rows)
     found = rows[rows["fitness"].notna()]
     assert [tuple(row) for row in found[["population", "draw", "fitness"]].values] == [
         (count, draw, fitness)
@@ -91,16 +124,16 @@ def test_a_smaller_population_is_a_part_of_the_larger_one_and_its_update_the_for
 def test_what_is_there_is_not_done_again_and_what_was_interrupted_goes_on(
     local_ray: None, parent: Path, tmp_path: Path
 ) -> None:
-    whole = scaled(parent, tmp_path / "whole").rows
+    whole = scaled(parent, tmp_path / "whole").rows.rows
     assert {row["way"] for row in whole if "fitness" in row} == WAYS.keys()
     scaled(parent, tmp_path / "broken", {"own": WAYS["own"]}, populations=(4,))
     lines = (tmp_path / "broken" / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "broken" / "rows.jsonl").write_text("".join(lines[:-1]))
     key = ["way", "population", "draw", "fitness"]
-    broken = pd.DataFrame(scaled(parent, tmp_path / "broken").rows).sort_values(key)
+    broken = pd.DataFrame(scaled(parent, tmp_path / "broken").rows.rows).sort_values(key)
     expected = pd.DataFrame(whole).sort_values(key)
     pd.testing.assert_frame_equal(broken.reset_index(drop=True), expected.reset_index(drop=True), check_like=True)
-    assert scaled(parent, tmp_path / "whole").rows == whole
+    assert scaled(parent, tmp_path / "whole").rows.rows == whole
 
 
 def test_the_command_says_what_it_cannot_use_and_writes_tables_of_rows(parent: Path, tmp_path: Path) -> None:
@@ -128,15 +161,16 @@ def test_the_command_says_what_it_cannot_use_and_writes_tables_of_rows(parent: P
     assert (tmp_path / "scale" / "accuracy.png").stat().st_size > 10_000
 
 
-def row(weights: str, draw: int, gain: float) -> dict[str, Any]:
+def row(weights: str, draw: int, gain: float, population: int = 50) -> dict[str, Any]:
     measures = {f"{on}_{what}_before": 0.5 for on in ("scored", "unscored", "test") for what in ("loss", "accuracy")}
     measures |= {f"{on}_{what}": 0.5 + gain for on in ("scored", "unscored", "test") for what in ("loss", "accuracy")}
     about = {
         "weights": weights,
         "seed": "ab".index(weights),
+        "epoch": 3,
         "key": "k",
         "way": "all",
-        "population": 50,
+        "population": population,
         "draw": draw,
         "fitness": "accuracy",
         "images": 100_000,
@@ -145,20 +179,25 @@ def row(weights: str, draw: int, gain: float) -> dict[str, Any]:
 
 
 ROWS = [
-    *({"weights": name, "seed": "ab".index(name), "key": "k", "way": way, "test_loss": loss, "test_accuracy": accuracy}
+    *({"weights": name, "seed": "ab".index(name), "epoch": 3, "key": "k", "way": way, "test_loss": loss,
+       "test_accuracy": accuracy}
       for way, loss, accuracy in (("parent", 2.0, 0.5), ("average of 2 epochs", 1.5, 0.6)) for name in "ab"),
     row("a", 0, 0.01), row("a", 1, 0.03), row("b", 0, 0.02), row("b", 1, 0.06),
 ]  # fmt: skip
 
 
 def test_tables_are_of_the_means_of_draws() -> None:
-    text = scale_tables.write_up(pd.DataFrame(ROWS), "x")
+    rows = pd.DataFrame([*ROWS, row("a", 0, 0.05, 100), row("b", 0, 0.05, 100)])
+    text = scale_tables.write_up(rows, "x")
     # The gains of the parents are 2 and 4 points. Their mean is 3, with a half width of 12.706 * sqrt(2) / sqrt(2). The
     # standard deviations of the draws are 1.41 and 2.83 points.
-    line = "| all | 50 | 0.10 | +3.00 ± 12.71 | +3.00 ± 12.71 | +3.00 ± 12.71 | +0.030 ± 0.127 | 2.24 | +0.0200 |"
-    assert f"{line} +0.50 | +30.00 |" in text
+    line = "| all | 50 | 0.10 | +3.00 ± 12.71 | +3.00 ± 12.71 | +3.00 ± 12.71 |  | +0.030 ± 0.127 | 2.24 |"
+    assert f"{line} +0.0200 | +0.50 | +30.00 |" in text
+    # With 100 members both gain 5 points, 3 and 1 more.
+    more = "**+5.00 ± 0.00** | **+5.00 ± 0.00** | **+5.00 ± 0.00** | +2.00 ± 12.71 |"
+    assert f"| all | 100 | 0.10 | {more}" in text
     assert "| average of 2 epochs | 60.00 ± 0.00 | **+10.00 ± 0.00** | 1.500 ± 0.000 | **-0.500 ± 0.000** |" in text
     assert "over 2 parents" in text
     # A parent that was trained further replaces the earlier parent of its seed.
-    older = [entry | {"weights": "older"} for entry in ROWS if entry["weights"] == "a"]
-    assert scale_tables.write_up(pd.DataFrame([*older, *ROWS]), "x") == text
+    older = [entry | {"weights": "older", "epoch": 2} for entry in ROWS if entry["weights"] == "a"]
+    assert scale_tables.write_up(pd.concat([pd.DataFrame(older), rows, pd.DataFrame(older)]), "x") == text

@@ -38,8 +38,19 @@ def s3(server: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def scratch_folders() -> set[Path]:
-
     return set(Path(tempfile.gettempdir()).glob("spartan-ray-*"))
+
+
+def test_reading_a_store_leaves_no_file_open(s3: ObjectStore) -> None:
+    def opened() -> list[str]:
+        links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return [link for link in links if link.startswith(tempfile.gettempdir())]
+
+    Store(f"{URL}/x").write("config.yaml", b"one")
+    with reading(f"{URL}/x") as folder:
+        assert (folder / "config.yaml").read_bytes() == b"one"
+        assert len(opened()) == 1  # the lock of the copy
+    assert not opened()
 
 
 def test_files_are_read_and_written_by_their_names(s3: ObjectStore) -> None:

@@ -24,7 +24,7 @@ from spartan_ray.study.plan import Claim, Planned, Study, load_study, planned_ru
 from spartan_ray.study.pure_noise import PureNoise
 from spartan_ray.study.rows import Rows
 from spartan_ray.study.runner import Runner
-from spartan_ray.study.statistics import Interval, difference, ends, interval, verdict
+from spartan_ray.study.statistics import Interval, differences, ends, interval, verdict
 from spartan_ray.study.tables import write_up
 
 SMALL: dict[str, Any] = {
@@ -103,6 +103,12 @@ def test_the_key_of_a_run_is_of_what_changes_its_numbers() -> None:
         ({"grid": [{"method": {"a.b": {}}}]}, "study.grid: 'a.b': letters"),
         ({"baselines": ["sdg"]}, r"baselines: sdg: no such way in scratch \(perhaps sgd"),
         ({"claims": [{"says": "", "group": "x", "way": "es"}]}, "claims: x: no such group"),
+        ({"base": {"run": {"seed": 3}}}, "study: run.seed: a study gives each run its own"),
+        ({"grid": [{"method": {"es": {"run": {"out": "x"}}}}]}, "study: run.out: a study gives each run its own"),
+        (
+            {"grid": [{"method": {"a": {}, "b": {"cluster": {"address": "auto"}}}}]} | NO_MORE,
+            "cluster.address: differs between the cells: ",
+        ),
         ({"baselines": ["es, average"]}, "baselines: es, average: no such way in scratch"),  # es has no parent.average
         ({"baselines": ["es", "sgd, stopped early"]}, "baselines: sgd, stopped early: no such way"),  # only the first
         (
@@ -135,7 +141,8 @@ def test_intervals_are_those_of_the_t_test() -> None:
     )  # fmt: skip
     frame.loc[frame["way"] == "b", "seed"] = [4, 3, 2, 1, 0]  # values are paired by seed, not by position
     paired: Any = stats.ttest_rel(a, b).confidence_interval(0.95)
-    found, wins = difference(frame, "g", "a", "b", "test_accuracy")
+    by_seed = differences(frame, "g", "a", "b", "test_accuracy")
+    found, wins = interval(by_seed), int((by_seed > 0).sum())
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx(tuple(paired))
     assert (wins, found.count) == (3, 5)
     assert interval([1.0]).text(1) == "1.0"
@@ -169,6 +176,22 @@ def test_the_highest_is_above_every_other(b: list[float], c: list[float], found:
     assert verdict(frame, Claim(says="", group="g", way="a", over=["b", "c"]))[0] == found
 
 
+def test_few_seeds_and_chance_among_many_ways_decide_nothing() -> None:
+    def found(values: dict[str, list[float]], over: list[str], expects: Any = "higher") -> str:
+        frame = pd.DataFrame(
+            [{"group": "g", "way": way, "seed": seed, "test_accuracy": value}
+             for way, of_way in values.items() for seed, value in enumerate(of_way)]
+        )  # fmt: skip
+        return verdict(frame, Claim(says="", group="g", way="a", over=over, expects=expects))[0]
+
+    assert found({"a": [1], "b": [2]}, ["b"]) == "undecided"
+    assert found({"b": [2, 2]}, ["b"], "not higher") == "undecided"
+    worse: dict[str, list[float]] = {"a": [0, 0, 0], "b": [0.9, 1.6, 0.8]}  # p = 0.05 / 1.2
+    assert interval([-0.9, -1.6, -0.8]).excludes_zero
+    assert found(worse, ["b"]) == "contradicted"
+    assert found(worse | {"c": [0, 1, -1]}, ["b", "c"]) == "undecided"
+
+
 def of_epochs(method: str, validation: list[float], evolution: list[float], average: float = np.nan) -> pd.DataFrame:
     """Return the rows of a run in which every third epoch is an evolve phase."""
     count = len(validation)
@@ -192,13 +215,15 @@ def test_where_a_run_ended_and_what_it_did_on_the_way() -> None:
     assert end["overfitting"] == pytest.approx(1.0)
     assert end["phase_validation_accuracy"] == pytest.approx((-0.1 - 0.3) / 2)
     assert end["phase_train_loss"] == pytest.approx(0.1)
-    assert end["late_validation_accuracy"] == pytest.approx(0.3 - 0.5)
+    assert end["turn_of_validation_accuracy"] == pytest.approx((0.6 + 0.3) / 2 - 0.5)  # epochs 5 and 6, and 4
+    assert end["late_test_accuracy"] == pytest.approx(0.4)  # epoch 5; 6 is an evolve phase
     assert (end["trained"], end["scored"], end["seconds"]) == (600, 60, 9)
     early = found.loc["sgd, stopped early"]
     assert early["test_accuracy"] == pytest.approx(0.2)  # the first epoch with the highest evolution accuracy
     assert early["trained"] == 300
     assert found.loc["sgd, average", "test_accuracy"] == 0.7
     assert found["overfitting"].isna().tolist() == [False, True, False, False]
+    assert found["late_test_accuracy"].isna().tolist() == [False, True, True, False]
 
 
 def rows_of(study: Study, folder: Path, interrupt_after: int | None = None) -> Rows:
@@ -246,6 +271,16 @@ def test_a_run_that_diverges_is_told_and_the_others_go_on(local_ray: None, tmp_p
     assert "the network diverged in epoch 1" in failed
     assert [line.split("-")[0] for line in ended] == ["sgd all.sgd"]
 
+    def unreadable(run: Planned, place: Path) -> None:
+        ended.append(run.method)
+        if run.seed == 0:
+            raise InputError("metrics.jsonl: line 1 is not JSON")
+
+    two = Study(**SMALL | {"base": base, "grid": [{"method": {"sgd": {}}}], "seeds": 2} | NO_MORE)
+    (failed,) = Runner(tmp_path, 1, unreadable, print).run(planned_runs(two, {}))
+    assert failed.endswith("metrics.jsonl: line 1 is not JSON")
+    assert ended[1:] == ["sgd", "sgd"]
+
 
 @pytest.mark.parametrize(
     ("nodes", "count"),
@@ -276,7 +311,7 @@ def test_the_command_writes_tables_without_the_runs(local_ray: None, tmp_path: P
     text = (folder / "README.md").read_text()
     assert "1 of 2 runs: 2 cells of 1 seeds" in text
     assert "| sgd, stopped early | 1 |" in text
-    assert "| It helps. | scratch, es: test accuracy, %: - over sgd; - over sgd, average | 0 | undecided |" in text
+    assert "| It helps. | scratch, es: test accuracy, %: - over sgd; - over sgd, average | 0 of 1 | undecided |" in text
     assert (folder / "accuracy.png").stat().st_size > 10_000
     assert command("study", "small.yaml", "--tables", cwd=tmp_path)[0] == 0
     assert (folder / "README.md").read_text() == text

@@ -14,6 +14,8 @@ from test_report import write_run
 from spartan_ray.cli import main as cli
 from spartan_ray.cli import watch
 from spartan_ray.errors import InputError
+from spartan_ray.report.reading import read_run
+from spartan_ray.run.place import lock_folder
 
 
 def grow(folder: Path, monkeypatch: pytest.MonkeyPatch, *steps: Callable[[], object]) -> list[float]:
@@ -59,8 +61,6 @@ def test_it_prints_each_epoch_as_it_ends_and_stops_with_the_run(
 def test_a_terminal_shows_progress_and_the_last_epochs(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "x", [0.5] * 14 + [0.75], {5: True, 15: False})
     console = Console(file=io.StringIO(), width=120, record=True)
-    from spartan_ray.report.reading import read_run
-
     console.print(watch.view("runs/x", read_run(folder), ["t one", "t two"]))
     text = console.export_text()
     assert "epoch 15/50" in text
@@ -76,20 +76,43 @@ def test_a_terminal_shows_progress_and_the_last_epochs(tmp_path: Path) -> None:
     [
         ("finished", True),
         ("stopped by the user", True),
-        ("RunError: no worker is left", True),
-        ("Diverged: epoch 3", True),
+        ("ended by RunError: no worker is left", True),
+        ("ended by Broken: a strategy's own error", True),
+        ("finished\n2026-01-01T00:00:02+00:00 mlflow gets no more rows: OSError", True),
+        ("stopped by the user\n2026-01-01T00:00:02+00:00 going on after epoch 3", False),
         ("a worker was lost: RayActorError: it died", False),
         ("going on after epoch 3", False),
     ],
 )
 def test_the_log_says_whether_a_run_has_ended(said: str, ended: bool) -> None:
-    assert watch.has_ended(["2026-01-01T00:00:00+00:00 begins", f"2026-01-01T00:00:01+00:00 {said}"]) is ended
+    lines = f"2026-01-01T00:00:00+00:00 begins\n2026-01-01T00:00:01+00:00 {said}"
+    assert (watch.end_of(lines.splitlines()) is not None) is ended
 
 
 def test_a_sparkline_spans_the_values_that_it_shows() -> None:
     assert watch.sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert watch.sparkline([2.0, 2.0]) == "▁▁"
     assert watch.sparkline([9.0, 0.0, 1.0], width=2) == "▁█"
+
+
+def test_a_run_that_no_process_writes_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "x", [0.5], {})
+    (folder / "log.txt").write_text("2026-01-01T00:00:00+00:00 100 sgd images\n")
+    lock = lock_folder(folder)
+    slept = grow(folder, monkeypatch, *[lambda: None] * 99, lock.close, *[lambda: None] * 60)
+    output = io.StringIO()
+    assert watch.watch(str(folder), Console(file=output, width=200)) == 0
+    assert output.getvalue().splitlines()[-1] == f"no process writes this run; to continue it: spartan resume {folder}"
+    assert len(slept) == 160
+
+
+def test_what_a_log_says_is_shown_as_it_is(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "x", [0.5], {})
+    rows = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(rows.replace('"kind"', '"time": "2026-01-01T00:00:00", "kind"'))
+    console = Console(file=io.StringIO(), width=120, record=True)
+    console.print(watch.view("runs/x", read_run(folder), [], "ended by RunError: cannot read [/work/x]: [red] gone"))
+    assert "ended by RunError: cannot read [/work/x]: [red] gone" in console.export_text()
 
 
 def test_ctrl_c_leaves_the_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "runs", nargs="*", type=_path("RUN"), metavar="RUN", help="run folder; its last network is the parent"
     )
     scale.add_argument(
+        "--levels",
+        nargs="+",
+        type=_path("--levels"),
+        metavar="RUN",
+        default=[],
+        help="run folders to show beside the parents of the same seed, such as SGD on both splits",
+    )
+    scale.add_argument(
         "--populations",
         nargs="+",
         type=int,

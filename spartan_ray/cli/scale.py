@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -28,7 +29,11 @@ def scale(arguments: argparse.Namespace) -> int:
     elif not (folder / "rows.jsonl").exists():
         raise InputError(f"-o {folder}: has no rows.jsonl yet")
     else:
-        write_tables(folder)
+        from spartan_ray.study.scale import ScaleRows
+
+        rows = ScaleRows(folder / "rows.jsonl")
+        rows.read()
+        write_tables(rows.rows, folder)
     print(folder / "README.md", flush=True)
     return 0
 
@@ -36,17 +41,19 @@ def scale(arguments: argparse.Namespace) -> int:
 def _score(arguments: argparse.Namespace, folder: Path) -> None:
     from spartan_ray.distributed.start import join_ray
     from spartan_ray.engine.process import set_up
-    from spartan_ray.study.scale import WAYS, Scaling
+    from spartan_ray.study.scale import WAYS, ScaleRows, Scaling
 
     unknown = [name for name in arguments.ways or () if name not in WAYS]
     if unknown:
         raise InputError(f"--ways {unknown[0]!r}: one of {', '.join(WAYS)}")
     set_up(threads=arguments.threads)
     ways = {name: WAYS[name] for name in arguments.ways or WAYS}
-    parents = [
-        Scaling(run, folder, arguments.populations, arguments.draws, lambda text: print(text, flush=True))
-        for run in arguments.runs
-    ]
+    rows = ScaleRows(folder / "rows.jsonl")
+
+    def of(run: Path) -> Scaling:
+        return Scaling(run, rows, arguments.populations, arguments.draws, lambda text: print(text, flush=True))
+
+    parents, levels = [of(run) for run in arguments.runs], [of(run) for run in arguments.levels]
     for parent in parents:
         for name, way in ways.items():
             parent.refuse_unfit(name, way)
@@ -54,26 +61,28 @@ def _score(arguments: argparse.Namespace, folder: Path) -> None:
         (folder / "scores").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"-o {folder}: cannot be made: {error.strerror}") from None
-    lock = lock_folder(folder / "scores")
-    leave = join_ray(arguments.address)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # replaces Ray's handler
-    try:
-        for parent in parents:
-            parent.baselines()
-            for name, way in ways.items():
-                parent.way(name, way, arguments.workers)
-                write_tables(folder)
-    finally:
-        leave()
-        lock.close()
+    with lock_folder(folder / "scores"):
+        rows.read()
+        rows.refuse_others(parents)
+        leave = join_ray(arguments.address)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # replaces Ray's handler
+        try:
+            for parent in parents:
+                parent.baselines([level for level in levels if level.about["seed"] == parent.about["seed"]])
+                for name, way in ways.items():
+                    parent.way(name, way, arguments.workers)
+                    write_tables(rows.rows, folder)
+        finally:
+            leave()
 
 
-def write_tables(folder: Path) -> None:
-    """Write README.md and the pictures from rows.jsonl."""
-    from spartan_ray.study.scale import read_rows
+def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write README.md and the pictures. Raises InputError if there are no rows."""
     from spartan_ray.study.scale_tables import draw, write_up
 
-    rows = pd.DataFrame(read_rows(folder / "rows.jsonl"))
-    write_whole(folder / "README.md", write_up(rows, folder.name).encode())
+    if not rows:
+        raise InputError(f"-o {folder}: rows.jsonl is empty")
+    frame = pd.DataFrame(rows)
+    write_whole(folder / "README.md", write_up(frame, folder.name).encode())
     for fitness in ("accuracy", "loss"):
-        draw(rows, fitness, folder / f"{fitness}.png")
+        draw(frame, fitness, folder / f"{fitness}.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,8 @@ from spartan_ray.errors import InputError
 from spartan_ray.run.files import write_whole
 from spartan_ray.run.place import lock_folder
 from spartan_ray.run.setup import make_strategy
-from spartan_ray.study.plan import Planned, Study, load_study, planned_runs
+from spartan_ray.study.plan import OF_STUDY, Planned, Study, load_study, planned_runs
 from spartan_ray.study.rows import Rows
-
-# Fields of the `run` section that the study sets for each run.
-OF_STUDY = {"seed", "name", "out", "resume"}
 
 
 def run_study(arguments: argparse.Namespace) -> int:
@@ -36,21 +34,22 @@ def run_study(arguments: argparse.Namespace) -> int:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"-o {folder}: cannot be made: {error.strerror}") from None
-    rows = Rows(folder / "rows.csv")
-    missing = [run for run in runs if not rows.has(run)]
-    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done: {folder}", flush=True)
     failed: list[str] = []
-    if missing and not arguments.tables:
-        _check(missing)
-        with lock_folder(folder / "runs"):
+    # Another study would write the same rows; tables may be written while it runs.
+    with contextlib.nullcontext() if arguments.tables else lock_folder(folder / "runs"):
+        rows = Rows(folder / "rows.csv")
+        missing = [run for run in runs if not rows.has(run)]
+        print(f"{len(runs) - len(missing)} of {len(runs)} runs are done: {folder}", flush=True)
+        if missing and not arguments.tables:
+            _check(missing)
             try:
                 failed = _run(study, missing, rows, folder / "runs")
             finally:  # also when the study is interrupted
                 write_tables(study, runs, rows, folder)
                 count = sum(rows.has(run) for run in runs)
                 print(f"{count} of {len(runs)} runs are done; repeat the command to do the others", flush=True)
-    else:
-        write_tables(study, runs, rows, folder)
+        else:
+            write_tables(study, runs, rows, folder)
     print(f"{folder / 'README.md'}", flush=True)
     for line in failed:
         print(f"failed: {line}", flush=True)

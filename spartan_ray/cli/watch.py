@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -17,11 +18,13 @@ from spartan_ray.cli.follow import print_line, row_line
 from spartan_ray.errors import InputError
 from spartan_ray.report.reading import RunRecord, read_run
 from spartan_ray.report.tables import effect, number
-from spartan_ray.run.place import reading
+from spartan_ray.run.place import is_written, reading
 from spartan_ray.section import is_url
 
 # Seconds between two looks at a folder, and at a URL.
 LOOK_SECONDS, LOOK_SECONDS_URL = 1.0, 15.0
+# Looks at a run that no process writes, after which it counts as ended. A lost driver takes less to be replaced.
+UNWRITTEN_LOOKS = 60
 # Epochs shown.
 SHOWN = 12
 BARS = "▁▂▃▄▅▆▇█"
@@ -38,50 +41,56 @@ def watch(place: str, console: Console | None = None) -> int:
     try:
         if console.is_terminal:
             with Live(console=console, auto_refresh=False, transient=False) as live:
-                for run, log in looks:
-                    live.update(view(place, run, log), refresh=True)
+                for run, log, ended in looks:
+                    live.update(view(place, run, log, ended), refresh=True)
         else:
-            said, last = 0, ""
-            for run, log in looks:
+            said = 0
+            for run, _, ended in looks:
                 rows = run.metrics.to_dict("records")[said:] if run else []
                 for row in rows:
                     print_line(console, row_line(row, run.config.run.epochs))  # type: ignore[union-attr]
-                said, last = said + len(rows), _last_line(log)
-            print_line(console, last)
+                said += len(rows)
+                if ended:
+                    print_line(console, ended)
     except KeyboardInterrupt:
         pass
     return 0
 
 
-def _looks(place: str) -> Iterator[tuple[RunRecord | None, list[str]]]:
-    """Yield the run, None before its first epoch ended, and the lines of its log, until it ends."""
+def _looks(place: str) -> Iterator[tuple[RunRecord | None, list[str], str | None]]:
+    """Yield the run, None before its first epoch ended, the lines of its log, and at the end how it ended."""
+    unwritten = 0
     while True:
         with reading(place, lambda name: name in WATCHED) as folder:
             if not (folder / "config.yaml").exists():
                 raise InputError(f"{place}: there is no run")
             path = folder / "log.txt"
-            log = path.read_text().splitlines() if path.exists() else []
+            log = path.read_text(errors="replace").splitlines() if path.exists() else []
             metrics = folder / "metrics.jsonl"
             run = read_run(folder) if metrics.exists() and metrics.read_bytes().count(b"\n") else None
-        yield run, log
-        if has_ended(log):
+        unwritten = 0 if is_url(place) or is_written(Path(place)) else unwritten + 1
+        lost = f"no process writes this run; to continue it: spartan resume {place}"
+        ended = end_of(log) or (lost if unwritten > UNWRITTEN_LOOKS else None)
+        yield run, log, ended
+        if ended:
             return
         time.sleep(LOOK_SECONDS_URL if is_url(place) else LOOK_SECONDS)
 
 
-def has_ended(log: list[str]) -> bool:
-    """Return whether the last line of a log says that the run ended."""
-    said = _last_line(log)
-    return said in ("finished", "stopped by the user") or said.split(":")[0].endswith(("Error", "Diverged"))
+def end_of(log: list[str]) -> str | None:
+    """Return what a log says about the end of the run. None if it has not ended, or went on afterwards."""
+    for line in reversed(log):
+        said = line.partition(" ")[2]
+        if said in ("finished", "stopped by the user") or said.startswith("ended by "):
+            return said
+        if said.startswith("going on after epoch "):
+            return None
+    return None
 
 
-def _last_line(log: list[str]) -> str:
-    """Return the last line of a log without its time."""
-    return log[-1].partition(" ")[2] if log else ""
-
-
-def view(place: str, run: RunRecord | None, log: list[str]) -> Group:
-    """Return what a terminal shows of a run: progress, the last epochs, and the last lines of the log."""
+def view(place: str, run: RunRecord | None, log: list[str], ended: str | None = None) -> Group:
+    """Return what a terminal shows of a run: progress or how it ended, the last epochs, and the last lines of the
+    log."""
     if run is None:
         return Group(Text(place, style="bold"), Text("no epoch has ended yet"), *_log_lines(log))
     frame, epochs = run.metrics, run.config.run.epochs
@@ -109,9 +118,9 @@ def view(place: str, run: RunRecord | None, log: list[str]) -> Group:
             style="bold" if row["kind"] == "evolve" else "",
         )
     seconds = frame["seconds"] + frame["evaluation_seconds"]
-    state = _last_line(log) if has_ended(log) else f"about {_duration(seconds.tail(10).mean() * (epochs - done))} left"
+    state = ended or f"about {_duration(seconds.tail(10).mean() * (epochs - done))} left"
     progress, bar = Table.grid(padding=(0, 2, 0, 0)), ProgressBar(total=epochs, completed=done, width=40)
-    progress.add_row(f"epoch {done}/{epochs}", bar, state, _age(rows[-1]))
+    progress.add_row(f"epoch {done}/{epochs}", bar, Text(state), _age(rows[-1]))
     best = frame["validation_accuracy"].max()
     spark = Text.assemble(("validation ", "dim"), sparkline(list(frame["validation_accuracy"])), f"  best {best:.4f}")
     return Group(head, progress, spark, Text(), table, Text(), *_log_lines(log))
@@ -131,9 +140,10 @@ def _log_lines(log: list[str]) -> list[Text]:
 
 def _age(row: Mapping[Any, Any]) -> str:
     """Return how long ago an epoch ended, if that is known."""
-    if not isinstance(row.get("time"), str):
+    try:
+        ago = datetime.now(UTC) - datetime.fromisoformat(str(row.get("time")))
+    except (TypeError, ValueError):  # no time, or none with a zone
         return ""
-    ago = datetime.now(UTC) - datetime.fromisoformat(str(row["time"]))
     return f"(last epoch {_duration(max(0.0, ago.total_seconds()))} ago)"
 
 

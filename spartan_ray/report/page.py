@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -47,11 +48,12 @@ def charts(runs: list[RunRecord]) -> tuple[list[Chart], list[Chart]]:
 
     phases = []
     colour = plots.colours(frames)
-    for (name, frame), run in zip(frames.items(), runs, strict=True):
+    for number, ((name, frame), run) in enumerate(zip(frames.items(), runs, strict=True), 1):
         if run.members:
             about = f"{name}: how the members of each phase scored, and the parent before (line) and after (dot)."
             draw = plots.draw_members(frame, run.members, colour[name])
-            phases.append(Chart(f"members-{name}", "Fitness of the members", about, draw))
+            file = f"members-{number}-" + re.sub(r"[^\w.-]+", "-", name)
+            phases.append(Chart(file, "Fitness of the members", about, draw))
     if any(_has(frame, "search_ratios") for frame in frames.values()):
         about = (
             "The gain in fitness for each length that step search tried, on images that did not choose the direction."
@@ -89,7 +91,7 @@ def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
         pictures.append(folder / f"{chart.name}.png")
         png(chart.draw, pictures[-1])
 
-    text = f"# {', '.join(frames)}\n\n{markdown(final)}\n"
+    text = f"# {', '.join(frames).replace('<', '&lt;')}\n\n{markdown(final)}\n"
     text += "\n".join(f"![{chart.title}]({chart.name}.png)" for chart in over_epochs)
     if len(phases):
         text += f"\n\n## Evolve phases\n\n{markdown(phases)}"

@@ -244,7 +244,13 @@ def label_lines(axes: Axes, lines: Mapping[str, tuple[float, float, str]]) -> No
     first, last = min(lines), max(lines)
     shared = next((place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), 0)
     shared = first[:shared].rfind(".") + 1
-    where: dict[str, Any] = {"xycoords": "axes fraction", "va": "center", "annotation_clip": False, "fontsize": size}
+    where: dict[str, Any] = {
+        "xycoords": "axes fraction",
+        "va": "center",
+        "annotation_clip": False,
+        "fontsize": size,
+        "parse_math": False,
+    }
     for place, (_, name) in zip(places, ends, strict=True):
         text = name[shared:]
         text = text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spartan_ray.errors import InputError
 from spartan_ray.run.config import Config
@@ -21,6 +21,11 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 # A number that was not finite is null in JSON.
 Number = Real | None
+# Fields that a record has only together.
+TOGETHER = {
+    "average_test_accuracy": ("average_validation_accuracy", "average_test_loss"),
+    "parents": ("parents_fitness_min", "parents_fitness_mean", "parents_fitness_max"),
+}
 
 
 class Epoch(BaseModel):
@@ -55,6 +60,15 @@ class Epoch(BaseModel):
     seconds: Real
     evaluation_seconds: Real
     images_per_second: Real
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        """Refuse a field without those that belong to it."""
+        for name, others in TOGETHER.items():
+            for other in others if getattr(self, name) is not None else ():
+                if other not in self.model_fields_set:
+                    raise ValueError(f"{name} without {other}")
+        return self
 
 
 class EvolvePhase(Epoch):
@@ -107,6 +121,13 @@ class EvolvePhase(Epoch):
     """Answers to what another worker had answered before."""
     members_failed: Count = 0
     """Scored worst because they failed on several workers."""
+
+    @model_validator(mode="after")
+    def _search(self) -> Self:
+        ratios, fitness = self.search_ratios, self.search_fitness
+        if ratios is not None and not (ratios and len(ratios) == len(fitness or ())):
+            raise ValueError("search_ratios and search_fitness must have the same length, at least 1")
+        return self
 
 
 class Environment(BaseModel):

@@ -144,6 +144,13 @@ def _share(phase: dict[Any, Any], name: str) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown."""
-    lines = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
+    """Return a table as Markdown. Text in cells cannot end a cell or begin HTML."""
+    cells = [
+        [cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in table.astype(str).values.tolist()
+    ]
+    lines = [
+        list(table.columns),
+        ["---"] * len(table.columns),
+        *([" ".join(cell.split()) for cell in row] for row in cells),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

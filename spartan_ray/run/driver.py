@@ -117,10 +117,10 @@ class Driver:
             return False
         except (InputError, RunError) as error:
             said = self.named(str(error))
-            self.log(one_line(f"{type(error).__name__}: {said}"))
+            self.log(one_line(f"ended by {type(error).__name__}: {said}"))
             raise type(error)(said) from None
         except Exception as error:
-            self.log(one_line(f"{type(error).__name__}: {error}"))
+            self.log(one_line(f"ended by {type(error).__name__}: {error}"))
             raise
         finally:
             self.at_end.close()

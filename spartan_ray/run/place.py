@@ -59,7 +59,7 @@ class Place:
             if not store.sizes():
                 store.check()
                 if lease := Lease.begin(store):
-                    return cls(store.url, _scratch(called), lease, note)
+                    return cls(store.url, _scratch(called)[0], lease, note)
             if only:
                 raise InputError(f"{store.url}: another process has just begun this run")
         raise AssertionError
@@ -78,7 +78,7 @@ class Place:
             return cls(where, Path(where), lock_folder(Path(where), patience), note)
         store = Store(where, pause)
         store.check()
-        place = cls(where, _scratch(where.split("/")[-1]), Lease.take(store, patience, note), note)
+        place = cls(where, _scratch(where.split("/")[-1])[0], Lease.take(store, patience, note), note)
         try:
             fetch(store, place.path, lambda name: True)
         except BaseException:
@@ -200,7 +200,7 @@ def reading(where: str, wanted: Callable[[str], bool] = lambda name: True) -> It
     if not is_url(where):
         yield Path(where)
         return
-    path = _scratch(where.split("/")[-1])
+    path, lock = _scratch(where.split("/")[-1])
     try:
         fetch(Store(where), path, wanted)
         yield path
@@ -208,6 +208,19 @@ def reading(where: str, wanted: Callable[[str], bool] = lambda name: True) -> It
         raise type(error)(str(error).replace(str(path), where)) from None
     finally:
         shutil.rmtree(path.parent, ignore_errors=True)
+        os.close(lock)
+
+
+def is_written(path: Path) -> bool:
+    """Return whether a process writes the run in a folder, as far as the file system's locks tell."""
+    try:
+        with open(path / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # locked, or there are no locks
+        return True
+    return False
 
 
 def exists(where: str) -> bool:
@@ -255,18 +268,19 @@ def _order(name: str) -> tuple[bool, str]:
     return name.endswith(".sha256"), name
 
 
-def _scratch(name: str) -> Path:
+def _scratch(name: str) -> tuple[Path, int]:
     """Make an empty folder of this name for a local copy. Delete copies of processes that have ended, except those with
-    files that could not be uploaded."""
+    files that could not be uploaded. Return the folder and the descriptor that holds its lock."""
     for folder in Path(tempfile.gettempdir()).glob(f"{COPY}*"):
         with contextlib.suppress(OSError), open(folder / LOCK, "r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not (folder / KEPT).exists():
                 shutil.rmtree(folder, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=COPY))
-    # The lock holds until this process ends, however it ends.
-    fcntl.flock(os.open(folder / "making", os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
+    # The lock holds until the descriptor is closed or this process ends, however it ends.
+    lock_file = os.open(folder / "making", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock_file, fcntl.LOCK_EX)
     (folder / "making").rename(folder / LOCK)  # renamed after locking: no process sees it unlocked
     path = folder / name
     path.mkdir()
-    return path
+    return path, lock_file

@@ -25,15 +25,18 @@ NO_RESULT: dict[str, Any] = {
     "data": {"root", "download"},
     "cluster": set(type(Config().cluster).model_fields) - {"cpus_per_worker"},
 }
+# Fields of the `run` section that the study sets for each run.
+OF_STUDY = {"seed", "name", "out", "resume"}
 Measure = Literal[
     "test_accuracy",
+    "late_test_accuracy",
     "test_loss",
     "validation_accuracy",
     "train_loss",
     "overfitting",
     "phase_train_loss",
     "phase_validation_accuracy",
-    "late_validation_accuracy",
+    "turn_of_validation_accuracy",
 ]
 
 
@@ -47,6 +50,8 @@ class Claim(Section):
     prefix = "claims"
 
     says: str
+    by: str = ""
+    """Who makes the claim."""
     group: str
     way: str
     """A method, or one of its other ways: `METHOD, average`, or for the first baseline `METHOD, stopped early`."""
@@ -92,6 +97,11 @@ class Study(Section):
     def _names(self) -> Study:
         if isinstance(self.seeds, list) and len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"study.seeds: {self.seeds} has a duplicate")
+        every = [self.base, *(settings for axes in self.grid for axis in axes.values() for settings in axis.values())]
+        for sections in every:
+            run = sections.get("run")
+            if isinstance(run, dict) and (names := OF_STUDY & run.keys()):
+                raise ValueError(f"study: run.{min(names)}: a study gives each run its own")
         for axes in self.grid:
             if not axes or not all(axes.values()):
                 raise ValueError("study.grid: an axis without settings")
@@ -123,7 +133,7 @@ def key_of(config: Config) -> str:
     """Return a key of all that a run's numbers depend on, except the seed, the machine and the versions."""
     values = config.model_dump(exclude=NO_RESULT, exclude_defaults=True)
     if weights := values.get("parent", {}).get("weights"):  # the folder too: all runs name the file alike
-        values["parent"]["weights"] = "/".join(Path(weights).parts[-2:])
+        values["parent"]["weights"] = "/".join(Path(weights).absolute().parts[-2:])
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -161,6 +171,9 @@ def planned_runs(study: Study, given: dict[str, dict[str, Any]]) -> list[Planned
                 cells[cell] = override(config, _merged(base, *(sections for _, sections in settings), given))
             except InputError as error:
                 raise InputError(f"{'.'.join(names)}: {error}") from None
+    # One Ray does all runs.
+    if len(addresses := {config.cluster.address for config in cells.values()}) > 1:
+        raise InputError(f"cluster.address: differs between the cells: {', '.join(map(str, addresses))}")
     _refuse_names(study, cells)
     seeds = range(study.seeds) if isinstance(study.seeds, int) else study.seeds
     return [

@@ -52,7 +52,8 @@ class Rows:
             new[name] = metrics.get(name)
         sgd = metrics["kind"] == "sgd"
         new["trained"] = (metrics["images_per_second"] * metrics["seconds"]).round().where(sgd, 0).astype(int)
-        new["scored"] = metrics["images_scored"].fillna(0).astype(int) if "images_scored" in metrics else 0
+        scored = metrics.reindex(columns=["images_scored", "images_discarded"]).astype(float).fillna(0).sum(axis=1)
+        new["scored"] = scored.astype(int)
         new = _typed(new)
         others = self.frame[~_of(self.frame, run)]
         self.frame = pd.concat([others, new], ignore_index=True) if len(others) else new

@@ -68,8 +68,8 @@ class Runner:
         return self.failed
 
     def _start(self, run: Planned) -> None:
-        sections = {"run": {"name": run.name, "out": str(self.folder)}}
-        config = run.config.model_copy(update={"run": run.config.run.model_copy(update=sections["run"])})
+        section = run.config.run.model_copy(update={"name": run.name, "out": str(self.folder)})
+        config = run.config.model_copy(update={"run": section})
         place = self.folder / run.name
         try:
             supervisor = Supervisor(config, str(place) if place.exists() else None)
@@ -93,7 +93,7 @@ class Runner:
             self.say(f"{run.name}: done")
         except RayTaskError as error:
             self._fail(run, error.cause)
-        except (RayError, RunError) as error:
+        except (RayError, InputError, RunError, OSError) as error:  # the last ones of a record that cannot be read
             self._fail(run, error)
         supervisor.close()
         del self.active[supervisor]

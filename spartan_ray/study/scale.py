@@ -9,7 +9,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -90,13 +90,46 @@ WAYS = {
 }
 
 
+class ScaleRows:
+    """The rows of all parents in one file. Only one process may add to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+
+    def read(self) -> None:
+        """Read the file if it exists. Raises InputError if it cannot be read."""
+        try:
+            self.rows = [json.loads(text) for text in self.path.read_text().splitlines()] if self.path.exists() else []
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path}: cannot be read: {error}") from None
+
+    def refuse_others(self, parents: Sequence[Scaling]) -> None:
+        """Raise InputError if the parents, those in the file included, differ in configuration or in epochs kept."""
+        key = self.rows[0]["key"] if self.rows else parents[0].about["key"]
+        if other := next((parent for parent in parents if parent.about["key"] != key), None):
+            what = f"differs in configuration or run.keep from the other parents ({other.about['key']}, not {key})"
+            raise InputError(f"{self.path}: {other.name} {what}")
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+
+    def has(self, wanted: dict[str, Any]) -> bool:
+        """Return whether there is a row with these values."""
+        return any(all(row.get(name) == value for name, value in wanted.items()) for row in self.rows)
+
+
 class Scaling:
     """The measurements on one parent, which is the last network of a run."""
 
-    def __init__(self, run: Path, folder: Path, populations: list[int], draws: int, say: Callable[[str], None]) -> None:
-        """Rows and scores are kept in `folder`; those that it has are not computed again. Raises InputError if the run
-        cannot be used."""
-        self.folder, self.populations, self.draws, self.say = folder, sorted(populations), draws, say
+    def __init__(
+        self, run: Path, rows: ScaleRows, populations: list[int], draws: int, say: Callable[[str], None]
+    ) -> None:
+        """Rows are added to `rows`, and scores are kept beside its file. What is there is not computed again. Raises
+        InputError if the run cannot be used."""
+        self.rows, self.folder, self.draws, self.say = rows, rows.path.parent, draws, say
+        self.populations = sorted(set(populations))
         self.name = run.resolve().name
         self.config = config = load_run_config(run)
         refuse_code(run, config, "its networks cannot be scaled")
@@ -113,13 +146,15 @@ class Scaling:
         in_a_row = next((count for count, epoch in enumerate(reversed(kept)) if epoch != kept[-1] - count), len(kept))
         be_after_epoch(self.network, checkpoint, run / "checkpoints", in_a_row, self._remember)
         self.buffers = [buffer.clone() for buffer in self.model.buffers]
-        self.about = {"key": key_of(config), "seed": config.run.seed, "weights": self.model.digest()[:12]}
+        # The average and the trajectory depend on the number of epochs that the run has kept.
+        self.about = {
+            "key": f"{key_of(config)}-{len(self.thetas)}",
+            "seed": config.run.seed,
+            "epoch": checkpoint.epoch,
+            "weights": self.model.digest()[:12],
+        }
         if checkpoint.epoch < config.run.epochs:
             say(f"{self.name}: the parent is the network of epoch {checkpoint.epoch} of {config.run.epochs}")
-        self.rows_path = folder / "rows.jsonl"
-        self.rows = read_rows(self.rows_path)
-        if other := next((row for row in self.rows if row["key"] != self.about["key"]), None):
-            raise InputError(f"{self.rows_path}: has rows of parents of another configuration ({other['key']})")
 
     def _remember(self, epoch: int) -> None:
         self.thetas.append(self.model.theta_D.clone())
@@ -129,7 +164,7 @@ class Scaling:
         self.model.theta_D.copy_(self.thetas[-1])
         self.model.load_buffers(self.buffers)
         if of_average:
-            self._average("epochs", min(AVERAGED, len(self.thetas))).become()
+            self._average("epochs", self.averaged).become()
 
     def _average(self, kind: str, epochs: int) -> Average:
         """Return an average of the last epochs. Leave the parent in the network."""
@@ -154,30 +189,44 @@ class Scaling:
         return {"loss": result.loss, "accuracy": result.accuracy}
 
     def _add(self, **row: Any) -> None:
-        self.rows.append(self.about | row)
-        write_whole(self.rows_path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        self.rows.add(self.about | row)
 
     def _is_done(self, **row: Any) -> bool:
-        wanted = self.about | row
-        return any(all(found.get(name) == value for name, value in wanted.items()) for found in self.rows)
+        return self.rows.has(self.about | row)
 
-    def baselines(self) -> None:
-        """Score the parent, averages of its last epochs, and their greedy soup, chosen on the evolution split."""
-        most = min(AVERAGED, len(self.thetas))  # as many as a way may start from
-        counts = sorted({*(count for count in (2, 4) if count < most), most} - {1})
+    @property
+    def averaged(self) -> int:
+        """Number of epochs in the average that a way may start from."""
+        return min(AVERAGED, len(self.thetas))
+
+    def baselines(self, levels: Sequence[Scaling] = ()) -> None:
+        """Score the parent, averages of its last epochs, and their greedy soup, chosen on the evolution split. Also
+        score the last networks of other runs with the same seed, `levels`, and their averages."""
+        counts = sorted({*(count for count in (2, 4) if count < self.averaged), self.averaged} - {1})
         ways = {"parent": ("epochs", 1)} | {f"average of {count} epochs": ("epochs", count) for count in counts}
         if counts:
             ways[f"greedy soup of {counts[-1]} epochs"] = ("soup", counts[-1])
         for name, (kind, count) in ways.items():
-            if self._is_done(way=name):
-                continue
-            self._begin()
-            if name != "parent":
-                self._average(kind, count).become()
-            found = self._judge(self.splits.test)
-            self._add(way=name, **{f"test_{what}": value for what, value in found.items()})
-            self.say(f"{self.name} {name}: test accuracy {found['accuracy']:.4f}")
-        self._begin()
+            self._level(name, self, kind, count)
+        for other in levels:
+            if other.splits.classes != self.splits.classes:
+                raise InputError(f"--levels {other.name}: has other classes than {self.name}")
+            name = other.name.removesuffix(f"-{other.about['seed']}")
+            self._level(name, other, "epochs", 1)
+            if other.averaged > 1:
+                self._level(f"{name}, average of {other.averaged} epochs", other, "epochs", other.averaged)
+
+    def _level(self, name: str, of: Scaling, kind: str, count: int) -> None:
+        """Score the last network of a run, or an average of its last epochs, on this parent's test images."""
+        if self._is_done(way=name):
+            return
+        of._begin()
+        if count > 1:
+            of._average(kind, count).become()
+        found = of._judge(self.splits.test)
+        of._begin()
+        self._add(way=name, **{f"test_{what}": value for what, value in found.items()})
+        self.say(f"{self.name} {name}: test accuracy {found['accuracy']:.4f}")
 
     def refuse_unfit(self, name: str, way: Way) -> None:
         """Raises InputError if a way needs more evolution images or epochs than there are."""
@@ -291,14 +340,6 @@ class Scaling:
         cosine = population.answer(Compare())
         length = best_length(_answered(population, search_lengths(), column))
         return {"length": length, "cosine": cosine}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a file, if it exists. Raises InputError if they cannot be read."""
-    try:
-        return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
 
 
 @contextlib.contextmanager

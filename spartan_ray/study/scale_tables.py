@@ -18,12 +18,14 @@ OF_AVERAGE = "average-"
 
 ABOUT = """How one update changes a parent, at the length found by a search on other images. Values are means with \
 95 % intervals (Student's t) over {parents} parents; a parent's value is the mean of its draws. Bold: the interval \
-excludes 0. *Scored* images scored the members; *unscored* images are of the validation split, which scored nothing. \
-Populations are nested: draw d of K members consists of members d K to (d + 1) K - 1 of the largest population. \
-*Spread* is the standard deviation of the test change between the draws of a parent. *Cosine* is the cosine between \
-the update and the direction in which the loss of the scored images falls; *over chance* is its ratio to sqrt(pairs / \
-parameters). *Gain* is the improvement on unscored images per million images forwarded. If a way starts from the \
-average, its changes are relative to the average; the picture adds the average's own gain over the parent.
+excludes 0. *Scored* images are up to 4,096 of those that members are scored on: all members on the same ones, or \
+each pair on some of them. *Unscored* images are of the validation split, which scored nothing. Populations are \
+nested: draw d of K members consists of members d K to (d + 1) K - 1 of the largest population. *Spread* is the \
+standard deviation of the test change between the draws of a parent. *Cosine* is the cosine between the update and \
+the direction in which the loss of all images that can score members falls; *over chance* is its ratio to sqrt(pairs \
+/ parameters). *Gain* is the improvement on unscored images per million images forwarded. If a way starts from the \
+average, its changes are relative to the average; the picture adds the average's own gain over the parent. *Over* \
+the smallest population: the difference in test change, parent by parent.
 """
 
 
@@ -46,10 +48,15 @@ def table(means: pd.DataFrame, fitness: str) -> pd.DataFrame:
     """Return one row per way and population."""
     factor, digits, unit = (100.0, 2, "points") if fitness == "accuracy" else (1.0, 3, "loss")
     lines = []
-    for (way, population), group in means[means["fitness"] == fitness].groupby(["way", "population"], sort=False):
+    means = means[means["fitness"] == fitness].set_index("weights")
+    smallest = means["population"].min()
+    for (way, population), group in means.groupby(["way", "population"], sort=False):
         shown = {"way": str(way), "K": f"{population:,.0f}", "images, M": f"{group['images'].mean() / 1e6:.2f}"}
         for on in ("test", "unscored", "scored"):
             shown[f"{on}, {unit}"] = _bold(interval(group[f"{on} {fitness}"]), digits, factor)
+        small = means[(means["way"] == way) & (means["population"] == smallest)]
+        more = (group[f"test {fitness}"] - small[f"test {fitness}"]).dropna()
+        shown[f"over K = {smallest:,.0f}"] = "" if population == smallest else _bold(interval(more), digits, factor)
         other = "loss" if fitness == "accuracy" else "accuracy"
         other_factor, other_digits = (1.0, 3) if other == "loss" else (100.0, 2)
         shown[f"test {other}"] = _bold(interval(group[f"test {other}"]), other_digits, other_factor)
@@ -87,19 +94,18 @@ def levels(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def latest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows of each seed's last parent. A parent that was trained further is another one, but not
-    independent."""
-    return rows[rows["weights"] == rows["seed"].map(rows.groupby("seed")["weights"].last())]
+    """Keep the rows of the parent with the most epochs of each seed. A parent that was trained further is another one,
+    but not independent."""
+    return rows[rows["epoch"] == rows.groupby("seed")["epoch"].transform("max")]
 
 
 def write_up(rows: pd.DataFrame, name: str) -> str:
     """Return all tables as Markdown."""
     rows = latest(rows)
     parents = rows["weights"].nunique()
-    still = _still(rows)
+    still, over = _still(rows), levels(rows)
     lines = []
     for way, group in still.groupby("way", sort=False):
-        over = levels(rows)
         mine = over[over["way"] == way]
         lines.append(
             {
@@ -134,7 +140,10 @@ def draw(rows: pd.DataFrame, fitness: str, path: Path) -> None:
         low_P, high_P = by_size.min() * sign * factor, by_size.max() * sign * factor
         axes.plot(mean_P.index, mean_P, color=colour, marker="o", markersize=4, linewidth=1.8, label=str(way))
         axes.fill_between(mean_P.index, low_P, high_P, color=colour, alpha=0.12, linewidth=0)
-    for number, (way, group) in enumerate(over.groupby("way", sort=False)):
+    # Of the parent's own averages only the longest is drawn, the one that ways start from.
+    own = [way for way in over["way"].unique() if way.startswith(("average", "greedy soup"))]
+    drawn = over[~over["way"].isin(own) | over["way"].isin([way for way in own if way.startswith("average")][-1:])]
+    for number, (way, group) in enumerate(drawn.groupby("way", sort=False)):
         level, style = float(group[fitness].mean()) * sign * factor, ("--", ":", "-.", (0, (1, 4)))[number % 4]
         axes.axhline(level, color="grey", linewidth=1.1, linestyle=style, label=f"{way}, no evolution")
     axes.axhline(0, color="black", linewidth=0.8)

@@ -15,7 +15,7 @@ from spartan_ray.study.plan import AVERAGE, STOPPED, Claim
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of `count` values with its 95 % interval, mean ± half, by Student's t. `half` is NaN for fewer than two
+    """A mean of `count` values with its interval, mean ± half, by Student's t. `half` is NaN for fewer than two
     values."""
 
     mean: float
@@ -34,13 +34,13 @@ class Interval:
         return mean if math.isnan(self.half) else f"{mean} ± {self.half * scale:.{digits}f}"
 
 
-def interval(values: Sequence[float] | pd.Series[float]) -> Interval:
-    """Return the interval of independent values."""
+def interval(values: Sequence[float] | pd.Series[float], level: float = 0.95) -> Interval:
+    """Return the interval of independent values that covers their mean with probability `level`."""
     value_N = np.asarray(values, float)
     count = len(value_N)
     if count < 2:
         return Interval(float(value_N.mean()) if count else math.nan, math.nan, count)
-    quantile = float(stats.t.ppf(0.975, count - 1))
+    quantile = float(stats.t.ppf((1 + level) / 2, count - 1))
     return Interval(float(value_N.mean()), quantile * float(value_N.std(ddof=1)) / math.sqrt(count), count)
 
 
@@ -60,7 +60,8 @@ def ends(rows: pd.DataFrame, first_baseline: str | None) -> pd.DataFrame:
         if method == first_baseline:
             until = frame.iloc[: int(frame["evolution_accuracy"].argmax()) + 1]
             spent = {name: until[name].sum() for name in spent}
-            found.append(about | {"way": f"{method}{STOPPED}"} | _measures(until, until.iloc[-1], "") | spent)
+            measures = _measures(until, until.iloc[-1], "") | {"late_test_accuracy": math.nan}  # it has no end phase
+            found.append(about | {"way": f"{method}{STOPPED}"} | measures | spent)
     return pd.DataFrame(found)
 
 
@@ -74,9 +75,10 @@ def _measures(frame: pd.DataFrame, end: pd.Series, prefix: str) -> dict[str, flo
     for name in ("train_loss", "validation_accuracy"):
         value_E = frame[name].to_numpy(float)
         row[f"phase_{name}"] = float((value_E[evolve] - value_E[evolve - 1]).mean()) if len(evolve) else math.nan
-    late = frame.iloc[-(-2 * len(frame) // 3) - 1]  # two thirds through the run
-    row |= {"train_loss": float(end["train_loss"]), "overfitting": float(end["test_loss"] - end["train_loss"])}
-    return row | {"late_validation_accuracy": float(end["validation_accuracy"] - late["validation_accuracy"])}
+    third, last = (frame.iloc[len(frame) * quarter // 4 : len(frame) * (quarter + 1) // 4] for quarter in (2, 3))
+    row["turn_of_validation_accuracy"] = float(last["validation_accuracy"].mean() - third["validation_accuracy"].mean())
+    row["late_test_accuracy"] = float(last.loc[last["kind"] == "sgd", "test_accuracy"].mean())
+    return row | {"train_loss": float(end["train_loss"]), "overfitting": float(end["test_loss"] - end["train_loss"])}
 
 
 def values_of(ends_frame: pd.DataFrame, group: str, way: str, measure: str) -> pd.Series[float]:
@@ -85,28 +87,30 @@ def values_of(ends_frame: pd.DataFrame, group: str, way: str, measure: str) -> p
     return mine.set_index("seed")[measure].dropna()
 
 
-def difference(ends_frame: pd.DataFrame, group: str, way: str, over: str, measure: str) -> tuple[Interval, int]:
-    """Return how much higher a measure is than for another way at the same seeds, and at how many seeds it is
-    higher."""
+def differences(ends_frame: pd.DataFrame, group: str, way: str, over: str, measure: str) -> pd.Series[float]:
+    """Return how much higher a measure is than for another way, by seed, at the seeds that both have."""
     mine, others = (values_of(ends_frame, group, name, measure) for name in (way, over))
-    between = (mine - others).dropna()
-    return interval(between), int((between > 0).sum())
+    return (mine - others).dropna()
 
 
 def verdict(ends_frame: pd.DataFrame, claim: Claim) -> tuple[str, list[Interval]]:
-    """Return the verdict on a claim, and the interval of its measure, or of the difference to each way of `over`.
+    """Return the verdict on a claim, and the 95 % interval of its measure, or of the difference to each way of `over`.
 
-    The claim is confirmed if every interval excludes 0 on the claimed side, contradicted if one excludes it on the
-    other side, and undecided otherwise. The claim "not higher" is never confirmed: it is contradicted if one interval
-    is above 0."""
+    The claim is confirmed if every interval excludes 0 on the claimed side. It is contradicted if one excludes 0 on the
+    other side at level 1 - 0.05 / n, with n intervals. Otherwise, and with fewer than two seeds, it is undecided. The
+    claim "not higher" is never confirmed: it is contradicted if an interval is above 0."""
     if claim.over:
-        found = [difference(ends_frame, claim.group, claim.way, way, claim.measure)[0] for way in claim.over]
+        values = [differences(ends_frame, claim.group, claim.way, way, claim.measure) for way in claim.over]
     else:
-        found = [interval(values_of(ends_frame, claim.group, claim.way, claim.measure))]
-    sides = [math.copysign(1, one.mean) if one.count > 1 and one.excludes_zero else 0 for one in found]
-    side = -1 if claim.expects == "lower" else 1
+        values = [values_of(ends_frame, claim.group, claim.way, claim.measure)]
+    found = [interval(one) for one in values]
+    if min(one.count for one in found) < 2:
+        return "undecided", found
+    sign = -1 if claim.expects == "lower" else 1
+    against = -1 if claim.expects == "not higher" else 1
+    wide = [interval(one, 1 - 0.05 / len(values)) for one in values]
+    if any(one.excludes_zero and one.mean * sign * against < 0 for one in wide):
+        return "contradicted", found
     if claim.expects == "not higher":
-        return "contradicted" if 1 in sides else "not contradicted", found
-    if all(one == side for one in sides):
-        return "confirmed", found
-    return "contradicted" if -side in sides else "undecided", found
+        return "not contradicted", found
+    return "confirmed" if all(one.excludes_zero and one.mean * sign > 0 for one in found) else "undecided", found
