@@ -197,8 +197,10 @@ def readme() -> str:
     there = [way for way in SHOWN if way in table.index]  # not all have a run yet
     found = table.loc[there, list(COLUMNS)].rename(columns=COLUMNS)
     found.insert(0, "", [SHOWN[way] for way in there])
+    done = rows.groupby(["group", "method", "seed"]).ngroups
+    so_far = "" if done == len(runs) else f"\n*So far: {done} of the {len(runs)} runs of the study.*\n"
     before, rest = (DOCS.parent / "README.md").read_text().split("<!-- study -->\n")
-    return f"{before}<!-- study -->\n{markdown(found)}<!-- end -->{rest.split('<!-- end -->')[1]}"
+    return f"{before}<!-- study -->\n{markdown(found)}{so_far}<!-- end -->{rest.split('<!-- end -->')[1]}"
 
 
 PAGES = {"configuration.md": configuration, "modules.md": modules, "modules.svg": picture, "../README.md": readme}

@@ -1,6 +1,7 @@
 """Run the code blocks of a page in order, in the current folder: `python run_page.py PAGE`.
 
-`python` blocks share one namespace. `bash` blocks run under `bash -euo pipefail`."""
+`python` blocks share one namespace. A block after "save it as `NAME.py`:" becomes that file instead. `bash` blocks run
+under `bash -euo pipefail`."""
 
 from __future__ import annotations
 
@@ -22,8 +23,13 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 def main(page: Path) -> None:
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module  # so that functions of the page are pickled by value
+    sys.path.insert(0, str(Path.cwd()))
+    whole = page.read_text()
     for number, (language, text) in enumerate(blocks(page)):
-        if language == "python":
+        before = whole[: whole.index(f"```{language}\n{text}```")]
+        if language == "python" and (file := re.search(r"`(\w+\.py)`:\n\n$", before)):
+            Path(file[1]).write_text(text)
+        elif language == "python":
             name = f"<block {number} of {page.name}>"
             linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
             exec(compile(text, name, "exec"), module.__dict__)

@@ -219,3 +219,7 @@ def check_paths(config: Config, new: bool) -> None:
             raise InputError(f"run.loggers {name}: not installed: pip install 'spartan-ray[{name}]'")
     for field, name in named_code(config):
         imported(field, name)
+    if is_named(config.evolution.strategy):
+        from spartan_ray.run.setup import make_strategy
+
+        make_strategy(config.evolution, classes=2)

@@ -209,9 +209,9 @@ class Population(Phase):
             except StopIteration as end:
                 outcome: Outcome = end.value
                 refuse(not isinstance(outcome, Outcome), "the strategy's generation did not return an Outcome")
-                columns = (outcome.fitness_K, outcome.cases_K, outcome.weight_K)
-                sizes = [len(outcome.members), *map(len, columns)]
-                refuse(len(set(sizes)) > 1, f"the strategy's Outcome has {sizes} members, fitnesses, cases and weights")
+                for name in ("fitness_K", "cases_K", "weight_K"):
+                    count, wanted = len(getattr(outcome, name)), len(outcome.members)
+                    refuse(count != wanted, f"the strategy's Outcome has {wanted} members, but {count} in {name}")
                 return outcome
             answer = self.answer(request)
 

@@ -212,8 +212,8 @@ class Outcome:
     cases_K: NDArray[np.int64]
     """Number of cases that each member was scored on, shape (K,)."""
     weight_K: NDArray[np.float64]
-    """Weight of each member in the new parent, shape (K,). For an update, these are the weights given to
-    `SetDirection`. For a member that became the parent, it is any number other than 0, usually 1."""
+    """Weight of each member in the new parent, shape (K,), also if `SetDirection` gets fewer seeds than members. For a
+    member that became the parent, it is any number other than 0, usually 1."""
     before: float
     """Fitness of the parent before the phase."""
     after: float
