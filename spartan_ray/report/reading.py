@@ -1,4 +1,4 @@
-"""Run folders as they are read: nothing in them is trusted."""
+"""Reads run folders. Nothing in them is trusted."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ TOGETHER = {
 
 
 class Epoch(BaseModel):
-    """A line of metrics.jsonl. `train_loss` is on a fixed sample of the SGD split, in evaluation mode; there
+    """A line of metrics.jsonl. `train_loss` is measured on a fixed sample of the SGD split, in evaluation mode. There
     are also {evolution,validation,test}_{loss,accuracy}."""
 
     model_config = ConfigDict(strict=True)
 
     epoch: Annotated[int, Field(ge=1, le=2**53)]
     time: str | None = None
-    """When it ended, in UTC."""
+    """End of the epoch, in UTC."""
     run_seconds: Real | None = None
-    """That the processes which wrote the record have taken for it up to then, from the folder or the checkpoint on."""
+    """Seconds that the run has taken so far, without what an interrupted process did after its last checkpoint."""
     lr: Real | None = None
-    """Of the parent's optimizer."""
+    """Learning rate of the parent's optimizer."""
     kind: Literal["sgd", "evolve"]
     train_loss: Number
     validation_accuracy: Real
@@ -49,14 +49,14 @@ class Epoch(BaseModel):
     average_validation_accuracy: Real | None = None
     average_test_accuracy: Real | None = None
     average_test_loss: Number = None
-    """Of the average of the weights (parent.average)."""
+    """Loss and accuracy of the average of the weights (parent.average)."""
     parents: Count | None = None
     parents_fitness_min: Number = None
     parents_fitness_mean: Number = None
     parents_fitness_max: Number = None
-    """Of the parents, where there are several (evolutionary SGD)."""
+    """Fitness of the parents, if there are several (evolutionary SGD)."""
     backed_off: Count | None = None
-    """Parents whose fitness fell in an epoch of gradient descent: they are what they were."""
+    """Number of parents whose fitness fell in an SGD epoch, and which were restored."""
     seconds: Real
     evaluation_seconds: Real
     images_per_second: Real
@@ -72,55 +72,55 @@ class Epoch(BaseModel):
 
 
 class EvolvePhase(Epoch):
-    """A line of an evolve phase. Statistics are over the members; one that was rejected early counts with the
-    images that it was scored on. There are also fitness_{min,std}, broadcast_seconds, workers."""
+    """A line of an evolve phase. Statistics are over the members. A member that was rejected early counts with the
+    images that it was scored on. There are also fitness_{min,std}, broadcast_seconds and workers."""
 
     population: Count
     generations: Count = 1
-    """One after another in the phase, each with so many members."""
+    """Number of generations in the phase, each with `population` members."""
     fitness_images: Count
     fitness_mean: Number
     fitness_max: Number
     fitness_nonfinite: Count = 0
-    """Members that were not finite: the worst of all, and in none of these statistics."""
+    """Number of members whose fitness was not finite. They count as the worst and are in none of these statistics."""
     parent_fitness_before: Number
     parent_fitness_after: Number
-    """Both on the same images."""
+    """Fitness of the parent before and after the phase, on the same images."""
     accepted: bool
-    """Whether the parent moved, to a better one or not."""
+    """Whether the parent moved, for better or worse."""
     accepted_members: Count = 1
-    """More than one in a chain."""
+    """Number of members that became the parent; more than one in a chain."""
     chosen_member: Count | None = None
-    """The last that became the parent."""
+    """The last member that became the parent."""
     note: str | None
-    """Why the parent stayed."""
+    """Reason why the parent stayed."""
     confirm_fitness_before: Number = None
     confirm_fitness_after: Number = None
-    """On images that did not choose."""
+    """Fitness on images that had no part in the choice."""
     search_ratios: list[Number] | None = None
     search_fitness: list[Number] | None = None
     """Lengths of the update, as step ratios, and the fitness of each."""
     generation_fitness: list[Number] | None = None
     generation_lengths: list[Number] | None = None
-    """Mean fitness of the members and length of the update, 0 where there was none, where a phase has several."""
+    """Mean fitness of the members and length of the update (0: none) of each generation, if a phase has several."""
     step_ratio: Number
-    """Norm of the phase's move over the norm of one mutation."""
+    """Norm of the phase's move divided by the norm of one mutation."""
     selected: Count | None = None
-    """Offspring among the next parents, of several (evolutionary SGD)."""
+    """Number of offspring among the next parents (evolutionary SGD)."""
     images_scored: Count = 0
     images_saved: Count = 0
-    """By early rejection, or by racing."""
+    """Number of images that early rejection or racing saved."""
     images_discarded: Count = 0
-    """Scored for members of a wave that were drawn again; depends on the wave."""
+    """Number of images scored for members of a wave that were drawn again. Depends on the wave."""
     scoring_seconds: Real
     gradient_seconds: Real = 0.0
     update_seconds: Real
     retries: Count
-    """Tasks done again because their worker was lost."""
+    """Number of tasks repeated because their worker was lost."""
     late_results: Count = 0
-    """Answers to what another worker had answered before."""
+    """Number of answers that another worker had given before."""
     members_failed: Count = 0
-    """Scored worst because they failed on several workers."""
+    """Number of members that failed on several workers and count as the worst."""
 
     @model_validator(mode="after")
     def _search(self) -> Self:
@@ -131,7 +131,7 @@ class EvolvePhase(Epoch):
 
 
 class Environment(BaseModel):
-    """What a report uses of environment.json."""
+    """The parts of environment.json that a report uses."""
 
     versions: dict[str, str] = {}
     processor: str | None = None
@@ -140,7 +140,7 @@ class Environment(BaseModel):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run folder, read."""
+    """The content of a run folder."""
 
     name: str
     config: Config
@@ -151,14 +151,14 @@ class RunRecord:
 
 
 def read_run(folder: Path, journals: bool = False) -> RunRecord:
-    """Read a run folder, with the fitness of its members if `journals`. Raises InputError naming the file that is
-    missing or unreadable."""
+    """Read a run folder, with the fitness of its members if `journals` is true. Raises InputError, which names the file
+    that is missing or unreadable."""
     refuse_links(folder)
     path, rows = folder / "metrics.jsonl", []
     try:
         lines = path.read_text().splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
-            lines.pop()  # cut off while it was written
+            lines.pop()  # it is still being written
         for number, line in enumerate(lines, 1):
             row = json.loads(line)
             if not isinstance(row, dict):
@@ -190,7 +190,7 @@ def read_run(folder: Path, journals: bool = False) -> RunRecord:
 
 
 def unique_frames(runs: list[RunRecord]) -> dict[str, pd.DataFrame]:
-    """The metrics by run name, a number added to a name that comes twice."""
+    """Return the metrics by run name. A number makes names unique."""
     frames: dict[str, pd.DataFrame] = {}
     for run in runs:
         name, number = run.name, 1

@@ -11,13 +11,13 @@ import pandas as pd
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number of the record, whose null is a value that was not finite."""
+    """Return the text of a number of the record, in which null is a value that was not finite."""
     return "not finite" if value is None or pd.isna(value) else f"{value:.{digits}f}"
 
 
 def final_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """One row a run, and one of its average: where it ended, and the test accuracy at the epoch that validation would
-    choose."""
+    """Return one row per run, and one per average: the values at the end, and the test accuracy at the epoch with the
+    best validation accuracy."""
     rows = []
     for name, frame in frames.items():
         rows.append(_final(name, frame, ""))
@@ -44,7 +44,8 @@ def _final(name: str, frame: pd.DataFrame, prefix: str) -> dict[str, str]:
 
 
 def effect(phase: Mapping[Any, Any]) -> str:
-    """What an evolve phase made of the parent on the images that scored it: better, worse, equal, or unmoved."""
+    """Return the effect of an evolve phase on the parent, on the images that scored it: better, worse, equal, or
+    unmoved."""
     names = ("parent_fitness_before", "parent_fitness_after")
     before, after = (-math.inf if pd.isna(phase[name]) else phase[name] for name in names)
     if not phase["accepted"]:
@@ -53,7 +54,7 @@ def effect(phase: Mapping[Any, Any]) -> str:
 
 
 def _phases(evolve: pd.DataFrame) -> str:
-    """How many evolve phases moved the parent, and to what."""
+    """Return how many evolve phases moved the parent, and with which effects."""
     if not len(evolve):
         return "-"
     count = Counter(effect(phase) for phase in evolve.to_dict("records"))
@@ -64,17 +65,17 @@ def _phases(evolve: pd.DataFrame) -> str:
 
 
 def _epochs(frame: pd.DataFrame) -> str:
-    """How many epochs a run has, and of how many if it is not at its end."""
+    """Return the number of epochs of a run, and the planned number if it has not ended."""
     done, wanted = len(frame), frame.attrs.get("epochs", len(frame))
     return str(done) if done == wanted else f"{done} of {wanted}"
 
 
-# What fits a terminal; the rest is in the report.
+# Columns for a terminal; the report has the others.
 SHORT = ["run", "epochs", "evolve phases", "train loss", "validation accuracy", "test accuracy", "test loss"]
 
 
 def evolve_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """One row an evolve phase; columns that say nothing of any phase are left out."""
+    """Return one row per evolve phase, without the columns that are empty for all phases."""
     rows = []
     for name, frame in frames.items():
         for phase in frame[frame["kind"] == "evolve"].to_dict("records"):
@@ -110,7 +111,7 @@ def evolve_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _moved(phase: dict[Any, Any]) -> str:
-    """What became of the parent, with the members that replaced it, or why it stayed."""
+    """Return the effect on the parent with the members that replaced it, or the reason why it stayed."""
     found = effect(phase)
     if found == "unmoved":
         return f"no: {phase['note']}"
@@ -121,22 +122,22 @@ def _moved(phase: dict[Any, Any]) -> str:
 
 
 def _of_parents(phase: Mapping[Any, Any]) -> bool:
-    """Whether it is a selection among several parents and their offspring."""
+    """Return whether a phase is a selection among several parents and their offspring."""
     return not pd.isna(phase.get("parents"))
 
 
 def _fitness(value: Any) -> str:
-    """Nothing where there is none."""
+    """Return the text of a fitness, empty for a missing one."""
     return "" if pd.isna(value) else number(value)
 
 
 def _count(value: Any) -> str:
-    """Nothing for none."""
+    """Return the text of a count, empty for 0 or a missing one."""
     return "" if not value or pd.isna(value) else str(int(value))
 
 
 def _share(phase: dict[Any, Any], name: str) -> str:
-    """Images as a share of those that were scored and saved, if any."""
+    """Return a number of images as a share of all that were scored, saved or discarded; empty for 0."""
     images = phase.get(name)
     if not images or pd.isna(images):
         return ""
