@@ -186,6 +186,13 @@ def test_a_strategy_that_cannot_be_used_is_one_line(name: str, more: dict[str, A
     assert "\n" not in str(caught.value)
 
 
+def test_a_strategy_that_cannot_be_used_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    arguments = ("train", "--config", "quickstart", "--evolution.strategy", "mine:Halves", "--evolution.mirrored")
+    code, out, err = command(*arguments, cwd=tmp_path)
+    said = "spartan: evolution.mirrored (True) has no effect: mine:Halves takes population, sigma\n"
+    assert (code, out, err) == (2, "", said)
+
+
 @pytest.mark.parametrize("name", ["es2", "a b:C", "mine:", ":C", "mine:a.b"])
 def test_a_name_that_is_none_is_refused_with_the_field(name: str) -> None:
     with pytest.raises(InputError, match=r"^parent\.model \('.*'\): expected resnet18, convnet, or package"):
