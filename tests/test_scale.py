@@ -63,6 +63,8 @@ def test_parents_share_a_file_and_levels_are_those_of_their_seed(local_ray: None
     assert again.rows[-1]["weights"] == second.about["weights"]
     result = scored(level.network, second.splits.test, level.normalise)
     assert again.rows[-2]["test_loss"] == pytest.approx(result.loss, rel=1e-5)
+    refused = command("scale", str(runs[0]), "--levels", str(runs[2]), cwd=tmp_path)
+    assert refused == (2, "", "spartan: --levels both-1: no parent has its run.seed (1)\n")
 
 
 def test_parents_of_another_configuration_are_not_mixed(parent: Path, tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ def _score(arguments: argparse.Namespace, folder: Path) -> None:
         return Scaling(run, rows, arguments.populations, arguments.draws, lambda text: print(text, flush=True))
 
     parents, levels = [of(run) for run in arguments.runs], [of(run) for run in arguments.levels]
+    for level in levels:
+        if level.about["seed"] not in [parent.about["seed"] for parent in parents]:
+            raise InputError(f"--levels {level.name}: no parent has its run.seed ({level.about['seed']})")
     for parent in parents:
         for name, way in ways.items():
             parent.refuse_unfit(name, way)
