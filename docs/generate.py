@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from pathlib import Path
+
+import pandas as pd
 
 from spartan_ray.cli.flags import metavar, off
 from spartan_ray.report.tables import markdown
@@ -13,7 +16,7 @@ from spartan_ray.run.loading import PRESETS, preset_names
 from spartan_ray.section import Section
 from spartan_ray.study.plan import load_study, planned_runs
 from spartan_ray.study.rows import Rows
-from spartan_ray.study.statistics import ends
+from spartan_ray.study.statistics import differences, ends, interval
 from spartan_ray.study.tables import group_table
 
 DOCS = Path(__file__).parent
@@ -187,20 +190,41 @@ COLUMNS = {
 }
 
 
+# What README says below the table. Braces hold the difference between two ways in test accuracy, or in late accuracy.
+ANSWER = """**Does a larger population help, and when?** In one update hardly: 2,000 descendants over 50 gain
+{es-own-2000 over es-own-50} points. In eight updates, each scored on images of their own, 500 gain
+{es-own-8x500 over es-own-8x2} over 2, {es-own-8x500 over es-own-8x50} over 50 and {es-own-8x500 over sgd} over SGD,
+right after such a phase. But while SGD goes on no gain over SGD is measurable ({late es-own-8x500 over sgd}). With both
+averaged, evolution is level with SGD, whose average is free ({es-own-8x500, average over sgd, average}), and below SGD
+on both splits ({es-own-8x500, average over sgd-all, average})."""
+
+
+def answer(ended: pd.DataFrame, text: str = ANSWER) -> str:
+    """The text with its differences filled in."""
+
+    def gain(found: re.Match[str]) -> str:
+        way, over = found[2].split(" over ")
+        measure = "late_test_accuracy" if found[1] else "test_accuracy"
+        return interval(differences(ended, "scratch", way, over, measure)).text(2, 100.0, sign=True)
+
+    return re.sub(r"\{(late )?([^{}]*)\}", gain, text.replace("\n", " "))
+
+
 def readme() -> str:
-    """README.md with its table of the study, made from the study's rows."""
+    """README.md with its table of the study and the answer, made from the study's rows."""
     study = load_study(DOCS.parent / "results" / "article-small.yaml")
     runs = planned_runs(study, {})
     rows = Rows(DOCS.parent / "results" / "article-small" / "rows.csv").of(runs)
-    seeds = len({run.seed for run in runs})
-    table = group_table(ends(rows, study.baselines[0]), "scratch", study.baselines, seeds).set_index("way")
+    seeds, ended = len({run.seed for run in runs}), ends(rows, study.baselines[0])
+    table = group_table(ended, "scratch", study.baselines, seeds).set_index("way")
     there = [way for way in SHOWN if way in table.index]  # not all have a run yet
     found = table.loc[there, list(COLUMNS)].rename(columns=COLUMNS)
     found.insert(0, "", [SHOWN[way] for way in there])
     done = rows.groupby(["group", "method", "seed"]).ngroups
-    so_far = "" if done == len(runs) else f"\n*So far: {done} of the {len(runs)} runs of the study.*\n"
+    so_far = "" if done == len(runs) else f" So far: {done} of the {len(runs)} runs."
     before, rest = (DOCS.parent / "README.md").read_text().split("<!-- study -->\n")
-    return f"{before}<!-- study -->\n{markdown(found)}{so_far}<!-- end -->{rest.split('<!-- end -->')[1]}"
+    shown = f"{markdown(found)}\n{textwrap.fill(answer(ended) + so_far, 150)}\n"
+    return f"{before}<!-- study -->\n{shown}<!-- end -->{rest.split('<!-- end -->')[1]}"
 
 
 PAGES = {"configuration.md": configuration, "modules.md": modules, "modules.svg": picture, "../README.md": readme}

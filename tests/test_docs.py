@@ -127,13 +127,44 @@ def test_generated_pages_are_those_of_the_code(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == generate.PAGES[name](), "run: python docs/generate.py"
 
 
-def test_figures_of_the_study_in_the_text_are_those_of_its_tables() -> None:
-    found = (ROOT / "README.md").read_text().split("## What it found")[1].split("\n## ")[0]
-    text = "".join(path.read_text() for path in (ROOT / "results").glob("*/README.md"))
-    figure = r"(?<![\d.])[+-]?\d+\.\d+(?: ± \d+\.\d+)?(?![\d.]*\d)"
-    figures, known = re.findall(figure, found.split("<!-- end -->")[1]), set(re.findall(figure, text))
-    assert figures
-    assert [one for one in figures if one not in known] == []
+def test_the_answer_takes_its_figures_from_the_ways_that_it_names() -> None:
+    values = {"a": (0.5, 0.1), "a, average": (0.9, 0.1), "b": (0.4, 0.3)}
+    ended = pd.DataFrame(
+        [{"group": group, "seed": seed, "way": way, "test_accuracy": end + seed / 100, "late_test_accuracy": late}
+         for way, (end, late) in values.items() for seed in (0, 1) for group in ("scratch", "other")]
+    )  # fmt: skip
+    text = "{a over b}, {late a over b}; {a, average over b}"
+    assert generate.answer(ended, text) == "+10.00 ± 0.00, -20.00 ± 0.00; +50.00 ± 0.00"
+
+
+def test_the_script_that_repeats_the_experiment_passes_its_flags_on(tmp_path: Path) -> None:
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "reproduce", tmp_path / "scripts")
+    spartan = tmp_path / ".venv" / "bin" / "spartan"
+    spartan.write_text('#!/bin/sh\necho "$@"\n')
+    spartan.chmod(0o755)
+
+    def asked(*flags: str) -> list[str]:
+        done = subprocess.run(
+            [tmp_path / "scripts" / "reproduce", *flags], capture_output=True, text=True, check=True, timeout=60
+        )
+        return done.stdout.splitlines()
+
+    own = "--data.name folder --data.root data/cifar10-jpeg"
+    train = f"train --config results/vehicles.yaml --run.out results/article-small/runs --run.resume auto {own}"
+    study = "study results/article-small.yaml --data.root data/cifar10-jpeg"
+    assert asked() == [train, study]
+    assert asked("--scale", "small", "--data.root", "x", "--run.epochs", "3", "--cluster.address", "auto") == [
+        f"{train} --data.root x --cluster.address auto",
+        f"{study} --data.root x --run.epochs 3 --cluster.address auto",
+    ]
+    assert asked("--tables") == [f"{study} --tables"]
+    assert asked("--scale", "article", "--run.epochs", "3") == ["study results/article.yaml --run.epochs 3"]
+    refused = subprocess.run(
+        [tmp_path / "scripts" / "reproduce", "--scale", "big"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (refused.returncode, refused.stderr) == (2, "scripts/reproduce: --scale big: must be small or article\n")
 
 
 def test_the_tables_of_methods_are_those_of_the_rows() -> None:

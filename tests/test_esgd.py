@@ -384,6 +384,8 @@ def test_the_record_and_the_report_of_a_run(esgd_run: Path) -> None:
         assert row["lr"] > 0
         assert 0 <= row["backed_off"] <= 4
     assert rows[0]["evolution_loss"] == pytest.approx(-best[0], rel=1e-6)  # the fitness is on all evolution images
+    cases = phases[0]["fitness_images"]
+    assert [row["images_scored"] for row in rows[:3]] == [8 * cases, 4 * cases, phases[0]["population"] * cases]
     page = next(path for path in write_report([read_run(esgd_run)], esgd_run / "report") if path.suffix == ".html")
     assert "<dt>evolution.elite</dt><dd>2</dd>" in page.read_text()
     assert (esgd_run / "report" / "parents.png").stat().st_size > 10_000

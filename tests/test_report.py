@@ -16,8 +16,8 @@ from PIL import Image
 from spartan_ray.engine.strategies.requests import Outcome, noisy
 from spartan_ray.errors import InputError
 from spartan_ray.report.page import write_report
-from spartan_ray.report.plots import INK, NARROW, PAGE, bins, images_forwarded, label_lines, other_images
-from spartan_ray.report.reading import read_run, unique_frames
+from spartan_ray.report.plots import INK, NARROW, PAGE, bins, label_lines, other_images
+from spartan_ray.report.reading import images_forwarded, read_run, unique_frames
 from spartan_ray.report.settings import changed, differing
 from spartan_ray.report.tables import evolve_table, final_table, markdown
 from spartan_ray.run.config import Config, Evolution, Run
@@ -164,7 +164,8 @@ def test_images_forwarded_are_those_of_gradients_and_of_scores(tmp_path: Path) -
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows[1] |= {"images_scored": 300, "images_saved": 100, "images_discarded": 50}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert images_forwarded(read_run(folder).metrics).tolist() == [10.0, 350.0]
+    trained, scored = images_forwarded(read_run(folder).metrics)
+    assert (trained.tolist(), scored.tolist()) == ([10, 0], [0, 350])
 
 
 def test_the_page_shows_how_the_members_of_each_phase_scored(tmp_path: Path) -> None:

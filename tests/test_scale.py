@@ -172,6 +172,7 @@ def row(weights: str, draw: int, gain: float, population: int = 50) -> dict[str,
         "epoch": 3,
         "key": "k",
         "way": "all",
+        "made": "w",
         "population": population,
         "draw": draw,
         "fitness": "accuracy",
@@ -181,8 +182,8 @@ def row(weights: str, draw: int, gain: float, population: int = 50) -> dict[str,
 
 
 ROWS = [
-    *({"weights": name, "seed": "ab".index(name), "epoch": 3, "key": "k", "way": way, "test_loss": loss,
-       "test_accuracy": accuracy}
+    *({"weights": name, "seed": "ab".index(name), "epoch": 3, "key": "k", "way": way,
+       "made": name, "test_loss": loss, "test_accuracy": accuracy}
       for way, loss, accuracy in (("parent", 2.0, 0.5), ("average of 2 epochs", 1.5, 0.6)) for name in "ab"),
     row("a", 0, 0.01), row("a", 1, 0.03), row("b", 0, 0.02), row("b", 1, 0.06),
 ]  # fmt: skip
@@ -203,3 +204,31 @@ def test_tables_are_of_the_means_of_draws() -> None:
     # A parent that was trained further replaces the earlier parent of its seed.
     older = [entry | {"weights": "older", "epoch": 2} for entry in ROWS if entry["weights"] == "a"]
     assert scale_tables.write_up(pd.concat([pd.DataFrame(older), rows, pd.DataFrame(older)]), "x") == text
+    # So does one that was trained again, and a way that is made otherwise now.
+    other = [entry | {"weights": "other"} for entry in ROWS if entry["weights"] == "a"]
+    former = [entry | {"made": "former", "test_accuracy": 0.9} for entry in ROWS]
+    assert scale_tables.write_up(pd.concat([pd.DataFrame(former), pd.DataFrame(other), rows]), "x") == text
+
+
+def test_the_picture_shows_gains_over_the_parent_with_its_average_as_a_level(tmp_path: Path) -> None:
+    rows = [*ROWS, *(row("a", 0, 0.05, 100) | {"way": way} for way in ("all", "average-all"))]
+    rows += [entry | {"fitness": "loss"} for entry in rows if "fitness" in entry]
+    accuracy, loss = (
+        scale_tables.draw(pd.DataFrame(rows), fitness, tmp_path / "x.png") for fitness in ("accuracy", "loss")
+    )
+    (all_common, of_average, level, _), (less, *_) = accuracy.lines, loss.lines
+    assert [line.get_label() for line in accuracy.lines[:3]] == [
+        "all", "average-all", "average of 2 epochs, no evolution"]  # fmt: skip
+    np.testing.assert_allclose(np.array(all_common.get_xydata()), [[50, 3], [100, 5]])
+    np.testing.assert_allclose(np.array(of_average.get_xydata()), [[100, 15]])  # the average's own 10 points too
+    np.testing.assert_allclose(np.array(level.get_ydata()), [10, 10])
+    np.testing.assert_allclose(np.array(less.get_xydata()), [[50, -0.03], [100, -0.05]])  # a rise is no reduction
+    (band, *_) = accuracy.collections
+    assert sorted(set(np.asarray(band.get_paths()[0].vertices)[:, 1].round(9))) == [2, 4, 5]
+
+
+def test_a_parent_without_averages_has_tables_too() -> None:
+    rows = pd.DataFrame([ROWS[0], row("a", 0, 0.01)])
+    text = scale_tables.write_up(rows, "x")
+    assert "| parent | 50.00 |  | 2.000 |  |" in text
+    assert "| all | 50 | 0.10 | +1.00 |" in text

@@ -20,7 +20,8 @@ from spartan_ray.errors import InputError
 from spartan_ray.noise.contract import noise
 from spartan_ray.report.reading import read_run
 from spartan_ray.study import runner
-from spartan_ray.study.plan import Claim, Planned, Study, load_study, planned_runs
+from spartan_ray.study.pictures import draw
+from spartan_ray.study.plan import Claim, Picture, Planned, Study, load_study, planned_runs
 from spartan_ray.study.pure_noise import PureNoise
 from spartan_ray.study.rows import Rows
 from spartan_ray.study.runner import Runner
@@ -192,12 +193,14 @@ def test_few_seeds_and_chance_among_many_ways_decide_nothing() -> None:
     assert found(worse | {"c": [0, 1, -1]}, ["b", "c"]) == "undecided"
 
 
-def of_epochs(method: str, validation: list[float], evolution: list[float], average: float = np.nan) -> pd.DataFrame:
-    """Return the rows of a run in which every third epoch is an evolve phase."""
+def of_epochs(
+    method: str, validation: list[float], evolution: list[float], average: float = np.nan, every: int = 3
+) -> pd.DataFrame:
+    """Return the rows of a run in which one epoch of `every` is an evolve phase."""
     count = len(validation)
     frame = pd.DataFrame({"epoch": range(1, count + 1), "validation_accuracy": validation})
     frame["evolution_accuracy"] = evolution
-    frame["kind"] = ["evolve" if epoch % 3 == 0 else "sgd" for epoch in frame["epoch"]]
+    frame["kind"] = ["evolve" if epoch % every == 0 else "sgd" for epoch in frame["epoch"]]
     for name in ("train_loss", "test_loss", "test_accuracy", "validation_loss"):
         frame[name] = np.arange(count) / 10 + (name == "test_loss")
     frame = frame.assign(group="g", method=method, seed=0, trained=100, scored=10, seconds=1.5)
@@ -224,6 +227,35 @@ def test_where_a_run_ended_and_what_it_did_on_the_way() -> None:
     assert found.loc["sgd, average", "test_accuracy"] == 0.7
     assert found["overfitting"].isna().tolist() == [False, True, False, False]
     assert found["late_test_accuracy"].isna().tolist() == [False, True, True, False]
+
+
+def test_late_epochs_are_those_that_are_sgd_in_every_way_of_a_group() -> None:
+    sgd, es = of_epochs("sgd", [0.1] * 8, [0.1] * 8, every=9), of_epochs("es", [0.1] * 8, [0.1] * 8, every=4)
+    found = ends(pd.concat([sgd, es]), None).set_index("way")
+    assert found["late_test_accuracy"].tolist() == [pytest.approx(0.6)] * 2  # epoch 7 of 7 and 8
+    found = ends(pd.concat([sgd, es.assign(group="other")]), None).set_index("way")
+    assert found["late_test_accuracy"].tolist() == [pytest.approx(0.65), pytest.approx(0.6)]
+
+
+def test_a_picture_draws_the_means_of_the_seeds_with_their_interval(tmp_path: Path) -> None:
+    runs = [
+        of_epochs(method, [gain, gain + 0.1, gain + 0.4], [0.1] * 3).assign(seed=seed)
+        for method, gains in (("sgd", (0.1, 0.2)), ("es", (0.4, 0.4)))
+        for seed, gain in enumerate(gains)
+    ]
+    picture = Picture(name="x", group="g", methods=["sgd", "none", "es"], measure="validation_accuracy")
+    axes = draw(pd.concat(runs), picture, tmp_path / "x.png")
+    sgd, es = axes.lines
+    assert [line.get_label() for line in axes.lines] == ["sgd (2 seeds)", "es (2 seeds)"]
+    assert sgd.get_xdata().tolist() == [1, 2, 3]  # type: ignore[union-attr]
+    np.testing.assert_allclose(np.array(sgd.get_ydata()), [0.15, 0.25, 0.55])
+    np.testing.assert_allclose(np.array(es.get_ydata()), [0.4, 0.5, 0.8])
+    band, dots = axes.collections[:2]
+    half = interval([0.1, 0.2]).half
+    heights = np.unique(np.asarray(band.get_paths()[0].vertices)[:, 1].round(9))
+    assert {round(mean + sign * half, 9) for mean in (0.15, 0.25, 0.55) for sign in (-1, 1)} <= set(heights)
+    np.testing.assert_allclose(np.array(dots.get_offsets()), [[3, 0.55]])
+    assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
 def rows_of(study: Study, folder: Path, interrupt_after: int | None = None) -> Rows:
@@ -311,7 +343,7 @@ def test_the_command_writes_tables_without_the_runs(local_ray: None, tmp_path: P
     text = (folder / "README.md").read_text()
     assert "1 of 2 runs: 2 cells of 1 seeds" in text
     assert "| sgd, stopped early | 1 |" in text
-    assert "| It helps. | scratch, es: test accuracy, %: - over sgd; - over sgd, average | 0 of 1 | undecided |" in text
+    assert "| It helps. | scratch, es: test accuracy, %: - over sgd; - over sgd, average | 0 of 1 | so far undecided |" in text
     assert (folder / "accuracy.png").stat().st_size > 10_000
     assert command("study", "small.yaml", "--tables", cwd=tmp_path)[0] == 0
     assert (folder / "README.md").read_text() == text

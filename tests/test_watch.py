@@ -101,7 +101,7 @@ def test_a_run_that_no_process_writes_has_ended(tmp_path: Path, monkeypatch: pyt
     lock = lock_folder(folder)
     slept = grow(folder, monkeypatch, *[lambda: None] * 99, lock.close, *[lambda: None] * 60)
     output = io.StringIO()
-    assert watch.watch(str(folder), Console(file=output, width=200)) == 0
+    assert watch.watch(str(folder), Console(file=output, width=200)) == 1
     assert output.getvalue().splitlines()[-1] == f"no process writes this run; to continue it: spartan resume {folder}"
     assert len(slept) == 160
 

@@ -87,5 +87,6 @@ def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
         raise InputError(f"-o {folder}: rows.jsonl is empty")
     frame = pd.DataFrame(rows)
     write_whole(folder / "README.md", write_up(frame, folder.name).encode())
-    for fitness in ("accuracy", "loss"):
+    # An interrupted measurement may have no update yet.
+    for fitness in ("accuracy", "loss") if "fitness" in frame else ():
         draw(frame, fitness, folder / f"{fitness}.png")

@@ -47,7 +47,8 @@ def run_study(arguments: argparse.Namespace) -> int:
             finally:  # also when the study is interrupted
                 write_tables(study, runs, rows, folder)
                 count = sum(rows.has(run) for run in runs)
-                print(f"{count} of {len(runs)} runs are done; repeat the command to do the others", flush=True)
+                others = "; repeat the command to do the others" if count < len(runs) else ""
+                print(f"{count} of {len(runs)} runs are done{others}", flush=True)
         else:
             write_tables(study, runs, rows, folder)
     print(f"{folder / 'README.md'}", flush=True)

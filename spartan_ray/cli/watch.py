@@ -27,6 +27,8 @@ LOOK_SECONDS, LOOK_SECONDS_URL = 1.0, 15.0
 UNWRITTEN_LOOKS = 60
 # Epochs shown.
 SHOWN = 12
+# What a log says last of a run that did not fail.
+ENDS = ("finished", "stopped by the user")
 BARS = "▁▂▃▄▅▆▇█"
 # Files that a watcher reads.
 WATCHED = ("config.yaml", "environment.json", "metrics.jsonl", "log.txt")
@@ -35,8 +37,9 @@ WATCHED = ("config.yaml", "environment.json", "metrics.jsonl", "log.txt")
 def watch(place: str, console: Console | None = None) -> int:
     """Show a run until it ends: a live view in a terminal, a line per epoch elsewhere. Ctrl-C leaves the run alone.
 
-    Raises InputError if `place`, a folder or a URL, holds no run."""
-    console = console or Console()
+    Return 1 if the run failed or no process writes it, else 0. Raises InputError if `place`, a folder or a URL, holds
+    no run."""
+    console, ended = console or Console(), None
     looks = _looks(place)
     try:
         if console.is_terminal:
@@ -53,8 +56,8 @@ def watch(place: str, console: Console | None = None) -> int:
                 if ended:
                     print_line(console, ended)
     except KeyboardInterrupt:
-        pass
-    return 0
+        return 0
+    return 0 if ended in ENDS else 1
 
 
 def _looks(place: str) -> Iterator[tuple[RunRecord | None, list[str], str | None]]:
@@ -81,7 +84,7 @@ def end_of(log: list[str]) -> str | None:
     """Return what a log says about the end of the run. None if it has not ended, or went on afterwards."""
     for line in reversed(log):
         said = line.partition(" ")[2]
-        if said in ("finished", "stopped by the user") or said.startswith("ended by "):
+        if said in ENDS or said.startswith("ended by "):
             return said
         if said.startswith("going on after epoch "):
             return None

@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from spartan_ray.report.reading import images_forwarded
+
 # Text and axes, and what lies behind them. In an SVG they become the colours of the page, light or dark.
 INK, PAGE = "#333334", "#fefefe"
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -61,7 +63,8 @@ def draw_budget(frames: Frames) -> Draw:
     def draw(axes: Axes) -> None:
         lines = {}
         for (name, frame), colour in zip(frames.items(), colours(frames).values(), strict=True):
-            images = images_forwarded(frame).cumsum() / 1e6
+            trained, scored = images_forwarded(frame)
+            images = (trained + scored).cumsum() / 1e6
             axes.plot(images, frame["test_accuracy"], color=colour, linewidth=1.8)
             lines[name] = (images.iloc[-1], frame["test_accuracy"].iloc[-1], colour)
             mark_phases(axes, frame, images, frame["test_accuracy"], colour)
@@ -69,15 +72,6 @@ def draw_budget(frames: Frames) -> Draw:
         label_lines(axes, lines)
 
     return draw
-
-
-def images_forwarded(frame: pd.DataFrame) -> pd.Series[float]:
-    """Return the images that each epoch forwarded, for gradients or to score members."""
-    trained = (frame["images_per_second"] * frame["seconds"]).where(frame["kind"] == "sgd", 0)
-    for name in ("images_scored", "images_discarded"):
-        if name in frame:
-            trained = trained + frame[name].fillna(0)
-    return trained
 
 
 def draw_members(frame: pd.DataFrame, fitness: Mapping[int, NDArray[np.float64]], colour: str) -> Draw:

@@ -57,6 +57,7 @@ class Epoch(BaseModel):
     """Fitness of the parents, if there are several (evolutionary SGD)."""
     backed_off: Count | None = None
     """Number of parents whose fitness fell in an SGD epoch, and which were restored."""
+    images_scored: Count = 0
     seconds: Real
     evaluation_seconds: Real
     images_per_second: Real
@@ -107,7 +108,6 @@ class EvolvePhase(Epoch):
     """Norm of the phase's move divided by the norm of one mutation."""
     selected: Count | None = None
     """Number of offspring among the next parents (evolutionary SGD)."""
-    images_scored: Count = 0
     images_saved: Count = 0
     """Number of images that early rejection or racing saved."""
     images_discarded: Count = 0
@@ -187,6 +187,13 @@ def read_run(folder: Path, journals: bool = False) -> RunRecord:
         if path.exists():
             members[int(epoch)] = read_journal(path)["fitness"]
     return RunRecord(folder.resolve().name, config, frame, environment, members)
+
+
+def images_forwarded(metrics: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[float]]:
+    """Return the images that each epoch forwarded for gradients, and those to score networks."""
+    trained = (metrics["images_per_second"] * metrics["seconds"]).round().where(metrics["kind"] == "sgd", 0)
+    scored = metrics.reindex(columns=["images_scored", "images_discarded"]).astype(float).fillna(0).sum(axis=1)
+    return trained, scored
 
 
 def unique_frames(runs: list[RunRecord]) -> dict[str, pd.DataFrame]:

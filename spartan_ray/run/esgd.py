@@ -46,6 +46,8 @@ class Parents:
         """Train each parent for one epoch. Return the metrics."""
         started, counts = time.perf_counter(), dict(self.breeding.breeders.counts)
         generation = -(-epoch // self.every) * self.every
+        parents = len(self.breeding.individuals)
+        unscored = int(np.isnan(self.breeding.fitness_P).sum())  # those of the start are scored before and after
         backed_off = self.breeding.train(epoch, generation, self.images)
         seconds = time.perf_counter() - started
         self._show_best()
@@ -55,7 +57,8 @@ class Parents:
             "lr": settings.lr * self.lr_factor(epoch),
             "optimizer": settings.optimizer,
             "seconds": seconds,
-            "images_per_second": len(self.breeding.individuals) * self.images / seconds,
+            "images_per_second": parents * self.images / seconds,
+            "images_scored": (parents + unscored) * self.breeding.cases,
             "backed_off": backed_off,
             **self._fitness(),
             **self._since(counts),

@@ -28,6 +28,8 @@ from spartan_ray.section import is_url
 # Local copies of URLs: the prefix of their folders, the file locked while one is in use, and the file that marks one
 # to keep.
 COPY, LOCK, KEPT = "spartan-ray-", "lock", "kept"
+# Longest time in seconds that a process takes to look whether a folder is locked.
+LOOK = 0.2
 
 
 class Place:
@@ -163,8 +165,8 @@ def make_run_folder(out: Path, name: str, only: bool = False) -> Path:
 def lock_folder(path: Path, patience: float = 0.0) -> IO[str]:
     """Lock a run folder for this process until the returned file is closed or the process ends.
 
-    Wait up to `patience` seconds for a process that is ending. Raises InputError if another process holds the lock, or
-    if a link in the folder leads out of it."""
+    Wait up to `patience` seconds for a process that is ending, and at least for one that only looks (`is_written`).
+    Raises InputError if another process holds the lock, or if a link in the folder leads out of it."""
     refuse_links(path)
     try:
         file = os.fdopen(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
@@ -173,7 +175,7 @@ def lock_folder(path: Path, patience: float = 0.0) -> IO[str]:
     if os.fstat(file.fileno()).st_nlink > 1:
         file.close()
         raise InputError(f"{path / 'lock'}: is a hard link to another file")
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + max(patience, LOOK)
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from spartan_ray.report.plots import COLOURS, save
@@ -13,9 +14,9 @@ from spartan_ray.study.plan import Picture
 from spartan_ray.study.statistics import interval
 
 
-def draw(rows: pd.DataFrame, picture: Picture, path: Path) -> None:
-    """Draw a picture to a PNG file. It shows the methods that have rows, at the epochs that all seeds of a method
-    have."""
+def draw(rows: pd.DataFrame, picture: Picture, path: Path) -> Axes:
+    """Draw a picture to a PNG file and return its axes. It shows the methods that have rows, at the epochs that all
+    seeds of a method have."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     for number, method in enumerate(picture.methods):
         mine = rows[(rows["group"] == picture.group) & (rows["method"] == method)]
@@ -33,3 +34,4 @@ def draw(rows: pd.DataFrame, picture: Picture, path: Path) -> None:
     axes.set(xlabel="epoch (dots: evolve phases)", ylabel=picture.measure.replace("_", " "))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     save(figure, axes, path)
+    return axes

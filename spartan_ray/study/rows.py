@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from spartan_ray.errors import InputError
-from spartan_ray.report.reading import RunRecord
+from spartan_ray.report.reading import RunRecord, images_forwarded
 from spartan_ray.run.files import write_whole
 from spartan_ray.study.plan import Planned
 
@@ -50,10 +50,7 @@ class Rows:
             new[name] = value
         for name in ("epoch", "kind", *NUMBERS, "seconds"):
             new[name] = metrics.get(name)
-        sgd = metrics["kind"] == "sgd"
-        new["trained"] = (metrics["images_per_second"] * metrics["seconds"]).round().where(sgd, 0).astype(int)
-        scored = metrics.reindex(columns=["images_scored", "images_discarded"]).astype(float).fillna(0).sum(axis=1)
-        new["scored"] = scored.astype(int)
+        new["trained"], new["scored"] = (images.astype(int) for images in images_forwarded(metrics))
         new = _typed(new)
         others = self.frame[~_of(self.frame, run)]
         self.frame = pd.concat([others, new], ignore_index=True) if len(others) else new

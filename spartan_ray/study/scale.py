@@ -5,6 +5,7 @@ Shapes: D parameters, K members, M statistics."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -78,6 +79,10 @@ class Way:
         is sigma if all weights are mutated."""
         of_weights = self.mutate == "all" and not self.subspace.startswith("trajectory")
         return replace(self, sigma=self.sigma * math.sqrt(WIDTH / width)) if of_weights else self
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
 
 
 WAYS = {
@@ -212,20 +217,22 @@ class Scaling:
             if other.splits.classes != self.splits.classes:
                 raise InputError(f"--levels {other.name}: has other classes than {self.name}")
             name = other.name.removesuffix(f"-{other.about['seed']}")
+            if name in ways:
+                raise InputError(f"--levels {other.name}: the name {name!r} is taken: rename the run folder")
             self._level(name, other, "epochs", 1)
             if other.averaged > 1:
                 self._level(f"{name}, average of {other.averaged} epochs", other, "epochs", other.averaged)
 
     def _level(self, name: str, of: Scaling, kind: str, count: int) -> None:
         """Score the last network of a run, or an average of its last epochs, on this parent's test images."""
-        if self._is_done(way=name):
+        if self._is_done(way=name, made=of.about["weights"]):
             return
         of._begin()
         if count > 1:
             of._average(kind, count).become()
         found = of._judge(self.splits.test)
         of._begin()
-        self._add(way=name, **{f"test_{what}": value for what, value in found.items()})
+        self._add(way=name, made=of.about["weights"], **{f"test_{what}": value for what, value in found.items()})
         self.say(f"{self.name} {name}: test accuracy {found['accuracy']:.4f}")
 
     def refuse_unfit(self, name: str, way: Way) -> None:
@@ -251,7 +258,7 @@ class Scaling:
             for count in self.populations
             for draw in range(min(self.draws, most // count))
             for fitness in STATISTICS
-            if not self._is_done(way=name, population=count, draw=draw, fitness=fitness)
+            if not self._is_done(way=name, made=way.digest, population=count, draw=draw, fitness=fitness)
         ]
         if not wanted:
             return
@@ -279,7 +286,7 @@ class Scaling:
                 size = population.model.theta_D.numel()
                 row |= {"parameters": size, "cosine_expected": math.sqrt(min(1.0, count / 2 / size))}
                 images = count * way.images
-                self._add(way=name, population=count, draw=draw, fitness=fitness, images=images, **row)
+                self._add(way=name, made=way.digest, population=count, draw=draw, fitness=fitness, images=images, **row)
                 gain = after["test"]["accuracy"] - before["test"]["accuracy"]
                 self.say(f"{self.name} {name}: {count:,} members, draw {draw}, by {fitness}: test {gain:+.4f}")
 
@@ -311,7 +318,8 @@ class Scaling:
 
     def _scores(self, name: str, way: Way, population: Population, members: Members) -> NDArray[np.float64]:
         """Return the members' mean statistics, K x M. Load those in the file and score the others."""
-        path = self.folder / "scores" / f"{self.about['weights']}-{re.sub(r'[^a-zA-Z0-9]+', '-', name)}.npy"
+        words = re.sub(r"[^a-zA-Z0-9]+", "-", name)
+        path = self.folder / "scores" / f"{self.about['weights']}-{words}-{way.digest}.npy"
         path.parent.mkdir(exist_ok=True)
         found = np.load(path) if path.exists() else np.empty((0, len(STATISTICS)))
         own = way.images if way.own else None

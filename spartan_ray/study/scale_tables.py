@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from spartan_ray.report.plots import COLOURS, save
 from spartan_ray.report.tables import markdown
-from spartan_ray.study.statistics import Interval, interval
+from spartan_ray.study.statistics import interval
 
 # Prefix of the ways that start from the average.
 OF_AVERAGE = "average-"
@@ -53,13 +54,13 @@ def table(means: pd.DataFrame, fitness: str) -> pd.DataFrame:
     for (way, population), group in means.groupby(["way", "population"], sort=False):
         shown = {"way": str(way), "K": f"{population:,.0f}", "images, M": f"{group['images'].mean() / 1e6:.2f}"}
         for on in ("test", "unscored", "scored"):
-            shown[f"{on}, {unit}"] = _bold(interval(group[f"{on} {fitness}"]), digits, factor)
+            shown[f"{on}, {unit}"] = interval(group[f"{on} {fitness}"]).bold(digits, factor)
         small = means[(means["way"] == way) & (means["population"] == smallest)]
         more = (group[f"test {fitness}"] - small[f"test {fitness}"]).dropna()
-        shown[f"over K = {smallest:,.0f}"] = "" if population == smallest else _bold(interval(more), digits, factor)
+        shown[f"over K = {smallest:,.0f}"] = "" if population == smallest else interval(more).bold(digits, factor)
         other = "loss" if fitness == "accuracy" else "accuracy"
         other_factor, other_digits = (1.0, 3) if other == "loss" else (100.0, 2)
-        shown[f"test {other}"] = _bold(interval(group[f"test {other}"]), other_digits, other_factor)
+        shown[f"test {other}"] = interval(group[f"test {other}"]).bold(other_digits, other_factor)
         spread = math.sqrt(float((group[f"spread {fitness}"] ** 2).mean()))
         shown["spread"] = "" if math.isnan(spread) else f"{spread * factor:.{digits}f}"
         known = group["cosine"].notna().any()  # there is no update if all members score the same
@@ -70,11 +71,6 @@ def table(means: pd.DataFrame, fitness: str) -> pd.DataFrame:
         shown["gain"] = f"{float((better / group['images']).mean()) * 1e6 * factor:+.{digits}f}"
         lines.append(shown)
     return pd.DataFrame(lines)
-
-
-def _bold(found: Interval, digits: int, factor: float) -> str:
-    text = found.text(digits, factor, sign=True)
-    return f"**{text}**" if found.count > 1 and found.excludes_zero else text
 
 
 def _still(rows: pd.DataFrame) -> pd.DataFrame:
@@ -89,14 +85,16 @@ def levels(rows: pd.DataFrame) -> pd.DataFrame:
     parent = still[still["way"] == "parent"].set_index("weights")
     found = still[still["way"] != "parent"].copy()
     for what in ("loss", "accuracy"):
-        found[what] = found[f"test_{what}"] - found["weights"].map(parent[f"test_{what}"])
+        found[what] = found[f"test_{what}"] - found["weights"].map(parent[f"test_{what}"]).astype(float)
     return found[["way", "weights", "loss", "accuracy"]]
 
 
 def latest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows of the parent with the most epochs of each seed. A parent that was trained further is another one,
-    but not independent."""
-    return rows[rows["epoch"] == rows.groupby("seed")["epoch"].transform("max")]
+    """Keep one parent per seed, that with the most epochs and of those the last: others of its seed are not
+    independent. Of each way keep what it is now, the `made` of its last row."""
+    rows = rows[rows["epoch"] == rows.groupby("seed")["epoch"].transform("max")]
+    rows = rows[rows["weights"] == rows.groupby("seed")["weights"].transform("last")]
+    return rows[rows["made"] == rows.groupby(["weights", "way"])["made"].transform("last")]
 
 
 def write_up(rows: pd.DataFrame, name: str) -> str:
@@ -111,9 +109,9 @@ def write_up(rows: pd.DataFrame, name: str) -> str:
             {
                 "without evolution": str(way),
                 "test accuracy, %": interval(group["test_accuracy"]).text(2, 100.0),
-                "over the parent, points": _bold(interval(mine["accuracy"]), 2, 100.0) if len(mine) else "",
+                "over the parent, points": interval(mine["accuracy"]).bold(2, 100.0) if len(mine) else "",
                 "test loss": interval(group["test_loss"]).text(3),
-                "over the parent": _bold(interval(mine["loss"]), 3, 1.0) if len(mine) else "",
+                "over the parent": interval(mine["loss"]).bold(3, 1.0) if len(mine) else "",
             }
         )
     parts = [f"# {name}\n", ABOUT.format(parents=parents), markdown(pd.DataFrame(lines))]
@@ -122,10 +120,9 @@ def write_up(rows: pd.DataFrame, name: str) -> str:
     return "\n".join(parts)
 
 
-def draw(rows: pd.DataFrame, fitness: str, path: Path) -> None:
-    """Draw the gain on the test images over the population size: one line per way, and the baselines as levels."""
-    if "fitness" not in rows:  # interrupted before the first update
-        return
+def draw(rows: pd.DataFrame, fitness: str, path: Path) -> Axes:
+    """Draw the gain on the test images over the population size: one line per way, and the baselines as levels. Return
+    the axes."""
     figure, axes = plt.subplots(figsize=(8.6, 5.0), layout="constrained")
     rows = latest(rows)
     over, means, sign = levels(rows), changes(rows), 1 if fitness == "accuracy" else -1
@@ -154,3 +151,4 @@ def draw(rows: pd.DataFrame, fitness: str, path: Path) -> None:
     unit = "gain in test accuracy, points" if fitness == "accuracy" else "reduction of test loss"
     axes.set(xlabel=f"population, scored by {fitness} (band: minimum to maximum of the parents)", ylabel=unit)
     save(figure, axes, path)
+    return axes

@@ -24,6 +24,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
+        """Return whether 0 is outside. Fewer than two values exclude nothing."""
         return abs(self.mean) > self.half
 
     def text(self, digits: int, scale: float = 1.0, sign: bool = False) -> str:
@@ -32,6 +33,11 @@ class Interval:
             return "-"
         mean = f"{self.mean * scale:{'+' if sign else ''}.{digits}f}"
         return mean if math.isnan(self.half) else f"{mean} ± {self.half * scale:.{digits}f}"
+
+    def bold(self, digits: int, scale: float = 1.0) -> str:
+        """Return the text of a difference, bold in Markdown if the interval excludes 0."""
+        text = self.text(digits, scale, sign=True)
+        return f"**{text}**" if self.excludes_zero else text
 
 
 def interval(values: Sequence[float] | pd.Series[float], level: float = 0.95) -> Interval:
@@ -48,10 +54,13 @@ def ends(rows: pd.DataFrame, first_baseline: str | None) -> pd.DataFrame:
     """Return one row per way and seed, with the measures at its end and what it spent.
 
     Every method is a way, which ends with its last epoch. The average of a method's weights, if it has one, is another.
-    The first baseline is also a way that stops early, at the epoch with the highest accuracy on the evolution split."""
+    The first baseline is also a way that stops early, at the epoch with the highest accuracy on the evolution split.
+    Late measures are means over the SGD epochs that all methods of a group have in the last quarter of a run."""
     found = []
+    phases = rows[rows["kind"] == "evolve"].groupby("group")["epoch"].unique()
     for (group, method, seed), frame in rows.groupby(["group", "method", "seed"], sort=False):
         about = {"group": group, "seed": seed, "way": method}
+        frame = frame.assign(late=~frame["epoch"].isin(phases.get(group, ())))
         last = frame.iloc[-1]
         spent = {name: frame[name].sum() for name in ("trained", "scored", "seconds")}
         found.append(about | _measures(frame, last, "") | spent)
@@ -77,7 +86,7 @@ def _measures(frame: pd.DataFrame, end: pd.Series, prefix: str) -> dict[str, flo
         row[f"phase_{name}"] = float((value_E[evolve] - value_E[evolve - 1]).mean()) if len(evolve) else math.nan
     third, last = (frame.iloc[len(frame) * quarter // 4 : len(frame) * (quarter + 1) // 4] for quarter in (2, 3))
     row["turn_of_validation_accuracy"] = float(last["validation_accuracy"].mean() - third["validation_accuracy"].mean())
-    row["late_test_accuracy"] = float(last.loc[last["kind"] == "sgd", "test_accuracy"].mean())
+    row["late_test_accuracy"] = float(last.loc[last["late"], "test_accuracy"].mean())
     return row | {"train_loss": float(end["train_loss"]), "overfitting": float(end["test_loss"] - end["train_loss"])}
 
 

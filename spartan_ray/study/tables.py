@@ -22,9 +22,10 @@ WORDS = {
 }
 
 
-RULE = """A claim is confirmed if all its intervals lie on its side of 0. It is contradicted if one lies on the other \
-side, at a level of 1 - 0.05 / n for n intervals. Otherwise it is undecided. Verdicts are about this size and these \
-settings.
+RULE = """A claim is confirmed if all its 95 % intervals lie on its side of 0. It is contradicted if one lies on the \
+other side, at a level of 1 - 0.05 / n for n intervals. Otherwise, and with fewer than two seeds, it is undecided; a \
+claim of no gain is then *not contradicted*. Nothing allows for the number of claims. Verdicts are about this size and \
+these settings.
 """
 
 
@@ -58,9 +59,10 @@ def _about(runs: list[Planned], rows: pd.DataFrame) -> str:
         "runs with the same split of the images and the same initial weights; they are in points of test accuracy, "
         "with the seeds at which the way is higher in brackets. Bold: the interval excludes 0. That happens by chance "
         "to about one difference in 20, and the differences to one baseline share its chance. *Late* test accuracy is "
-        "the mean over the SGD epochs of the last quarter of a run: what a way is worth while SGD goes on, where test "
-        "accuracy is that of the last epoch, perhaps right after an evolve phase. *Trained* and *scored* are millions "
-        "of images forwarded for gradients and for evolution. *Seconds* is the sum of the epochs' durations."
+        "the mean over the epochs of the last quarter of a run that are SGD in every way: what a way is worth while "
+        "SGD goes on, where test accuracy is that of the last epoch, perhaps right after an evolve phase. *Trained* "
+        "and *scored* are millions of images forwarded for gradients and for evolution. *Seconds* is the sum of the "
+        "epochs' durations without evaluation, a rough cost: several runs may share a machine."
         f"{files}\n"
     )
 
@@ -100,9 +102,7 @@ def _over(ended: pd.DataFrame, group: str, way: str, baseline: str, measure: str
     between = interval(by_seed)
     if way == baseline or not between.count:
         return ""
-    text = between.text(2, 100.0, sign=True)
-    bold = between.count > 1 and between.excludes_zero
-    return f"{f'**{text}**' if bold else text} ({(by_seed > 0).sum()}/{between.count})"
+    return f"{between.bold(2, 100.0)} ({(by_seed > 0).sum()}/{between.count})"
 
 
 def claims_table(ended: pd.DataFrame, claims: list[Claim], seeds: int) -> pd.DataFrame:
@@ -114,10 +114,11 @@ def claims_table(ended: pd.DataFrame, claims: list[Claim], seeds: int) -> pd.Dat
         texts = [one.text(digits, factor, sign=True) for one in intervals]
         over = [f"{text} over {way}" for text, way in zip(texts, claim.over, strict=True)] if claim.over else texts
         measured = f"{claim.group}, {claim.way}: {words}: {'; '.join(over)}"
+        count = min(one.count for one in intervals)
         by = {"by": claim.by} if any(claim.by for claim in claims) else {}
         lines.append(
             {"claim": claim.says}
             | by
-            | {"measured": measured, "seeds": _of(min(one.count for one in intervals), seeds), "": found}
+            | {"measured": measured, "seeds": _of(count, seeds), "": found if count == seeds else f"so far {found}"}
         )
     return pd.DataFrame(lines)
