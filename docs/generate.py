@@ -184,19 +184,20 @@ COLUMNS = {
     "test accuracy, %": "test accuracy, %",
     "over sgd": "over SGD",
     "late, over sgd": "late, over SGD",
-    "over sgd-all, average": "over SGD on both splits, average",
-    "trained": "trained, M",
-    "scored": "scored, M",
+    "over sgd-all, average": "over the average of SGD on both splits",
+    "trained": "million images trained",
+    "scored": "million images scored",
 }
 
 
 # What README says below the table. Braces hold the difference between two ways in test accuracy, or in late accuracy.
 ANSWER = """**Does a larger population help, and when?** In one update hardly: 2,000 descendants over 50 gain
 {es-own-2000 over es-own-50} points. In eight updates, each scored on images of their own, 500 gain
-{es-own-8x500 over es-own-8x2} over 2, {es-own-8x500 over es-own-8x50} over 50 and {es-own-8x500 over sgd} over SGD,
-right after such a phase. But while SGD goes on no gain over SGD is measurable ({late es-own-8x500 over sgd}). With both
-averaged, evolution is level with SGD, whose average is free ({es-own-8x500, average over sgd, average}), and below SGD
-on both splits ({es-own-8x500, average over sgd-all, average})."""
+{es-own-8x500 over es-own-8x2} over 2 descendants, {es-own-8x500 over es-own-8x50} over 50 and
+{es-own-8x500 over sgd} over SGD, right after such a phase. But while SGD goes on no gain over SGD is measurable
+({late es-own-8x500 over sgd}). With both averaged, evolution is level with SGD, whose average is free
+({es-own-8x500, average over sgd, average}), and below SGD on both splits
+({es-own-8x500, average over sgd-all, average})."""
 
 
 def answer(ended: pd.DataFrame, text: str = ANSWER) -> str:

@@ -1,6 +1,6 @@
 """CartPole: evolve a policy of 58 parameters on episodes, with two Ray workers, until it balances the pole.
 
-pip install spartan-ray[examples]
+.venv/bin/pip install -e '.[examples]'
 python examples/cartpole.py
 """
 

@@ -1,6 +1,6 @@
 """Evolution inside Lightning: the module's optimizer runs an evolve phase every 100 steps.
 
-pip install spartan-ray[examples]
+.venv/bin/pip install -e '.[examples]'
 python examples/lightning_digits.py
 """
 

@@ -1,5 +1,6 @@
 """A search over sigma with Ray Tune: each trial is a whole run on the Ray that Tune uses.
 
+.venv/bin/pip install -e '.[examples]'
 python examples/tune.py
 """
 

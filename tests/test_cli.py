@@ -62,6 +62,11 @@ def test_train_and_report(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["train", "--evolution.nonsense", "3"], "unknown option --evolution.nonsense"),
+        (["trian"], "unknown command trian (perhaps train?)"),
+        (
+            ["train", "--config", "quickstrat"],
+            "--config quickstrat: no such preset (perhaps quickstart?) or readable file\n",
+        ),
         (
             ["train", "--evolution.population", "1"],
             "evolution.population: should be greater than or equal to 2 (got '1')",
@@ -86,7 +91,7 @@ def test_train_and_report(tmp_path: Path) -> None:
             ["replay", "runs/x", "--generation", "1", "--member", "1", "-o", "file:///x"],
             "-o (file:///x) is a URL: give the path where it is mounted",
         ),
-        (["report", "nowhere"], "nowhere/metrics.jsonl: not readable"),
+        (["report", "nowhere"], "nowhere: not a run folder: metrics.jsonl: "),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(arguments: list[str], said: str, tmp_path: Path) -> None:

@@ -86,6 +86,10 @@ def test_what_cannot_be_used_is_named(image_folder: Path, tmp_path: Path) -> Non
         (folder_config(tmp_path / "nowhere"), f"{tmp_path}/nowhere: no such folder"),
         (folder_config(tmp_path), "train: no such folder"),
         (folder_config(image_folder, sgd_images=100), r"data.sgd_images \(100\) do not fit the 60 training images"),
+        (
+            folder_config(image_folder, evolution_images=60),
+            r"\(60\) \+ .*\(6\) and an SGD split do not fit the 60 training",
+        ),
         (folder_config(image_folder, evolution_images=1), "too few training images .* evolution split of 1"),
     ]
     for config, message in cases:

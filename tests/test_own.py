@@ -316,4 +316,4 @@ def test_a_module_in_the_directory_of_a_command_stands_for_no_installed_one(tmp_
     program = str(Path(sys.executable).parent / "spartan")
     ended = subprocess.run([program, "report", "."], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
-    assert "not readable as a run folder" in ended.stderr
+    assert "not a run folder" in ended.stderr

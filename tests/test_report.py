@@ -252,6 +252,7 @@ def test_the_best_member_of_a_race_is_of_those_that_were_scored_on_all() -> None
     fitness_K, cases_K = np.array([0.9, 0.5, 0.6]), np.array([25, 100, 100])
     outcome = Outcome(members, fitness_K, cases_K, np.zeros(3), 0.0, 0.0, cases=100, seconds={"scoring": 1.0})
     assert phase_row(outcome)["fitness_max"] == 0.6
+    assert repr(outcome) == "Outcome(members=3, before=0, after=0, note=None)"
 
 
 def test_a_report_of_sgd_alone_has_no_evolve_phases(tmp_path: Path) -> None:
@@ -263,9 +264,11 @@ def test_a_report_of_sgd_alone_has_no_evolve_phases(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=re.escape(f"{tmp_path}/metrics.jsonl: not readable")):
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}: not a run folder: metrics.jsonl: No such file")):
         read_run(tmp_path)
     folder = write_run(tmp_path / "x", [0.5], {})
+    with pytest.raises(InputError, match=r"No such file or directory; it holds runs: x$"):
+        read_run(tmp_path)
     (folder / "metrics.jsonl").write_text('{"epoch": 1\n')
     with pytest.raises(InputError, match=r"x/metrics.jsonl: line 1 is not JSON"):
         read_run(folder)

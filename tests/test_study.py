@@ -343,7 +343,10 @@ def test_the_command_writes_tables_without_the_runs(local_ray: None, tmp_path: P
     text = (folder / "README.md").read_text()
     assert "1 of 2 runs: 2 cells of 1 seeds" in text
     assert "| sgd, stopped early | 1 |" in text
-    assert "| It helps. | scratch, es: test accuracy, %: - over sgd; - over sgd, average | 0 of 1 | so far undecided |" in text
+    assert (
+        "| It helps. | scratch, es: test accuracy, %: - over sgd; - over sgd, average | 0 of 1 | so far undecided |"
+        in text
+    )
     assert (folder / "accuracy.png").stat().st_size > 10_000
     assert command("study", "small.yaml", "--tables", cwd=tmp_path)[0] == 0
     assert (folder / "README.md").read_text() == text

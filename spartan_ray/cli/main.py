@@ -19,7 +19,7 @@ from spartan_ray import __version__
 from spartan_ray.cli.flags import Parser, add_config, add_fields, refuse_unknown, take_config, with_absolute_paths
 from spartan_ray.cli.train import begun, resume_run, run
 from spartan_ray.errors import InputError, RunError
-from spartan_ray.section import is_url, no_url, place_of
+from spartan_ray.section import is_url, no_url, perhaps, place_of
 
 DESCRIPTION = """Spartan training alternates SGD with evolution; Ray workers score the population."""
 CODE = "import and run the user code (package.module:Name) that the run's configuration names"
@@ -105,8 +105,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     watch = commands.add_parser(
         "watch",
         help="show a run while it goes on",
-        description="Show progress, the last epochs and the log of a run until it ends. It only reads the run folder: "
-        "Ctrl-C ends the view, not the run.",
+        description="Show progress, the last epochs and the log of a run until it ends; without a terminal, print a "
+        "line per epoch. Only reads the run folder: Ctrl-C ends the view, not the run. Exit code 1 if the run failed.",
     )
     watch.add_argument("run", type=place_of, metavar="RUN", help=RUN)
     report = commands.add_parser(
@@ -208,6 +208,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="file for the descendant's weights (default: descendant-G-K.safetensors)",
     )
+    if not arguments:
+        arguments = ["--help"]
+    if not arguments[0].startswith("-") and arguments[0] not in commands.choices:
+        raise InputError(f"unknown command {arguments[0]}{perhaps(arguments[0], commands.choices)}")
     parsed, unknown = parser.parse_known_args([_with_hyphens(argument) for argument in arguments])
     refuse_unknown(commands.choices[parsed.command], unknown)
     if parsed.command == "replay" and parsed.verify == (parsed.generation is not None):
@@ -282,7 +286,7 @@ def write_report(places: list[str], out: Path | None) -> int:
     """`spartan report`: write tables and pictures of runs, and return the exit code."""
     from spartan_ray.report import page
     from spartan_ray.report.reading import read_run, unique_frames
-    from spartan_ray.report.tables import SHORT, final_table, markdown
+    from spartan_ray.report.tables import SHORT, SINGLE, final_table, markdown
     from spartan_ray.run.place import in_report, reading
 
     runs = []
@@ -293,6 +297,8 @@ def write_report(places: list[str], out: Path | None) -> int:
     out = out or (Path(places[0]) / "report" if inside else Path("report"))
     paths = page.write_report(runs, out)
     print(markdown(final_table(unique_frames(runs))[SHORT]))
+    if len(runs) > 1:
+        print(f"{SINGLE}\n")
     for path in paths:
         print(path)
     return 0

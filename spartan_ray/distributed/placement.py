@@ -36,7 +36,7 @@ def resolve_cluster(cluster: Cluster, nodes: list[Resources], grows: bool = Fals
             f"cluster.workers ({cluster.workers}) with {cluster.cpus_per_worker} CPUs (cluster.cpus_per_worker) and "
             f"{cluster.gpus_per_worker:g} GPUs (cluster.gpus_per_worker) each, and a driver with {cluster.driver_cpus} "
             f"CPUs and {cluster.driver_gpus:g} GPUs do not fit the {len(nodes)} nodes of this Ray, which have {cpus} "
-            f"CPUs and {gpus} GPUs"
+            f"CPUs and {gpus} GPUs: there is room for {fit}"
         )
     return cluster
 

@@ -296,7 +296,7 @@ class Evaluator:
             statistic_BNM = score(batch)
             rows, *shape = statistic_BNM.shape
             if shape[:1] != [size] or len(shape) > 2:
-                raise ValueError(f"the fitness of {size} cases is {tuple(shape)}: expected one row per case")
+                raise ValueError(f"the fitness of {size} cases has shape {tuple(shape)}: expected one row per case")
             sum_BM = statistic_BNM.reshape(rows, size, -1).sum(1, dtype=torch.float64)
             if lost:  # their sums stay unchanged
                 sum_BM[list(lost)] = 0

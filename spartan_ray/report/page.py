@@ -14,7 +14,7 @@ import pandas as pd
 from spartan_ray.errors import InputError
 from spartan_ray.report.reading import RunRecord, unique_frames
 from spartan_ray.report.settings import changed, differing
-from spartan_ray.report.tables import evolve_table, final_table, markdown
+from spartan_ray.report.tables import SINGLE, evolve_table, final_table, markdown
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,17 @@ def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
         pictures.append(folder / f"{chart.name}.png")
         png(chart.draw, pictures[-1])
 
-    text = f"# {', '.join(frames).replace('<', '&lt;')}\n\n{markdown(final)}\n"
-    text += "\n".join(f"![{chart.title}]({chart.name}.png)" for chart in over_epochs)
+    def shown(charts: list[Chart]) -> str:
+        return "\n\n".join(
+            f"{chart.about.replace('<', '&lt;')}\n\n![{chart.title}]({chart.name}.png)" for chart in charts
+        )
+
+    text = f"# {', '.join(frames).replace('<', '&lt;')}\n\n{markdown(final)}\n{SINGLE}\n\n## Over the epochs\n\n"
+    text += f"{shown(over_epochs)}\n\nDots mark evolve phases; a hollow dot left the parent unmoved.\n"
     if len(phases):
-        text += f"\n\n## Evolve phases\n\n{markdown(phases)}"
-        text += "".join(f"\n![{chart.title}]({chart.name}.png)" for chart in of_phases)
+        text += f"\n## Evolve phases\n\n{markdown(phases)}\n{shown(of_phases)}\n"
     report = folder / "report.md"
-    report.write_text(text + "\n")
+    report.write_text(text)
 
     def drawn(chart: Chart) -> dict[str, str]:
         return {
@@ -113,6 +117,7 @@ def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
         jinja2.Template(template, autoescape=True).render(
             names=list(frames),
             final=final,
+            single=SINGLE,
             over_epochs=[drawn(chart) for chart in over_epochs],
             of_phases=[drawn(chart) for chart in of_phases],
             phases=phases,

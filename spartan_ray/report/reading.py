@@ -168,7 +168,9 @@ def read_run(folder: Path, journals: bool = False) -> RunRecord:
         path = folder / "environment.json"
         environment = Environment.model_validate_json(path.read_text())
     except OSError as error:
-        raise InputError(f"{error.filename}: not readable as a run folder: {error.strerror}") from None
+        inside = ", ".join(sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))[:5])
+        hint = f"; it holds runs: {inside}" if inside else ""
+        raise InputError(f"{folder}: not a run folder: {path.name}: {error.strerror}{hint}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])

@@ -70,6 +70,7 @@ def _epochs(frame: pd.DataFrame) -> str:
     return str(done) if done == wanted else f"{done} of {wanted}"
 
 
+SINGLE = "Differences between single runs are within what another seed can do: compare over seeds (spartan study)."
 # Columns for a terminal; the report has the others.
 SHORT = ["run", "epochs", "evolve phases", "train loss", "validation accuracy", "test accuracy", "test loss"]
 

@@ -213,7 +213,7 @@ class Driver:
     def _score_splits(self) -> Row:
         """Return the loss and accuracy of the parent, and of its average if there is one, on the evolution, validation
         and test splits, and the parent's loss on a sample of the SGD split."""
-        self._begin("score", "splits", 7 if self.average else 4)
+        self._begin("evaluate", "splits", 7 if self.average else 4)
         started = time.perf_counter()
         sample = self.splits.sgd[slice(0, TRAIN_LOSS_IMAGES)]
         row: Row = {"train_loss": score(self.model.module, sample, self.normalise).loss}

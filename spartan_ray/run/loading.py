@@ -39,8 +39,9 @@ def load_config(name_or_file: str) -> Config:
         try:
             text = Path(name_or_file).read_text()
         except (OSError, UnicodeDecodeError, ValueError) as error:
-            presets = ", ".join(preset_names())
-            raise InputError(f"--config {name_or_file}: no such preset ({presets}) or readable file: {error}") from None
+            reason = "" if isinstance(error, FileNotFoundError) else f": {error}"
+            hint = perhaps(name_or_file, preset_names()) or f" ({', '.join(preset_names())})"
+            raise InputError(f"--config {name_or_file}: no such preset{hint} or readable file{reason}") from None
     return _parse(text, name_or_file)
 
 

@@ -32,6 +32,6 @@ def draw(rows: pd.DataFrame, picture: Picture, path: Path) -> Axes:
         phases = sorted(set(mine.loc[mine["kind"] == "evolve", "epoch"]) & set(table.index))
         axes.scatter(phases, [mean_E[table.index.get_loc(epoch)] for epoch in phases], color=colour, s=30, zorder=3)
     axes.set(xlabel="epoch (dots: evolve phases)", ylabel=picture.measure.replace("_", " "))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     save(figure, axes, path)
     return axes

@@ -154,7 +154,9 @@ def _split_sizes(config: Data, available: int) -> dict[str, int]:
     rest = available - sum(sizes.values())
     sizes["sgd"] = config.sgd_images or max(0, min(available - 2 * tenth, rest))
     if sum(sizes.values()) > available or min(sizes.values()) == 0:
-        wanted = " + ".join(f"data.{name}_images ({size})" for name, size in sizes.items())
+        given = {name: size for name, size in sizes.items() if size}  # the sgd split may be left nothing
+        wanted = " + ".join(f"data.{name}_images ({size})" for name, size in given.items())
+        wanted += "" if sizes["sgd"] else " and an SGD split"
         raise InputError(f"{wanted} do not fit the {available} training images of {config.root or config.name}")
     return sizes
 

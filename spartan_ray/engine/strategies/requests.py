@@ -257,6 +257,10 @@ class Outcome:
     workers: int = 0
     """Number of workers at the end of the phase."""
 
+    def __repr__(self) -> str:
+        moved = f"accepted={self.accepted}" if self.accepted else f"note={self.note!r}"
+        return f"Outcome(members={len(self.members)}, before={self.before:.6g}, after={self.after:.6g}, {moved})"
+
     @property
     def accepted(self) -> int:
         """Number of members that became the parent one after another; 1 for an update; 0 if the parent stayed."""
