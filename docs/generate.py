@@ -191,13 +191,13 @@ COLUMNS = {
 
 
 # What README says below the table. Braces hold the difference between two ways in test accuracy, or in late accuracy.
-ANSWER = """**Does a larger population help, and when?** In one update hardly: 2,000 descendants over 50 gain
-{es-own-2000 over es-own-50} points. In eight updates, each scored on images of their own, 500 gain
-{es-own-8x500 over es-own-8x2} over 2 descendants, {es-own-8x500 over es-own-8x50} over 50 and
-{es-own-8x500 over sgd} over SGD, right after such a phase. But while SGD goes on no gain over SGD is measurable
-({late es-own-8x500 over sgd}). With both averaged, evolution is level with SGD, whose average is free
-({es-own-8x500, average over sgd, average}), and below SGD on both splits
-({es-own-8x500, average over sgd-all, average})."""
+ANSWER = """**Does a larger population help, and when?** Yes, where a phase makes several updates, each scored on images of
+their own: right after such a phase 500 descendants are ahead of 50 by {es-own-8x500 over es-own-8x50} points, of 2 by
+{es-own-8x500 over es-own-8x2} and of SGD by {es-own-8x500 over sgd}; in a single update 2,000 are not measurably ahead
+of 50 ({es-own-2000 over es-own-50}). But while SGD goes on nothing of it is measurable
+({late es-own-8x500 over sgd} over SGD), averaged it is level with SGD's average, which is free
+({es-own-8x500, average over sgd, average}), and SGD that may train on the same images stays ahead
+({es-own-8x500, average over sgd-all, average}, both averaged)."""
 
 
 def answer(ended: pd.DataFrame, text: str = ANSWER) -> str:
