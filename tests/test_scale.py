@@ -143,12 +143,12 @@ def test_the_command_says_what_it_cannot_use_and_writes_tables_of_rows(parent: P
         (("--populations", "5"), "--populations 5: must be even, for mirrored pairs, and at least 2"),
         (("--draws", "0"), "--draws 0: must be at least 1"),
         (("--tables",), "-o scale: has no rows.jsonl yet"),
-        (("--ways", "none"), "--ways 'none': one of all-common-1024, "),
+        (("--ways", "none"), "--ways 'none': one of all-common-512, "),
         (("--draws", "1"), "nowhere: not a run folder"),
     ):
         code, _, err = command("scale", "nowhere", *arguments, cwd=tmp_path)
         assert (code, err[: len(wrong) + 9]) == (2, f"spartan: {wrong}")
-    wanted = "all-common-1024: 1024 common images and 150 to search a length do not fit data.evolution_images (300)"
+    wanted = "all-common-512: 512 common images and 150 to search a length do not fit data.evolution_images (300)"
     code, _, err = command("scale", str(parent), cwd=tmp_path)
     assert (code, err) == (2, f"spartan: {parent.name}: {wanted}: choose other --ways\n")
     assert command("scale", cwd=tmp_path)[2] == "spartan: scale: name a run, or give --tables\n"

@@ -166,7 +166,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     scale.add_argument(
         "--draws", type=int, metavar="N", default=3, help="disjoint draws per size, if they fit (default: 3)"
     )
-    ways = "all-common-1024, all-own-128, batchnorm-common-1024, batchnorm-own-128, trajectory-common-1024"
+    ways = "all-common-512, all-own-128, batchnorm-common-512, batchnorm-own-128, trajectory-common-512"
     scale.add_argument(
         "--ways",
         nargs="+",

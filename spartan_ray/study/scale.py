@@ -86,11 +86,11 @@ class Way:
 
 
 WAYS = {
-    "all-common-1024": Way(1024),
+    "all-common-512": Way(512),
     "all-own-128": Way(128, own=True),
-    "batchnorm-common-1024": Way(1024, mutate="batchnorm", sigma=0.08),
+    "batchnorm-common-512": Way(512, mutate="batchnorm", sigma=0.08),
     "batchnorm-own-128": Way(128, own=True, mutate="batchnorm", sigma=0.08),
-    "trajectory-common-1024": Way(1024, subspace="trajectory:8", sigma=0.5),
+    "trajectory-common-512": Way(512, subspace="trajectory:8", sigma=0.5),
     "average-own-128": Way(128, own=True, of_average=True),
 }
 
