@@ -16,6 +16,8 @@ from spartan_ray.run.loading import PRESETS, preset_names
 from spartan_ray.section import Section
 from spartan_ray.study.plan import load_study, planned_runs
 from spartan_ray.study.rows import Rows
+from spartan_ray.study.scale import ScaleRows
+from spartan_ray.study.scale_tables import changes, latest
 from spartan_ray.study.statistics import differences, ends, interval
 from spartan_ray.study.tables import group_table
 
@@ -190,25 +192,32 @@ COLUMNS = {
 }
 
 
-# What README says below the table. Braces hold the difference between two ways in test accuracy, or in late accuracy.
-ANSWER = """**Does a larger population help, and when?** Yes, where a phase makes several updates, each scored on images of
-their own: right after such a phase 500 descendants are ahead of 50 by {es-own-8x500 over es-own-8x50} points, of 2 by
-{es-own-8x500 over es-own-8x2} and of SGD by {es-own-8x500 over sgd}; in a single update 2,000 are not measurably ahead
-of 50 ({es-own-2000 over es-own-50}). But while SGD goes on nothing of it is measurable
+# What README says below the table. Braces hold the difference between two ways in test accuracy, or in late accuracy,
+# or how one update of so many descendants changes the test accuracy of the parents of results/scale.
+ANSWER = """**Does a larger population help, and when?** Yes, where a phase makes several updates, each scored on images
+of their own: right after such a phase 500 descendants are ahead of 50 by {es-own-8x500 over es-own-8x50} points, of 2
+by {es-own-8x500 over es-own-8x2} and of SGD by {es-own-8x500 over sgd}; in a single update 2,000 are not measurably
+ahead of 50 ({es-own-2000 over es-own-50}). But while SGD goes on nothing of it is measurable
 ({late es-own-8x500 over sgd} over SGD), averaged it is level with SGD's average, which is free
 ({es-own-8x500, average over sgd, average}), and SGD that may train on the same images stays ahead
-({es-own-8x500, average over sgd-all, average}, both averaged)."""
+({es-own-8x500, average over sgd-all, average}, both averaged). A single update saturates: from saved parents 50
+descendants gain {scale all-own-128 50} points, 1,000 {scale all-own-128 1000}, 5,000 {scale all-own-128 5000} and
+20,000 {scale all-own-128 20000} (three parents)."""
 
 
-def answer(ended: pd.DataFrame, text: str = ANSWER) -> str:
-    """The text with its differences filled in."""
+def answer(ended: pd.DataFrame, scaled: pd.DataFrame, text: str = ANSWER) -> str:
+    """The text with its figures filled in."""
 
-    def gain(found: re.Match[str]) -> str:
+    def figure(found: re.Match[str]) -> str:
+        if found[1] == "scale ":
+            way, size = found[2].split()
+            mine = (scaled["fitness"] == "accuracy") & (scaled["way"] == way) & (scaled["population"] == int(size))
+            return interval(scaled.loc[mine, "test accuracy"]).text(2, 100.0, sign=True)
         way, over = found[2].split(" over ")
         measure = "late_test_accuracy" if found[1] else "test_accuracy"
         return interval(differences(ended, "scratch", way, over, measure)).text(2, 100.0, sign=True)
 
-    return re.sub(r"\{(late )?([^{}]*)\}", gain, text.replace("\n", " "))
+    return re.sub(r"\{(late |scale )?([^{}]*)\}", figure, text.replace("\n", " "))
 
 
 def readme() -> str:
@@ -224,7 +233,10 @@ def readme() -> str:
     done = rows.groupby(["group", "method", "seed"]).ngroups
     so_far = "" if done == len(runs) else f" So far: {done} of the {len(runs)} runs."
     before, rest = (DOCS.parent / "README.md").read_text().split("<!-- study -->\n")
-    shown = f"{markdown(found)}\n{textwrap.fill(answer(ended) + so_far, 150)}\n"
+    scale = ScaleRows(DOCS.parent / "results" / "scale" / "rows.jsonl")
+    scale.read()
+    scaled = changes(latest(pd.DataFrame(scale.rows)))
+    shown = f"{markdown(found)}\n{textwrap.fill(answer(ended, scaled) + so_far, 150)}\n"
     return f"{before}<!-- study -->\n{shown}<!-- end -->{rest.split('<!-- end -->')[1]}"
 
 

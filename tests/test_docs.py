@@ -133,8 +133,13 @@ def test_the_answer_takes_its_figures_from_the_ways_that_it_names() -> None:
         [{"group": group, "seed": seed, "way": way, "test_accuracy": end + seed / 100, "late_test_accuracy": late}
          for way, (end, late) in values.items() for seed in (0, 1) for group in ("scratch", "other")]
     )  # fmt: skip
-    text = "{a over b}, {late a over b}; {a, average over b}"
-    assert generate.answer(ended, text) == "+10.00 ± 0.00, -20.00 ± 0.00; +50.00 ± 0.00"
+    scaled = pd.DataFrame(
+        [{"fitness": fitness, "way": way, "population": population, "test accuracy": gain}
+         for fitness, way, population, gain in (("accuracy", "x", 50, 0.02), ("accuracy", "x", 200, 0.05),
+                                                ("loss", "x", 50, 0.9), ("accuracy", "y", 50, 0.9))]
+    )  # fmt: skip
+    text = "{a over b}, {late a over b}; {a, average over b}; {scale x 50}"
+    assert generate.answer(ended, scaled, text) == "+10.00 ± 0.00, -20.00 ± 0.00; +50.00 ± 0.00; +2.00"
 
 
 def test_the_script_that_repeats_the_experiment_passes_its_flags_on(tmp_path: Path) -> None:

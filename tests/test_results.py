@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ from whole_runs import ROOT
 from spartan_ray.study import scale_tables, tables
 from spartan_ray.study.plan import load_study, planned_runs
 from spartan_ray.study.rows import Rows
+from spartan_ray.study.scale import ScaleRows
 
 RESULTS = ROOT / "results"
 
@@ -28,7 +30,8 @@ def test_the_tables_of_a_study_are_those_of_its_rows(file: Path) -> None:
 
 def test_the_tables_of_scaling_are_those_of_its_rows() -> None:
     folder = RESULTS / "scale"
-    if not folder.exists():
-        pytest.skip("no rows yet")
-    rows = pd.read_json(folder / "rows.jsonl", lines=True)
-    assert (folder / "README.md").read_text() == scale_tables.write_up(rows, "scale")
+    scale = ScaleRows(folder / "rows.jsonl")
+    scale.read()
+    text = (folder / "README.md").read_text()
+    assert text == scale_tables.write_up(pd.DataFrame(scale.rows), "scale")
+    assert all((folder / name).exists() for name in re.findall(r"\]\((\w+\.png)\)", text))
