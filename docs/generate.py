@@ -198,7 +198,7 @@ ANSWER = """**Does a larger population help, and when?** Yes, where a phase make
 of their own: right after such a phase 500 descendants are ahead of 50 by {es-own-8x500 over es-own-8x50} points, of 2
 by {es-own-8x500 over es-own-8x2} and of SGD by {es-own-8x500 over sgd}; in a single update 2,000 are not measurably
 ahead of 50 ({es-own-2000 over es-own-50}). But while SGD goes on nothing of it is measurable
-({late es-own-8x500 over sgd} over SGD), averaged it is level with SGD's average, which is free
+({late es-own-8x500 over sgd} over SGD), averaged it is not measurably above SGD's average, which is free
 ({es-own-8x500, average over sgd, average}), and SGD that may train on the same images stays ahead
 ({es-own-8x500, average over sgd-all, average}, both averaged). A single update saturates: from saved parents 50
 descendants gain {scale all-own-128 50} points, 1,000 {scale all-own-128 1000}, 5,000 {scale all-own-128 5000} and

@@ -63,6 +63,14 @@ def test_parents_share_a_file_and_levels_are_those_of_their_seed(local_ray: None
     assert again.rows[-1]["weights"] == second.about["weights"]
     result = scored(level.network, second.splits.test, level.normalise)
     assert again.rows[-2]["test_loss"] == pytest.approx(result.loss, rel=1e-5)
+    second.baselines([level])
+    assert len(rows.rows) == len(again.rows)
+    level.about["weights"] = "trained again"
+    second.baselines([level])
+    assert [row["made"] for row in rows.rows[len(again.rows) :]] == ["trained again"] * 2
+    level.name = "parent-1"
+    with pytest.raises(InputError, match="--levels parent-1: the name 'parent' is taken"):
+        second.baselines([level])
     refused = command("scale", str(runs[0]), "--levels", str(runs[2]), cwd=tmp_path)
     assert refused == (2, "", "spartan: --levels both-1: no parent has its run.seed (1)\n")
 

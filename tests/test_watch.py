@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import re
 from collections.abc import Callable
@@ -104,6 +105,14 @@ def test_a_run_that_no_process_writes_has_ended(tmp_path: Path, monkeypatch: pyt
     assert watch.watch(str(folder), Console(file=output, width=200)) == 1
     assert output.getvalue().splitlines()[-1] == f"no process writes this run; to continue it: spartan resume {folder}"
     assert len(slept) == 160
+
+
+def test_a_look_at_a_lock_refuses_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock_folder(tmp_path).close()
+    with open(tmp_path / "lock") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        monkeypatch.setattr("time.sleep", lambda seconds: look.close())
+        lock_folder(tmp_path).close()
 
 
 def test_what_a_log_says_is_shown_as_it_is(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ WORDS = {
 
 
 RULE = """A claim is confirmed if all its 95 % intervals lie on its side of 0. It is contradicted if one lies on the \
-other side, at a level of 1 - 0.05 / n for n intervals. Otherwise, and with fewer than two seeds, it is undecided; a \
-claim of no gain is then *not contradicted*. Nothing allows for the number of claims. Verdicts are about this size and \
-these settings.
+other side, at a level of 1 - 0.05 / n for n intervals. Otherwise it is undecided, or *not contradicted* if it claims \
+no gain. Fewer than two seeds decide nothing. Nothing allows for the number of claims. Verdicts are about this size \
+and these settings.
 """
 
 
