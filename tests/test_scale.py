@@ -218,6 +218,12 @@ def test_tables_are_of_the_means_of_draws() -> None:
     assert scale_tables.write_up(pd.concat([pd.DataFrame(former), pd.DataFrame(other), rows]), "x") == text
 
 
+def test_populations_that_were_scored_later_stand_with_those_of_their_way() -> None:
+    rows = pd.DataFrame([*ROWS, row("a", 0, 0.02) | {"way": "other"}, row("a", 0, 0.05, 100)])
+    lines = scale_tables.table(scale_tables.changes(rows), "accuracy")
+    assert list(zip(lines["way"], lines["K"], strict=True)) == [("all", "50"), ("all", "100"), ("other", "50")]
+
+
 def test_the_picture_shows_gains_over_the_parent_with_its_average_as_a_level(tmp_path: Path) -> None:
     rows = [*ROWS, *(row("a", 0, 0.05, 100) | {"way": way} for way in ("all", "average-all"))]
     rows += [entry | {"fitness": "loss"} for entry in rows if "fitness" in entry]

@@ -46,12 +46,14 @@ def changes(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(means: pd.DataFrame, fitness: str) -> pd.DataFrame:
-    """Return one row per way and population."""
+    """Return one row per way and population: the ways in the order of `means`, populations ascending."""
     factor, digits, unit = (100.0, 2, "points") if fitness == "accuracy" else (1.0, 3, "loss")
     lines = []
     means = means[means["fitness"] == fitness].set_index("weights")
     smallest = means["population"].min()
-    for (way, population), group in means.groupby(["way", "population"], sort=False):
+    ways = means.groupby("way", sort=False)
+    groups = [(way, size, group) for way, mine in ways for size, group in mine.groupby("population")]
+    for way, population, group in groups:
         shown = {"way": str(way), "K": f"{population:,.0f}", "images, M": f"{group['images'].mean() / 1e6:.2f}"}
         for on in ("test", "unscored", "scored"):
             shown[f"{on}, {unit}"] = interval(group[f"{on} {fitness}"]).bold(digits, factor)
