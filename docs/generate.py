@@ -193,31 +193,36 @@ COLUMNS = {
 
 
 # What README says below the table. Braces hold the difference between two ways in test accuracy, or in late accuracy,
-# or how one update of so many descendants changes the test accuracy of the parents of results/scale.
-ANSWER = """**Does a larger population help, and when?** Yes, where a phase makes several updates, each scored on images
-of their own: right after such a phase 500 descendants are ahead of 50 by {es-own-8x500 over es-own-8x50} points, of 2
-by {es-own-8x500 over es-own-8x2} and of SGD by {es-own-8x500 over sgd}; in a single update 2,000 are not measurably
-ahead of 50 ({es-own-2000 over es-own-50}). But while SGD goes on nothing of it is measurable
-({late es-own-8x500 over sgd} over SGD), averaged it is not measurably above SGD's average, which is free
-({es-own-8x500, average over sgd, average}), and SGD that may train on the same images stays ahead
-({es-own-8x500, average over sgd-all, average}, both averaged). A single update saturates: from saved parents 50
-descendants gain {scale all-own-128 50} points, 1,000 {scale all-own-128 1000}, 5,000 {scale all-own-128 5000} and
-20,000 {scale all-own-128 20000} (three parents)."""
+# or between two numbers of descendants of a way in results/scale.
+ANSWER = """**Does a larger population help, and when?** Yes, right after a phase of several updates by accuracy, each
+on images of its own: 500 descendants are ahead of 50 by {es-own-8x500 over es-own-8x50} points, of 2 by
+{es-own-8x500 over es-own-8x2} and of SGD by {es-own-8x500 over sgd}. But none of it is measurable while SGD goes on
+({late es-own-8x500 over sgd} over SGD), its average is not measurably above SGD's, which is free
+({es-own-8x500, average over sgd, average}), and SGD on the same images stays ahead
+({es-own-8x500, average over sgd-all, average}, both averaged).
+
+One update saturates: in the study 2,000 descendants are not measurably ahead of 50 ({es-own-2000 over es-own-50}). From
+the parents of the picture, all scored on the same 512 images, 5,000 are ahead of 50 by
+{scale all-common-512 5000 over 50} and 20,000 of 5,000 by {scale all-common-512 20000 over 5000}."""
 
 
 def answer(ended: pd.DataFrame, scaled: pd.DataFrame, text: str = ANSWER) -> str:
     """The text with its figures filled in."""
 
+    def gain(way: str, population: str) -> pd.Series[float]:
+        """The change of each parent."""
+        mine = (scaled["fitness"] == "accuracy") & (scaled["way"] == way) & (scaled["population"] == int(population))
+        return scaled[mine].set_index("weights")["test accuracy"]
+
     def figure(found: re.Match[str]) -> str:
-        if found[1] == "scale ":
-            way, size = found[2].split()
-            mine = (scaled["fitness"] == "accuracy") & (scaled["way"] == way) & (scaled["population"] == int(size))
-            return interval(scaled.loc[mine, "test accuracy"]).text(2, 100.0, sign=True)
         way, over = found[2].split(" over ")
+        if found[1] == "scale ":
+            way, population = way.split()
+            return interval(gain(way, population) - gain(way, over)).text(2, 100.0, sign=True)
         measure = "late_test_accuracy" if found[1] else "test_accuracy"
         return interval(differences(ended, "scratch", way, over, measure)).text(2, 100.0, sign=True)
 
-    return re.sub(r"\{(late |scale )?([^{}]*)\}", figure, text.replace("\n", " "))
+    return re.sub(r"\{(late |scale )?([^{}]*)\}", figure, text)
 
 
 def readme() -> str:
@@ -236,7 +241,8 @@ def readme() -> str:
     scale = ScaleRows(DOCS.parent / "results" / "scale" / "rows.jsonl")
     scale.read()
     scaled = changes(latest(pd.DataFrame(scale.rows)))
-    shown = f"{markdown(found)}\n{textwrap.fill(answer(ended, scaled) + so_far, 150)}\n"
+    said = [textwrap.fill(paragraph, 150) for paragraph in (answer(ended, scaled) + so_far).split("\n\n")]
+    shown = "\n".join([markdown(found), "\n\n".join(said), ""])
     return f"{before}<!-- study -->\n{shown}<!-- end -->{rest.split('<!-- end -->')[1]}"
 
 

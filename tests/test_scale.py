@@ -231,8 +231,8 @@ def test_the_picture_shows_gains_over_the_parent_with_its_average_as_a_level(tmp
         scale_tables.draw(pd.DataFrame(rows), fitness, tmp_path / "x.png") for fitness in ("accuracy", "loss")
     )
     (all_common, of_average, level, _), (less, *_) = accuracy.lines, loss.lines
-    assert [line.get_label() for line in accuracy.lines[:3]] == [
-        "all", "average-all", "average of 2 epochs, no evolution"]  # fmt: skip
+    assert [text.get_text() for text in accuracy.texts] == ["all", "average of 2 epochs", "average-all"]  # from below
+    assert [text.get_color() for text in accuracy.texts] == [all_common.get_color(), "dimgrey", of_average.get_color()]
     np.testing.assert_allclose(np.array(all_common.get_xydata()), [[50, 3], [100, 5]])
     np.testing.assert_allclose(np.array(of_average.get_xydata()), [[100, 15]])  # the average's own 10 points too
     np.testing.assert_allclose(np.array(level.get_ydata()), [10, 10])

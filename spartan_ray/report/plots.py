@@ -213,9 +213,10 @@ def over_epochs(axes: Axes, label: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def label_lines(axes: Axes, lines: Mapping[str, tuple[float, float, str]]) -> None:
+def label_lines(axes: Axes, lines: Mapping[str, tuple[float, float, str]], longest: int | None = None) -> None:
     """Write each line's name beside its end, (x, y, colour), moved apart where they would overlap. A single line needs
-    none. What all names begin with, up to a dot, is left out."""
+    none. What all names begin with, up to a dot, is left out, and so is what is over `longest` characters; None means
+    what the figure has room for."""
     if len(lines) < 2:
         return
     low, high = axes.get_ylim()
@@ -234,7 +235,7 @@ def label_lines(axes: Axes, lines: Mapping[str, tuple[float, float, str]]) -> No
     places[-1] -= over
     for number in range(len(places) - 2, -1, -1):
         places[number] = min(places[number], places[number + 1] - gap)
-    longest = (NARROW if width < 360 else WIDE)[1]
+    longest = longest or (NARROW if width < 360 else WIDE)[1]
     first, last = min(lines), max(lines)
     shared = next((place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), 0)
     shared = first[:shared].rfind(".") + 1

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from spartan_ray.report.plots import COLOURS, save
+from spartan_ray.report.plots import COLOURS, label_lines, save
 from spartan_ray.report.tables import markdown
 from spartan_ray.study.statistics import interval
 
@@ -19,14 +19,19 @@ OF_AVERAGE = "average-"
 
 ABOUT = """How one update changes a parent, at the length found by a search on other images. Values are means with \
 95 % intervals (Student's t) over {parents} parents; a parent's value is the mean of its draws. Bold: the interval \
-excludes 0. *Scored* images are up to 4,096 of those that members are scored on: all members on the same ones, or \
-each pair on some of them. *Unscored* images are of the validation split, which scored nothing. Populations are \
-nested: draw d of K members consists of members d K to (d + 1) K - 1 of the largest population. *Spread* is the \
+excludes 0.
+
+A way is named after what it moves and what scores it: *all* parameters, those of *batchnorm*, or the point in the \
+span of the parent's last epochs (*trajectory*); *average* moves all parameters of the average of those epochs, and \
+its changes are relative to that average (the picture adds the average's own gain over the parent). Members are \
+scored on *common* images, the same for all, or each mirrored pair on its *own*.
+
+*Scored* images are up to 4,096 of those that members are scored on. *Unscored* images are of the validation split, \
+which scored nothing. Populations are nested: draw d of K members consists of members d K to (d + 1) K - 1 of the \
+largest population. *Over* the smallest population is the difference in test change, parent by parent. *Spread* is the \
 standard deviation of the test change between the draws of a parent. *Cosine* is the cosine between the update and \
 the direction in which the loss of all images that can score members falls; *over chance* is its ratio to sqrt(pairs \
-/ parameters). *Gain* is the improvement on unscored images per million images forwarded. If a way starts from the \
-average, its changes are relative to the average; the picture adds the average's own gain over the parent. *Over* \
-the smallest population: the difference in test change, parent by parent.
+/ parameters). *Gain* is the improvement on unscored images per million images forwarded.
 """
 
 
@@ -123,13 +128,14 @@ def write_up(rows: pd.DataFrame, name: str) -> str:
 
 
 def draw(rows: pd.DataFrame, fitness: str, path: Path) -> Axes:
-    """Draw the gain on the test images over the population size: one line per way, and the baselines as levels. Return
-    the axes."""
+    """Draw the gain on the test images over the population size: one line per way, and the baselines as grey levels.
+    Return the axes."""
     figure, axes = plt.subplots(figsize=(8.6, 5.0), layout="constrained")
     rows = latest(rows)
     over, means, sign = levels(rows), changes(rows), 1 if fitness == "accuracy" else -1
     factor = 100 if fitness == "accuracy" else 1
     mine = means[means["fitness"] == fitness]
+    labels = {}
     for number, (way, group) in enumerate(mine.groupby("way", sort=False)):
         if str(way).startswith(OF_AVERAGE):
             average = over[over["way"].str.startswith("average")].groupby("weights")[fitness].last()
@@ -137,14 +143,16 @@ def draw(rows: pd.DataFrame, fitness: str, path: Path) -> Axes:
         by_size = group.groupby("population")[f"test {fitness}"]
         mean_P, colour = by_size.mean() * sign * factor, COLOURS[number % len(COLOURS)]
         low_P, high_P = by_size.min() * sign * factor, by_size.max() * sign * factor
-        axes.plot(mean_P.index, mean_P, color=colour, marker="o", markersize=4, linewidth=1.8, label=str(way))
+        axes.plot(mean_P.index, mean_P, color=colour, marker="o", markersize=4, linewidth=1.8)
         axes.fill_between(mean_P.index, low_P, high_P, color=colour, alpha=0.12, linewidth=0)
+        labels[str(way)] = (mean_P.index[-1], mean_P.iloc[-1], colour)
     # Of the parent's own averages only the longest is drawn, the one that ways start from.
     own = [way for way in over["way"].unique() if way.startswith(("average", "greedy soup"))]
     drawn = over[~over["way"].isin(own) | over["way"].isin([way for way in own if way.startswith("average")][-1:])]
-    for number, (way, group) in enumerate(drawn.groupby("way", sort=False)):
-        level, style = float(group[fitness].mean()) * sign * factor, ("--", ":", "-.", (0, (1, 4)))[number % 4]
-        axes.axhline(level, color="grey", linewidth=1.1, linestyle=style, label=f"{way}, no evolution")
+    for way, group in drawn.groupby("way", sort=False):
+        level = float(group[fitness].mean()) * sign * factor
+        axes.axhline(level, color="grey", linewidth=1.1, linestyle="--")
+        labels[str(way)] = (0.0, level, "dimgrey")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log")
     sizes = sorted(int(size) for size in np.unique(mine["population"])) if len(mine) else []
@@ -152,5 +160,6 @@ def draw(rows: pd.DataFrame, fitness: str, path: Path) -> Axes:
     axes.minorticks_off()
     unit = "gain in test accuracy, points" if fitness == "accuracy" else "reduction of test loss"
     axes.set(xlabel=f"population, scored by {fitness} (band: minimum to maximum of the parents)", ylabel=unit)
+    label_lines(axes, labels, longest=32)
     save(figure, axes, path)
     return axes
