@@ -16,7 +16,7 @@ from PIL import Image
 from spartan_ray.engine.strategies.requests import Outcome, noisy
 from spartan_ray.errors import InputError
 from spartan_ray.report.page import write_report
-from spartan_ray.report.plots import INK, NARROW, PAGE, bins, label_lines, other_images
+from spartan_ray.report.plots import COLOURS, INK, NARROW, PAGE, bins, label_lines, other_images
 from spartan_ray.report.reading import images_forwarded, read_run, unique_frames
 from spartan_ray.report.settings import changed, differing
 from spartan_ray.report.tables import evolve_table, final_table, markdown
@@ -80,7 +80,7 @@ def test_final_table_takes_the_test_accuracy_where_validation_is_best(tmp_path: 
     assert row["seconds"] == "4"
     phases = evolve_table({"x": run.metrics}).to_dict("records")
     assert [phase["moved"] for phase in phases] == ["better", "no: all equal"]
-    assert not {"confirm before", "images saved", "images discarded", "gradient s"} & phases[0].keys()
+    assert not {"confirm before", "images saved", "images discarded", "gradient, s"} & phases[0].keys()
 
 
 def test_the_report_tells_who_replaced_the_parent_and_what_confirmed_it(tmp_path: Path) -> None:
@@ -219,6 +219,8 @@ def test_charts_on_the_page_take_its_colours_and_fit_both_widths(tmp_path: Path)
         assert "currentColor" in chart
         assert INK not in chart
         assert PAGE not in chart
+        assert "var(--blue)" in chart
+        assert COLOURS[0].lower() not in chart.lower()
     assert "var(--page)" in charts[0]  # the hollow dot of a phase that did not move the parent
     assert "prefers" not in page
     assert "light-dark(" in page

@@ -26,7 +26,7 @@ from spartan_ray.report.reading import images_forwarded
 
 # Text and axes, and what lies behind them. In an SVG they become the colours of the page, light or dark.
 INK, PAGE = "#333334", "#fefefe"
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. The page makes the blue lighter if it is dark.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 # Width and height in inches, and the longest label, of a chart beside text and on a telephone.
 WIDE, NARROW = ((5.9, 3.7), 24), ((3.45, 3.1), 13)
@@ -292,4 +292,5 @@ def svg(draw: Draw, size: tuple[float, float]) -> str:
     text = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", text)  # several charts stand in one page
     opening, rest = text.split(">", maxsplit=1)
     opening = re.sub(r' (width|height)="[^"]*"', "", opening)  # as wide as the page lets it be
-    return f"{opening}>{rest}".replace(INK, "currentColor").replace(PAGE, "var(--page)")
+    text = f"{opening}>{rest}".replace(INK, "currentColor").replace(PAGE, "var(--page)")
+    return text.replace(COLOURS[0].lower(), "var(--blue)")

@@ -100,9 +100,9 @@ def evolve_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                     "step ratio": "" if _of_parents(phase) else number(phase["step_ratio"], 2),
                     "images saved": _share(phase, "images_saved"),
                     "images discarded": _share(phase, "images_discarded"),
-                    "scoring s": number(phase["scoring_seconds"], 1),
-                    "gradient s": number(phase["gradient_seconds"], 1) if phase.get("gradient_seconds") else "",
-                    "update s": number(phase["update_seconds"], 2),
+                    "scoring, s": number(phase["scoring_seconds"], 1),
+                    "gradient, s": number(phase["gradient_seconds"], 1) if phase.get("gradient_seconds") else "",
+                    "update, s": number(phase["update_seconds"], 2),
                     "images/s": number(phase["images_per_second"], 0),
                     "retries": int(phase["retries"]),
                 }
