@@ -192,22 +192,24 @@ COLUMNS = {
 }
 
 
-# What README says below the table. Braces hold the difference between two ways in test accuracy, or in late accuracy,
-# or between two numbers of descendants of a way in results/scale.
+# What README says below the table. Braces hold what it claims, and become the figure: one way is ahead of another (>),
+# behind it (<) or neither, measurably (~), in test accuracy, in late accuracy, or from the parents of results/scale by
+# the number of descendants. It is an error if the rows do not bear a claim out.
 ANSWER = """**Does a larger population help, and when?** Yes, right after a phase of several updates by accuracy, each
-on images of its own: 500 descendants are ahead of 50 by {es-own-8x500 over es-own-8x50} points, of 2 by
-{es-own-8x500 over es-own-8x2} and of SGD by {es-own-8x500 over sgd}. But none of it is measurable while SGD goes on
-({late es-own-8x500 over sgd} over SGD), its average is not measurably above SGD's, which is free
-({es-own-8x500, average over sgd, average}), and SGD on the same images stays ahead
-({es-own-8x500, average over sgd-all, average}, both averaged).
+on images of its own: 500 descendants are ahead of 50 by {es-own-8x500 > es-own-8x50} points, of 2 by
+{es-own-8x500 > es-own-8x2} and of SGD by {es-own-8x500 > sgd}. But none of it is measurable while SGD goes on
+({late es-own-8x500 ~ sgd} over SGD), its average is not measurably above SGD's, which is free
+({es-own-8x500, average ~ sgd, average}), and SGD on the same images stays ahead
+({es-own-8x500, average < sgd-all, average}, both averaged).
 
-One update saturates: in the study 2,000 descendants are not measurably ahead of 50 ({es-own-2000 over es-own-50}). From
-the parents of the picture, all scored on the same 512 images, 5,000 are ahead of 50 by
-{scale all-common-512 5000 over 50} and 20,000 of 5,000 by {scale all-common-512 20000 over 5000}."""
+In a single update 2,000 are not measurably ahead of 50 ({es-own-2000 ~ es-own-50}). From the parents of the picture
+5,000 are ahead of 50 by {scale all-common-512 5000 > 50} on the same 512 images, not measurably on 128 own ones per
+pair ({scale all-own-128 5000 ~ 50}); 20,000 are not measurably ahead of 5,000 ({scale all-common-512 20000 ~ 5000} and
+{scale all-own-128 20000 ~ 5000})."""
 
 
 def answer(ended: pd.DataFrame, scaled: pd.DataFrame, text: str = ANSWER) -> str:
-    """The text with its figures filled in."""
+    """The text with its figures filled in. Raises ValueError if the rows do not bear out a claim of the text."""
 
     def gain(way: str, population: str) -> pd.Series[float]:
         """The change of each parent."""
@@ -215,14 +217,19 @@ def answer(ended: pd.DataFrame, scaled: pd.DataFrame, text: str = ANSWER) -> str
         return scaled[mine].set_index("weights")["test accuracy"]
 
     def figure(found: re.Match[str]) -> str:
-        way, over = found[2].split(" over ")
-        if found[1] == "scale ":
+        of, way, claim, other = found.groups()
+        if of == "scale ":
             way, population = way.split()
-            return interval(gain(way, population) - gain(way, over)).text(2, 100.0, sign=True)
-        measure = "late_test_accuracy" if found[1] else "test_accuracy"
-        return interval(differences(ended, "scratch", way, over, measure)).text(2, 100.0, sign=True)
+            values = (gain(way, population) - gain(way, other)).dropna()
+        else:
+            values = differences(ended, "scratch", way, other, "late_test_accuracy" if of else "test_accuracy")
+        difference = interval(values)
+        shown = difference.text(2, 100.0, sign=True)
+        if claim != ("~" if not difference.excludes_zero else ">" if difference.mean > 0 else "<"):
+            raise ValueError(f"README claims {found[0]}, but the rows say {shown}")
+        return shown
 
-    return re.sub(r"\{(late |scale )?([^{}]*)\}", figure, text)
+    return re.sub(r"\{(late |scale )?([^{}<>~]*) ([<>~]) ([^{}]*)\}", figure, text)
 
 
 def readme() -> str:

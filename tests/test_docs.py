@@ -127,19 +127,24 @@ def test_generated_pages_are_those_of_the_code(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == generate.PAGES[name](), "run: python docs/generate.py"
 
 
-def test_the_answer_takes_its_figures_from_the_ways_that_it_names() -> None:
+def test_the_answer_takes_its_figures_from_the_ways_that_it_names_and_claims_what_they_show() -> None:
     values = {"a": (0.5, 0.1), "a, average": (0.9, 0.1), "b": (0.4, 0.3)}
     ended = pd.DataFrame(
         [{"group": group, "seed": seed, "way": way, "test_accuracy": end + seed / 100, "late_test_accuracy": late}
          for way, (end, late) in values.items() for seed in (0, 1) for group in ("scratch", "other")]
     )  # fmt: skip
-    scaled = pd.DataFrame(
-        [{"fitness": fitness, "way": way, "population": population, "test accuracy": gain, "weights": "w"}
-         for fitness, way, population, gain in (("accuracy", "x", 50, 0.02), ("accuracy", "x", 200, 0.05),
-                                                ("loss", "x", 50, 0.9), ("accuracy", "y", 50, 0.9))]
-    )  # fmt: skip
-    text = "{a over b}, {late a over b}; {a, average over b}; {scale x 200 over 50}"
-    assert generate.answer(ended, scaled, text) == "+10.00 ± 0.00, -20.00 ± 0.00; +50.00 ± 0.00; +3.00"
+    gains = [
+        ("accuracy", "x", 50, "v", 0.02), ("accuracy", "x", 50, "w", 0.08), ("accuracy", "x", 200, "w", 0.11),
+        ("accuracy", "x", 200, "v", 0.05), ("accuracy", "x", 200, "more", 0.5), ("loss", "x", 50, "w", 0.9),
+        ("accuracy", "y", 50, "w", 0.9), ("accuracy", "x", 900, "v", 0.01), ("accuracy", "x", 900, "w", 0.2),
+    ]  # fmt: skip
+    scaled = pd.DataFrame(gains, columns=["fitness", "way", "population", "weights", "test accuracy"])
+    text = "{a > b}, {late a < b}; {a, average > b}; {scale x 200 > 50}, {scale x 900 ~ 50}"
+    found = generate.answer(ended, scaled, text)
+    assert found == "+10.00 ± 0.00, -20.00 ± 0.00; +50.00 ± 0.00; +3.00 ± 0.00, +5.50 ± 82.59"
+    for wrong in ("{a ~ b}", "{late a > b}", "{scale x 200 < 50}", "{scale x 900 > 50}"):
+        with pytest.raises(ValueError, match=f"README claims {wrong}, but the rows say "):
+            generate.answer(ended, scaled, wrong)
 
 
 def test_the_script_that_repeats_the_experiment_passes_its_flags_on(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from local import scored
+from test_results import digest_in
 from whole_runs import command, run_here
 
 from spartan_ray.engine.strategies.shaping import zscore
 from spartan_ray.errors import InputError
 from spartan_ray.noise.contract import member_seeds, noise
+from spartan_ray.report.plots import digest
 from spartan_ray.run.config import Config, Evolution, Run
 from spartan_ray.study import scale_tables
 from spartan_ray.study.scale import ScaleRows, Scaling, Way
@@ -65,9 +67,22 @@ def test_parents_share_a_file_and_levels_are_those_of_their_seed(local_ray: None
     assert again.rows[-2]["test_loss"] == pytest.approx(result.loss, rel=1e-5)
     second.baselines([level])
     assert len(rows.rows) == len(again.rows)
+    known = level.about["weights"]
     level.about["weights"] = "trained again"
     second.baselines([level])
     assert [row["made"] for row in rows.rows[len(again.rows) :]] == ["trained again"] * 2
+    # What is asked for again is what tables show, though no row is missing.
+    level.about["weights"] = known
+    second.baselines([level])
+    assert [row["made"] for row in rows.rows[-4:]] == ["trained again"] * 2 + [known] * 2
+    other = rows.rows[0] | {"weights": "other", "made": "other"}
+    rows.add(other)
+    first.baselines()
+    assert rows.rows[-1]["weights"] == first.about["weights"]
+    assert rows.rows.index(other) < len(rows.rows) - 4
+    assert len(rows.rows) == len(again.rows) + 3
+    again.read()
+    assert again.rows == rows.rows
     level.name = "parent-1"
     with pytest.raises(InputError, match="--levels parent-1: the name 'parent' is taken"):
         second.baselines([level])
@@ -127,6 +142,9 @@ def test_a_smaller_population_is_a_part_of_the_larger_one_and_its_update_the_for
         scaling.model.theta_D.copy_(torch.from_numpy((theta_D + row["length"] * update_D).astype(np.float32)))
         result = scored(scaling.network, scaling.splits.test, scaling.normalise)
         assert result.loss == pytest.approx(row["test_loss"], abs=2e-3)
+        lengths, rest = divmod(row["images"] - count * 64, 150)
+        assert rest == 0
+        assert 9 <= lengths < 15
         assert row["cosine_expected"] == pytest.approx(np.sqrt(row["population"] / 2 / size))
     assert (found["length"] > 0).any()
 
@@ -202,11 +220,11 @@ def test_tables_are_of_the_means_of_draws() -> None:
     text = scale_tables.write_up(rows, "x")
     # The gains of the parents are 2 and 4 points. Their mean is 3, with a half width of 12.706 * sqrt(2) / sqrt(2). The
     # standard deviations of the draws are 1.41 and 2.83 points.
-    line = "| all | 50 | 0.10 | +3.00 ± 12.71 | +3.00 ± 12.71 | +3.00 ± 12.71 |  | +0.030 ± 0.127 | 2.24 |"
+    line = "| all | 50 | 2 | 0.10 | +3.00 ± 12.71 | +3.00 ± 12.71 | +3.00 ± 12.71 |  | +0.030 ± 0.127 | 2.24 |"
     assert f"{line} +0.0200 | +0.50 | +30.00 |" in text
     # With 100 members both gain 5 points, 3 and 1 more.
     more = "**+5.00 ± 0.00** | **+5.00 ± 0.00** | **+5.00 ± 0.00** | +2.00 ± 12.71 |"
-    assert f"| all | 100 | 0.10 | {more}" in text
+    assert f"| all | 100 | 2 | 0.10 | {more}" in text
     assert "| average of 2 epochs | 60.00 ± 0.00 | **+10.00 ± 0.00** | 1.500 ± 0.000 | **-0.500 ± 0.000** |" in text
     assert "over 2 parents" in text
     # A parent that was trained further replaces the earlier parent of its seed.
@@ -225,24 +243,31 @@ def test_populations_that_were_scored_later_stand_with_those_of_their_way() -> N
 
 
 def test_the_picture_shows_gains_over_the_parent_with_its_average_as_a_level(tmp_path: Path) -> None:
-    rows = [*ROWS, *(row("a", 0, 0.05, 100) | {"way": way} for way in ("all", "average-all"))]
+    rows = [*ROWS, row("a", 0, 0.04, 100), row("b", 0, 0.06, 100), row("a", 0, 0.9, 200)]  # 200 of one parent only
+    rows += [row("a", 0, 0.05, 100) | {"way": "average-all"}]
+    rows += [
+        entry | {"way": "average-sgd", "made": "c", "test_accuracy": 0.9} for entry in ROWS if entry["way"] == "parent"
+    ]
     rows += [entry | {"fitness": "loss"} for entry in rows if "fitness" in entry]
     accuracy, loss = (
         scale_tables.draw(pd.DataFrame(rows), fitness, tmp_path / "x.png") for fitness in ("accuracy", "loss")
     )
-    (all_common, of_average, level, _), (less, *_) = accuracy.lines, loss.lines
-    assert [text.get_text() for text in accuracy.texts] == ["all", "average of 2 epochs", "average-all"]  # from below
-    assert [text.get_color() for text in accuracy.texts] == [all_common.get_color(), "dimgrey", of_average.get_color()]
+    (all_common, of_average, level, _, _), (less, *_) = accuracy.lines, loss.lines
+    labels = ["all", "average of 2 epochs", "average-all", "average-sgd"]  # from below
+    assert [text.get_text() for text in accuracy.texts] == labels
+    colours = [all_common.get_color(), "dimgrey", of_average.get_color(), "dimgrey"]
+    assert [text.get_color() for text in accuracy.texts] == colours
     np.testing.assert_allclose(np.array(all_common.get_xydata()), [[50, 3], [100, 5]])
     np.testing.assert_allclose(np.array(of_average.get_xydata()), [[100, 15]])  # the average's own 10 points too
     np.testing.assert_allclose(np.array(level.get_ydata()), [10, 10])
     np.testing.assert_allclose(np.array(less.get_xydata()), [[50, -0.03], [100, -0.05]])  # a rise is no reduction
+    assert digest_in(tmp_path / "x.png") == digest(pd.DataFrame(rows))
     (band, *_) = accuracy.collections
-    assert sorted(set(np.asarray(band.get_paths()[0].vertices)[:, 1].round(9))) == [2, 4, 5]
+    assert sorted(set(np.asarray(band.get_paths()[0].vertices)[:, 1].round(9))) == [2, 4, 6]
 
 
 def test_a_parent_without_averages_has_tables_too() -> None:
     rows = pd.DataFrame([ROWS[0], row("a", 0, 0.01)])
     text = scale_tables.write_up(rows, "x")
     assert "| parent | 50.00 |  | 2.000 |  |" in text
-    assert "| all | 50 | 0.10 | +1.00 |" in text
+    assert "| all | 50 | 1 | 0.10 | +1.00 |" in text

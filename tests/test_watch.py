@@ -107,6 +107,33 @@ def test_a_run_that_no_process_writes_has_ended(tmp_path: Path, monkeypatch: pyt
     assert len(slept) == 160
 
 
+def test_a_run_that_goes_on_has_not_ended_though_its_log_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path / "x", [0.5], {})
+    (folder / "log.txt").write_text("2026-01-01T00:00:00+00:00 ended by RunError: no worker is left\n")
+    lock = lock_folder(folder)  # a driver that still sets itself up
+
+    def goes_on() -> None:
+        append(folder / "log.txt", "2026-01-01T00:00:02+00:00 going on after epoch 1")
+        append(folder / "log.txt", "2026-01-01T00:00:03+00:00 finished")
+        lock.close()
+
+    grow(folder, monkeypatch, lambda: None, goes_on)
+    output = io.StringIO()
+    assert watch.watch(str(folder), Console(file=output, width=200)) == 0
+    assert output.getvalue().splitlines()[-1] == "finished"
+
+
+def test_a_terminal_says_why_a_run_without_an_epoch_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "x", [0.5], {})
+    (folder / "metrics.jsonl").unlink()
+    grow(folder, monkeypatch, *[lambda: None] * 60)
+    output = io.StringIO()
+    assert watch.watch(str(folder), Console(file=output, width=200, force_terminal=True)) == 1
+    assert "no process writes this run; to continue it: spartan resume" in output.getvalue()
+
+
 def test_a_look_at_a_lock_refuses_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock_folder(tmp_path).close()
     with open(tmp_path / "lock") as look:

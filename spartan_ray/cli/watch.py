@@ -71,9 +71,11 @@ def _looks(place: str) -> Iterator[tuple[RunRecord | None, list[str], str | None
             log = path.read_text(errors="replace").splitlines() if path.exists() else []
             metrics = folder / "metrics.jsonl"
             run = read_run(folder) if metrics.exists() and metrics.read_bytes().count(b"\n") else None
-        unwritten = 0 if is_url(place) or is_written(Path(place)) else unwritten + 1
+        # A process that writes has begun the run again, or is about to end.
+        written = not is_url(place) and is_written(Path(place))
+        unwritten = 0 if is_url(place) or written else unwritten + 1
         lost = f"no process writes this run; to continue it: spartan resume {place}"
-        ended = end_of(log) or (lost if unwritten > UNWRITTEN_LOOKS else None)
+        ended = None if written else end_of(log) or (lost if unwritten > UNWRITTEN_LOOKS else None)
         yield run, log, ended
         if ended:
             return
@@ -95,7 +97,7 @@ def view(place: str, run: RunRecord | None, log: list[str], ended: str | None = 
     """Return what a terminal shows of a run: progress or how it ended, the last epochs, and the last lines of the
     log."""
     if run is None:
-        return Group(Text(place, style="bold"), Text("no epoch has ended yet"), *_log_lines(log))
+        return Group(Text(place, style="bold"), Text(ended or "no epoch has ended yet"), *_log_lines(log))
     frame, epochs = run.metrics, run.config.run.epochs
     rows = frame.to_dict("records")
     evolution = run.config.evolution

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import math
@@ -271,13 +272,18 @@ def png(draw: Draw, path: Path) -> None:
     plt.close(figure)
 
 
-def save(figure: Figure, axes: Axes, path: Path) -> None:
-    """Write a figure with a legend to a PNG, in the style of all charts."""
+def digest(rows: pd.DataFrame) -> str:
+    """Return the digest of a picture's rows, which its file holds."""
+    return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()
+
+
+def save(figure: Figure, axes: Axes, path: Path, rows: pd.DataFrame) -> None:
+    """Write a figure with a legend to a PNG, in the style of all charts, with the digest of its rows."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Rows": digest(rows)})
     plt.close(figure)
 
 

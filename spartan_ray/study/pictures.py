@@ -33,5 +33,5 @@ def draw(rows: pd.DataFrame, picture: Picture, path: Path) -> Axes:
         axes.scatter(phases, [mean_E[table.index.get_loc(epoch)] for epoch in phases], color=colour, s=30, zorder=3)
     axes.set(xlabel="epoch (dots: evolve phases)", ylabel=picture.measure.replace("_", " "))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    save(figure, axes, path)
+    save(figure, axes, path, rows)
     return axes

@@ -118,11 +118,26 @@ class ScaleRows:
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
+        self._write()
+
+    def _write(self) -> None:
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def has(self, wanted: dict[str, Any]) -> bool:
         """Return whether there is a row with these values."""
-        return any(all(row.get(name) == value for name, value in wanted.items()) for row in self.rows)
+        return any(_matches(row, wanted) for row in self.rows)
+
+    def renew(self, wanted: dict[str, Any], among: dict[str, Any]) -> None:
+        """Move the rows with the values `wanted` to the end, unless they are the last of those with the values `among`:
+        of several parents of a seed, and of several versions of a way, tables show the last."""
+        last = next((row for row in reversed(self.rows) if _matches(row, among)), wanted)
+        if not _matches(last, wanted) and self.has(wanted):
+            self.rows.sort(key=lambda row: _matches(row, wanted))
+            self._write()
+
+
+def _matches(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    return all(row.get(name) == value for name, value in wanted.items())
 
 
 class Scaling:
@@ -199,6 +214,11 @@ class Scaling:
     def _is_done(self, **row: Any) -> bool:
         return self.rows.has(self.about | row)
 
+    def _renew(self, way: str, made: str) -> None:
+        """Make this version of a way the one that tables show, if it has rows."""
+        among = self.about | {"way": way}
+        self.rows.renew(among | {"made": made}, among)
+
     @property
     def averaged(self) -> int:
         """Number of epochs in the average that a way may start from."""
@@ -207,6 +227,7 @@ class Scaling:
     def baselines(self, levels: Sequence[Scaling] = ()) -> None:
         """Score the parent, averages of its last epochs, and their greedy soup, chosen on the evolution split. Also
         score the last networks of other runs with the same seed, `levels`, and their averages."""
+        self.rows.renew(self.about, {"seed": self.about["seed"]})
         counts = sorted({*(count for count in (2, 4) if count < self.averaged), self.averaged} - {1})
         ways = {"parent": ("epochs", 1)} | {f"average of {count} epochs": ("epochs", count) for count in counts}
         if counts:
@@ -225,14 +246,16 @@ class Scaling:
 
     def _level(self, name: str, of: Scaling, kind: str, count: int) -> None:
         """Score the last network of a run, or an average of its last epochs, on this parent's test images."""
-        if self._is_done(way=name, made=of.about["weights"]):
+        made = str(of.about["weights"])
+        self._renew(name, made)
+        if self._is_done(way=name, made=made):
             return
         of._begin()
         if count > 1:
             of._average(kind, count).become()
         found = of._judge(self.splits.test)
         of._begin()
-        self._add(way=name, made=of.about["weights"], **{f"test_{what}": value for what, value in found.items()})
+        self._add(way=name, made=made, **{f"test_{what}": value for what, value in found.items()})
         self.say(f"{self.name} {name}: test accuracy {found['accuracy']:.4f}")
 
     def refuse_unfit(self, name: str, way: Way) -> None:
@@ -253,6 +276,7 @@ class Scaling:
     def way(self, name: str, way: Way, workers: int | Literal["local", "auto"]) -> None:
         """Make and judge one update for every population and draw, by loss and by accuracy."""
         way, most = way.at(self.config.parent.width), max(self.populations)
+        self._renew(name, way.digest)
         wanted = [
             (count, draw, fitness)
             for count in self.populations
@@ -285,8 +309,8 @@ class Scaling:
                     row |= {f"{on}_{what}_before": before[on][what], f"{on}_{what}": after[on][what]}
                 size = population.model.theta_D.numel()
                 row |= {"parameters": size, "cosine_expected": math.sqrt(min(1.0, count / 2 / size))}
-                images = count * way.images
-                self._add(way=name, made=way.digest, population=count, draw=draw, fitness=fitness, images=images, **row)
+                row["images"] += count * way.images
+                self._add(way=name, made=way.digest, population=count, draw=draw, fitness=fitness, **row)
                 gain = after["test"]["accuracy"] - before["test"]["accuracy"]
                 self.say(f"{self.name} {name}: {count:,} members, draw {draw}, by {fitness}: test {gain:+.4f}")
 
@@ -339,15 +363,16 @@ class Scaling:
     def _update(
         self, population: Population, members: Members, statistic_K: NDArray[np.float64], way: Way, column: int
     ) -> dict[str, Any]:
-        """Make the update of these members the scale, and search its length by a statistic of the search images."""
+        """Make the update of these members the scale, and search its length by a statistic of the search images. Return
+        its length, its cosine to the gradient, and the number of images that the search forwarded."""
         shaped_K = zscore(less_pair_mean(statistic_K) if way.own else statistic_K)
         population.answer(SetScale("none"))
         if not shaped_K.any():
-            return {"length": 0.0, "cosine": None}
+            return {"images": 0, "length": 0.0, "cosine": None}
         population.answer(SetDirection(*merge_seeds(members, shaped_K), 1.0, ratio=1.0))
         cosine = population.answer(Compare())
-        length = best_length(_answered(population, search_lengths(), column))
-        return {"length": length, "cosine": cosine}
+        fitness_of = _answered(population, search_lengths(), column)
+        return {"images": len(fitness_of) * self.search_images, "length": best_length(fitness_of), "cosine": cosine}
 
 
 @contextlib.contextmanager

@@ -17,21 +17,23 @@ from spartan_ray.study.statistics import interval
 # Prefix of the ways that start from the average.
 OF_AVERAGE = "average-"
 
-ABOUT = """How one update changes a parent, at the length found by a search on other images. Values are means with \
-95 % intervals (Student's t) over {parents} parents; a parent's value is the mean of its draws. Bold: the interval \
-excludes 0.
+ABOUT = """How one update changes a parent, at the length found by a search on other images. Values are means with 95 \
+% intervals (Student's t) over {parents} parents, or as many as a row says; a parent's value is the mean of its \
+draws. Bold: the interval excludes 0. That happens by chance to about one value in 20, and all ways share the \
+parents.
 
 A way is named after what it moves and what scores it: *all* parameters, those of *batchnorm*, or the point in the \
 span of the parent's last epochs (*trajectory*); *average* moves all parameters of the average of those epochs, and \
 its changes are relative to that average (the picture adds the average's own gain over the parent). Members are \
 scored on *common* images, the same for all, or each mirrored pair on its *own*.
 
-*Scored* images are up to 4,096 of those that members are scored on. *Unscored* images are of the validation split, \
-which scored nothing. Populations are nested: draw d of K members consists of members d K to (d + 1) K - 1 of the \
-largest population. *Over* the smallest population is the difference in test change, parent by parent. *Spread* is the \
-standard deviation of the test change between the draws of a parent. *Cosine* is the cosine between the update and \
-the direction in which the loss of all images that can score members falls; *over chance* is its ratio to sqrt(pairs \
-/ parameters). *Gain* is the improvement on unscored images per million images forwarded.
+*Images* are those forwarded to score the members and to search the length. *Scored* images are up to 4,096 of those \
+that can score members; few members with images of their own see only some of them. *Unscored* images are of the \
+validation split, which scored nothing. Populations are nested: draw d of K members consists of members d K to (d + \
+1) K - 1 of the largest population. *Over* the smallest population is the difference in test change, parent by \
+parent. *Spread* is the standard deviation of the test change between the draws of a parent. *Cosine* is the cosine \
+between the update and the direction in which the loss of all images that can score members falls; *over chance* is \
+its ratio to sqrt(pairs / parameters). *Gain* is the improvement on unscored images per million images forwarded.
 """
 
 
@@ -59,7 +61,12 @@ def table(means: pd.DataFrame, fitness: str) -> pd.DataFrame:
     ways = means.groupby("way", sort=False)
     groups = [(way, size, group) for way, mine in ways for size, group in mine.groupby("population")]
     for way, population, group in groups:
-        shown = {"way": str(way), "K": f"{population:,.0f}", "images, M": f"{group['images'].mean() / 1e6:.2f}"}
+        shown = {
+            "way": str(way),
+            "K": f"{population:,.0f}",
+            "parents": str(len(group)),
+            "images, M": f"{group['images'].mean() / 1e6:.2f}",
+        }
         for on in ("test", "unscored", "scored"):
             shown[f"{on}, {unit}"] = interval(group[f"{on} {fitness}"]).bold(digits, factor)
         small = means[(means["way"] == way) & (means["population"] == smallest)]
@@ -87,13 +94,15 @@ def _still(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def levels(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the gain of each baseline over each parent, with columns `way`, `weights`, `loss` and `accuracy`."""
+    """Return the gain of each baseline over each parent, with columns `way`, `weights`, `loss`, `accuracy`, and `own`:
+    whether it is made of the parent's own epochs."""
     still = _still(rows)
     parent = still[still["way"] == "parent"].set_index("weights")
     found = still[still["way"] != "parent"].copy()
     for what in ("loss", "accuracy"):
         found[what] = found[f"test_{what}"] - found["weights"].map(parent[f"test_{what}"]).astype(float)
-    return found[["way", "weights", "loss", "accuracy"]]
+    found["own"] = found["made"] == found["weights"]
+    return found[["way", "weights", "loss", "accuracy", "own"]]
 
 
 def latest(rows: pd.DataFrame) -> pd.DataFrame:
@@ -128,27 +137,27 @@ def write_up(rows: pd.DataFrame, name: str) -> str:
 
 
 def draw(rows: pd.DataFrame, fitness: str, path: Path) -> Axes:
-    """Draw the gain on the test images over the population size: one line per way, and the baselines as grey levels.
-    Return the axes."""
+    """Draw the gain on the test images over the population size: one line per way, at the sizes that all its parents
+    have, and the baselines as grey levels. Return the axes."""
     figure, axes = plt.subplots(figsize=(8.6, 5.0), layout="constrained")
-    rows = latest(rows)
-    over, means, sign = levels(rows), changes(rows), 1 if fitness == "accuracy" else -1
+    shown = latest(rows)
+    over, means, sign = levels(shown), changes(shown), 1 if fitness == "accuracy" else -1
     factor = 100 if fitness == "accuracy" else 1
     mine = means[means["fitness"] == fitness]
-    labels = {}
+    averages, labels = over[over["own"] & over["way"].str.startswith("average")], {}
     for number, (way, group) in enumerate(mine.groupby("way", sort=False)):
         if str(way).startswith(OF_AVERAGE):
-            average = over[over["way"].str.startswith("average")].groupby("weights")[fitness].last()
+            average = averages.groupby("weights")[fitness].last()
             group = group.assign(**{f"test {fitness}": group[f"test {fitness}"] + group["weights"].map(average)})
-        by_size = group.groupby("population")[f"test {fitness}"]
+        parents = group.groupby("population")["weights"].transform("size")
+        by_size = group[parents == parents.max()].groupby("population")[f"test {fitness}"]
         mean_P, colour = by_size.mean() * sign * factor, COLOURS[number % len(COLOURS)]
         low_P, high_P = by_size.min() * sign * factor, by_size.max() * sign * factor
         axes.plot(mean_P.index, mean_P, color=colour, marker="o", markersize=4, linewidth=1.8)
         axes.fill_between(mean_P.index, low_P, high_P, color=colour, alpha=0.12, linewidth=0)
         labels[str(way)] = (mean_P.index[-1], mean_P.iloc[-1], colour)
     # Of the parent's own averages only the longest is drawn, the one that ways start from.
-    own = [way for way in over["way"].unique() if way.startswith(("average", "greedy soup"))]
-    drawn = over[~over["way"].isin(own) | over["way"].isin([way for way in own if way.startswith("average")][-1:])]
+    drawn = over[~over["own"] | over["way"].isin(averages["way"].unique()[-1:])]
     for way, group in drawn.groupby("way", sort=False):
         level = float(group[fitness].mean()) * sign * factor
         axes.axhline(level, color="grey", linewidth=1.1, linestyle="--")
@@ -161,5 +170,5 @@ def draw(rows: pd.DataFrame, fitness: str, path: Path) -> Axes:
     unit = "gain in test accuracy, points" if fitness == "accuracy" else "reduction of test loss"
     axes.set(xlabel=f"population, scored by {fitness} (band: minimum to maximum of the parents)", ylabel=unit)
     label_lines(axes, labels, longest=32)
-    save(figure, axes, path)
+    save(figure, axes, path, rows)
     return axes
