@@ -252,8 +252,8 @@ def test_the_picture_shows_gains_over_the_parent_with_its_average_as_a_level(tmp
     accuracy, loss = (
         scale_tables.draw(pd.DataFrame(rows), fitness, tmp_path / "x.png") for fitness in ("accuracy", "loss")
     )
-    (all_common, of_average, level, _, _), (less, *_) = accuracy.lines, loss.lines
-    labels = ["all", "average of 2 epochs", "average-all", "average-sgd"]  # from below
+    (all_common, of_average, _, level), (less, *_) = accuracy.lines, loss.lines
+    labels = ["all", "average of 2 epochs", "average-all", "↑ average-sgd: 40.0"]  # from below
     assert [text.get_text() for text in accuracy.texts] == labels
     colours = [all_common.get_color(), "dimgrey", of_average.get_color(), "dimgrey"]
     assert [text.get_color() for text in accuracy.texts] == colours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import re
@@ -125,6 +126,20 @@ def test_a_run_that_goes_on_has_not_ended_though_its_log_says_so(
     assert output.getvalue().splitlines()[-1] == "finished"
 
 
+def test_without_locks_a_run_ends_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "x", [0.5], {})
+    (folder / "log.txt").write_text("2026-01-01T00:00:00+00:00 going on\n")
+    lock_folder(folder).close()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    looks = [lambda: None] * 99
+    grow(folder, monkeypatch, *looks, lambda: append(folder / "log.txt", "2026-01-01T00:00:03+00:00 finished"))
+    assert watch.watch(str(folder), Console(file=io.StringIO())) == 0
+
+
 def test_a_terminal_says_why_a_run_without_an_epoch_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path / "x", [0.5], {})
     (folder / "metrics.jsonl").unlink()
@@ -163,5 +178,8 @@ def test_ctrl_c_leaves_the_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no run"):
+        watch.watch(str(tmp_path))
+    write_run(tmp_path / "x", [0.5], {})
+    with pytest.raises(InputError, match="there is no run; it holds runs: x"):
         watch.watch(str(tmp_path))
     assert cli.parse(["watch", "runs/x"]).run == "runs/x"

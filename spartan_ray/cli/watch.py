@@ -16,7 +16,7 @@ from rich.text import Text
 
 from spartan_ray.cli.follow import print_line, row_line
 from spartan_ray.errors import InputError
-from spartan_ray.report.reading import RunRecord, read_run
+from spartan_ray.report.reading import RunRecord, read_run, runs_in
 from spartan_ray.report.tables import effect, number
 from spartan_ray.run.place import is_written, reading
 from spartan_ray.section import is_url
@@ -66,14 +66,14 @@ def _looks(place: str) -> Iterator[tuple[RunRecord | None, list[str], str | None
     while True:
         with reading(place, lambda name: name in WATCHED) as folder:
             if not (folder / "config.yaml").exists():
-                raise InputError(f"{place}: there is no run")
+                raise InputError(f"{place}: there is no run{runs_in(folder)}")
             path = folder / "log.txt"
             log = path.read_text(errors="replace").splitlines() if path.exists() else []
             metrics = folder / "metrics.jsonl"
             run = read_run(folder) if metrics.exists() and metrics.read_bytes().count(b"\n") else None
         # A process that writes has begun the run again, or is about to end.
-        written = not is_url(place) and is_written(Path(place))
-        unwritten = 0 if is_url(place) or written else unwritten + 1
+        written = None if is_url(place) else is_written(Path(place))
+        unwritten = unwritten + 1 if written is False else 0
         lost = f"no process writes this run; to continue it: spartan resume {place}"
         ended = None if written else end_of(log) or (lost if unwritten > UNWRITTEN_LOOKS else None)
         yield run, log, ended

@@ -150,6 +150,12 @@ class RunRecord:
     """Fitness of the members of each evolve phase that has a journal, by epoch."""
 
 
+def runs_in(folder: Path) -> str:
+    """Return a hint that names runs in a folder that is none."""
+    inside = ", ".join(sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))[:5])
+    return f"; it holds runs: {inside}" if inside else ""
+
+
 def read_run(folder: Path, journals: bool = False) -> RunRecord:
     """Read a run folder, with the fitness of its members if `journals` is true. Raises InputError, which names the file
     that is missing or unreadable."""
@@ -168,9 +174,7 @@ def read_run(folder: Path, journals: bool = False) -> RunRecord:
         path = folder / "environment.json"
         environment = Environment.model_validate_json(path.read_text())
     except OSError as error:
-        inside = ", ".join(sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))[:5])
-        hint = f"; it holds runs: {inside}" if inside else ""
-        raise InputError(f"{folder}: not a run folder: {path.name}: {error.strerror}{hint}") from None
+        raise InputError(f"{folder}: not a run folder: {path.name}: {error.strerror}{runs_in(folder)}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])

@@ -213,15 +213,17 @@ def reading(where: str, wanted: Callable[[str], bool] = lambda name: True) -> It
         os.close(lock)
 
 
-def is_written(path: Path) -> bool:
-    """Return whether a process writes the run in a folder, as far as the file system's locks tell."""
+def is_written(path: Path) -> bool | None:
+    """Return whether a process writes the run in a folder. None if the file system has no locks to tell."""
     try:
         with open(path / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:  # locked, or there are no locks
+    except BlockingIOError:
         return True
+    except OSError:
+        return None
     return False
 
 

@@ -138,7 +138,8 @@ def write_up(rows: pd.DataFrame, name: str) -> str:
 
 def draw(rows: pd.DataFrame, fitness: str, path: Path) -> Axes:
     """Draw the gain on the test images over the population size: one line per way, at the sizes that all its parents
-    have, and the baselines as grey levels. Return the axes."""
+    have, and the baselines as grey levels. One that is far above the ways is only named, with its gain. Return the
+    axes."""
     figure, axes = plt.subplots(figsize=(8.6, 5.0), layout="constrained")
     shown = latest(rows)
     over, means, sign = levels(shown), changes(shown), 1 if fitness == "accuracy" else -1
@@ -158,17 +159,21 @@ def draw(rows: pd.DataFrame, fitness: str, path: Path) -> Axes:
         labels[str(way)] = (mean_P.index[-1], mean_P.iloc[-1], colour)
     # Of the parent's own averages only the longest is drawn, the one that ways start from.
     drawn = over[~over["own"] | over["way"].isin(averages["way"].unique()[-1:])]
-    for way, group in drawn.groupby("way", sort=False):
-        level = float(group[fitness].mean()) * sign * factor
-        axes.axhline(level, color="grey", linewidth=1.1, linestyle="--")
-        labels[str(way)] = (0.0, level, "dimgrey")
     axes.axhline(0, color="black", linewidth=0.8)
+    high = 1.1 * axes.get_ylim()[1]  # the levels of the parent's own averages are about as high as the ways from them
+    for way, gains in drawn.groupby("way", sort=False)[fitness]:
+        level = float(gains.mean()) * sign * factor
+        name = str(way) if level < high else f"↑ {way}: {level:.{1 if fitness == 'accuracy' else 2}f}"
+        if level < high:
+            axes.axhline(level, color="grey", linewidth=1.1, linestyle="--")
+        labels[name] = (0.0, level, "dimgrey")
+    axes.set_ylim(top=high)
     axes.set_xscale("log")
     sizes = sorted(int(size) for size in np.unique(mine["population"])) if len(mine) else []
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.minorticks_off()
     unit = "gain in test accuracy, points" if fitness == "accuracy" else "reduction of test loss"
     axes.set(xlabel=f"population, scored by {fitness} (band: minimum to maximum of the parents)", ylabel=unit)
-    label_lines(axes, labels, longest=32)
+    label_lines(axes, labels, longest=40)
     save(figure, axes, path, rows)
     return axes
