@@ -205,6 +205,9 @@ def test_settings_that_differ_stand_out(tmp_path: Path) -> None:
     page = write_report(runs, tmp_path / "report")[-1].read_text()
     assert "<mark>search</mark>" in page
     assert "<mark>lr</mark>" not in page
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| run | run.seed | evolution.population | evolution.step |\n" in text
+    assert "| b | 3 | 200 | search |\n" in text
 
 
 def test_charts_on_the_page_take_its_colours_and_fit_both_widths(tmp_path: Path) -> None:

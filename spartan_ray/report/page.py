@@ -96,7 +96,11 @@ def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
             f"{chart.about.replace('<', '&lt;')}\n\n![{chart.title}]({chart.name}.png)" for chart in charts
         )
 
-    text = f"# {', '.join(frames).replace('<', '&lt;')}\n\n{markdown(final)}\n{SINGLE}\n\n## Over the epochs\n\n"
+    differ = differing(dict(zip(frames, runs, strict=True)))
+    text = f"# {', '.join(frames).replace('<', '&lt;')}\n\n{markdown(final)}\n{SINGLE}\n\n"
+    if differ:
+        text += f"## Settings that differ\n\n{markdown(pd.DataFrame({'run': list(frames)} | differ))}\n"
+    text += "## Over the epochs\n\n"
     text += f"{shown(over_epochs)}\n\nDots mark evolve phases; a hollow dot left the parent unmoved.\n"
     if len(phases):
         text += f"\n## Evolve phases\n\n{markdown(phases)}\n{shown(of_phases)}\n"
@@ -121,7 +125,7 @@ def write_report(runs: list[RunRecord], folder: Path) -> list[Path]:
             over_epochs=[drawn(chart) for chart in over_epochs],
             of_phases=[drawn(chart) for chart in of_phases],
             phases=phases,
-            differing=differing(dict(zip(frames, runs, strict=True))),
+            differing=differ,
             changed={name: changed(run) for name, run in zip(frames, runs, strict=True)},
             machines={name: _machine(run) for name, run in zip(frames, runs, strict=True)},
         )
