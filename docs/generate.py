@@ -197,16 +197,16 @@ COLUMNS = {
 # the number of descendants. It is an error if the rows do not bear a claim out.
 ANSWER = """**Does a larger population help, and when?** For an epoch, yes: right after a phase of eight updates by
 accuracy, each on images of its own, 500 descendants are ahead of 50 by {es-own-8x500 > es-own-8x50} points and of SGD
-by {es-own-8x500 > sgd}. Lasting, not measurably: while SGD goes on, 500 are level with 50
-({late es-own-8x500 ~ es-own-8x50}) and with SGD ({late es-own-8x500 ~ sgd}); averaged, they are level with SGD's
-average, which is free ({es-own-8x500, average ~ sgd, average}); to SGD with a rate that falls to 0 they add nothing
-({es-own-8x500-cosine ~ sgd-cosine}); and SGD on the same images stays ahead
+by {es-own-8x500 > sgd}. Lasting, not measurably: while SGD goes on, 500 differ from 50 by
+{late es-own-8x500 ~ es-own-8x50} and from SGD by {late es-own-8x500 ~ sgd}; averaged, from SGD's average, which is
+free, by {es-own-8x500, average ~ sgd, average}; with a rate that falls to 0, from SGD with that rate by
+{es-own-8x500-cosine ~ sgd-cosine}; and SGD on the same images stays ahead
 ({es-own-8x500, average < sgd-all, average}, both averaged).
 
-In a single update 2,000 are level with 50 ({es-own-2000 ~ es-own-50}). From the three parents of the picture 5,000 are
-ahead of 50 by {scale all-common-512 5000 > 50} if all score on the same 512 images, and not measurably if each pair has
-128 of its own ({scale all-own-128 5000 ~ 50}); 20,000 are level with 5,000 ({scale all-common-512 20000 ~ 5000} and
-{scale all-own-128 20000 ~ 5000})."""
+In a single update 2,000 are not measurably ahead of 50 ({es-own-2000 ~ es-own-50}). From the picture's parents
+5,000 are ahead of 50 by {scale all-common-512 5000 > 50} on the same 512 images, not measurably on 128 own ones
+per pair ({scale all-own-128 5000 ~ 50}), and 20,000 not measurably of 5,000
+({scale all-common-512 20000 ~ 5000}, {scale all-own-128 20000 ~ 5000})."""
 
 
 def answer(ended: pd.DataFrame, scaled: pd.DataFrame, text: str = ANSWER) -> str:
